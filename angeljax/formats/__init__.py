@@ -1,0 +1,36 @@
+"""Number formats and the `QTensor` that carries them.
+
+| module | formats |
+| --- | --- |
+| `integer` | int8, int4, int3, int2 |
+| `float8` | float8_e4m3, float8_e5m2 |
+| `microscaling` | nvfp4, mxfp4, mxfp8 |
+| `nf4` | nf4 |
+| `ternary` | t2 (2 bits), t1_6 (base 3) |
+| `sherry` | sherry (1.25 bits) |
+"""
+
+from angeljax.formats import (  # noqa: F401  (registers the formats)
+    float8,
+    integer,
+    microscaling,
+    nf4,
+    sherry,
+    ternary,
+)
+from angeljax.formats._qtensor import QTensor
+from angeljax.formats._quantize import quantize, quantize_to
+from angeljax.formats._registry import Format, format_names, get_format
+from angeljax.formats._resolve import make_spec
+from angeljax.formats._spec import Spec
+
+__all__ = [
+    "Format",
+    "QTensor",
+    "Spec",
+    "format_names",
+    "get_format",
+    "make_spec",
+    "quantize",
+    "quantize_to",
+]

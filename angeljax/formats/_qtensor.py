@@ -1,0 +1,157 @@
+"""`QTensor`: a quantized array that stands where a weight stood."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from angeljax.formats import _blocks, _registry
+from angeljax.formats._spec import Spec
+
+# Functions of JAX that ask a value for its type. A plain `lax` primitive calls them on
+# a QTensor, which has no JAX type of its own; `jax.numpy` converts first and does not.
+_TYPE_QUERIES = frozenset({"typeof", "shaped_abstractify", "get_aval"})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class QTensor:
+    """Packed codes and scales of one array, with the look of that array.
+
+    A pytree whose children are the stored planes (`codes`, `scale`, and what else the
+    format needs) and whose static part is a `Spec`. It jits, vmaps and scans over
+    leading batch axes (axis 0 only), shards, and checkpoints like any tree of arrays.
+    Wherever `jax.numpy` or a Flax layer takes an array, a QTensor is dequantized on the
+    way in; `angeljax.ops` and `angeljax.bind` use the packed form instead.
+
+    Attributes:
+      planes: name -> array. Storage dtypes are uint8, int8, float8 for codes and
+        bfloat16 / float16 / float32 / float8 for scales. Each plane has the rank of the
+        array, contraction axes merged into one.
+      spec: format, logical core shape and dtype, contraction axes, group size.
+
+    Example:
+      >>> import jax.numpy as jnp, angeljax as aj
+      >>> q = aj.quantize(jnp.ones((256, 8)), format="int4", group_size=128)
+      >>> q.shape, q.bits_per_weight, (jnp.ones((2, 256)) @ q).shape
+      ((256, 8), 4.125, (2, 8))
+    """
+
+    planes: dict[str, Any]
+    spec: Spec = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape, batch axes included."""
+        lead = self.planes["codes"].shape
+        return (*lead[: len(lead) - self.spec.rank], *self.spec.shape)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Logical dtype: that of `dequantize()`."""
+        return jnp.dtype(self.spec.dtype)
+
+    @property
+    def ndim(self) -> int:
+        """Number of logical axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of logical elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all planes."""
+        return sum(p.size * jnp.dtype(p.dtype).itemsize for p in self.planes.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits per logical element, scales and padding included."""
+        return 8 * self.nbytes / self.size
+
+    @property
+    def sharding(self) -> Any:
+        """Sharding of the code plane, whose axes are those of the array, merged."""
+        return self.planes["codes"].sharding
+
+    def dequantize(self, dtype: Any = None) -> jax.Array:
+        """The array, `shape`, in `dtype` (default: the logical dtype)."""
+        fmt = _registry.get_format(self.spec.format)
+        planes = _blocks.unstore(self.planes, self.spec, fmt.tail_unit(self.spec))
+        x = _blocks.from_blocks(fmt.decode(planes, self.spec), self.spec)
+        return x.astype(self.dtype if dtype is None else dtype)
+
+    def astype(self, dtype: Any) -> jax.Array:
+        """Dequantizes into `dtype`."""
+        return self.dequantize(dtype)
+
+    def reshape(self, *shape: Any, order: str = "C") -> jax.Array:
+        """Dequantizes and reshapes."""
+        return self.dequantize().reshape(*shape, order=order)
+
+    def transpose(self, *axes: Any) -> jax.Array:
+        """Dequantizes and transposes."""
+        return self.dequantize().transpose(*axes)
+
+    @property
+    def T(self) -> jax.Array:
+        """Dequantizes and reverses the axes."""
+        return self.dequantize().T
+
+    def __getitem__(self, index: Any) -> Any:
+        """`q[...]` is `q`; an integer or slice into batch axes stays packed."""
+        if index is Ellipsis:
+            return self
+        n_batch = self.ndim - len(self.spec.shape)
+        parts = index if isinstance(index, tuple) else (index,)
+        if len(parts) <= n_batch and all(isinstance(i, int | slice) for i in parts):
+            planes = {name: p[index] for name, p in self.planes.items()}
+            return QTensor(planes=planes, spec=self.spec)
+        return self.dequantize()[index]
+
+    @property
+    def __jax_array__(self) -> Callable[[], jax.Array]:
+        # JAX refuses such objects as direct operands of `lax` primitives with a message
+        # that cannot name them. The type query is the one caller that must not convert,
+        # so that is where ours is given; if JAX renames it, its own message stands.
+        if sys._getframe(1).f_code.co_name in _TYPE_QUERIES:
+            raise TypeError(
+                f"{self!r} was passed to a jax.lax primitive, which takes plain arrays "
+                "only: use angeljax.ops.dot / einsum, jax.numpy, or q.dequantize()"
+            )
+        return self.dequantize
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        try:
+            shape = ",".join(map(str, self.shape))
+            bits = f"{self.bits_per_weight:.3f}"
+        except (AttributeError, KeyError, TypeError):  # a tree_map put other leaves in
+            return f"QTensor({self.spec.label()}, planes={self.planes})"
+        return f"QTensor({self.spec.label()} [{shape}] {self.dtype}, {bits} bit/weight)"
+
+
+def _operator(name: str) -> Callable[..., jax.Array]:
+    def method(self: QTensor, *args: Any) -> jax.Array:
+        return getattr(self.dequantize(), name)(
+            *(a.dequantize() if isinstance(a, QTensor) else a for a in args)
+        )
+
+    method.__name__ = name
+    return method
+
+
+for _name in ("add", "sub", "mul", "truediv", "matmul"):
+    for _prefix in ("", "r"):
+        setattr(QTensor, f"__{_prefix}{_name}__", _operator(f"__{_prefix}{_name}__"))
+setattr(QTensor, "__neg__", _operator("__neg__"))  # noqa: B010

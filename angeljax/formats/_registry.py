@@ -1,0 +1,79 @@
+"""The table of number formats and the resolution of options into a `Spec`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from angeljax.formats._spec import Spec
+
+Planes = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Format:
+    """One number format over blocked arrays `[*lead, G, g]` (see `_blocks`).
+
+    Attributes:
+      name: the name that recipes use.
+      payload_bits: bits per weight without scales.
+      encode: float32 `[*lead, G, g]`, spec -> blocked planes `[*, n, b]`.
+      decode: blocked planes, spec -> float32 `[*lead, G, g]`.
+      unit: weights that one packed unit holds; groups are whole multiples of it.
+      unit_for: the same for one spec, where it depends on the spec.
+      granularities: what may share a scale, the default first.
+      group_size: default group size; the only one if `fixed_group`.
+      options: option name -> allowed values, the default first.
+    """
+
+    name: str
+    payload_bits: float
+    encode: Callable[[jax.Array, Spec], Planes]
+    decode: Callable[[Planes, Spec], jax.Array]
+    unit: int = 1
+    unit_for: Callable[[Spec], int] | None = None
+    granularities: tuple[str, ...] = ("channel", "tensor", "group")
+    group_size: int = 128
+    fixed_group: bool = False
+    fixed_scale_dtype: str | None = None
+    options: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    summary: str = ""
+
+    def tail_unit(self, spec: Spec) -> int:
+        """Weights in the smallest part of a group that can be stored by itself."""
+        return self.unit if self.unit_for is None else self.unit_for(spec)
+
+
+_FORMATS: dict[str, Format] = {}
+
+
+def register(fmt: Format) -> Format:
+    """Adds a format; its name must be new."""
+    if fmt.name in _FORMATS:
+        raise ValueError(f"format {fmt.name!r} is registered already")
+    _FORMATS[fmt.name] = fmt
+    return fmt
+
+
+def format_names() -> tuple[str, ...]:
+    """All format names, sorted."""
+    return tuple(sorted(_FORMATS))
+
+
+def get_format(name: str) -> Format:
+    """Looks a format up.
+
+    Raises:
+      ValueError: no such format; names the closest ones.
+    """
+    if name in _FORMATS:
+        return _FORMATS[name]
+    near = difflib.get_close_matches(str(name), _FORMATS, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ValueError(
+        f"unknown format {name!r}: {hint}known formats: {', '.join(format_names())}"
+    )

@@ -1,0 +1,57 @@
+"""FP8: e4m3 and e5m2 elements with a floating-point scale.
+
+s = amax / max(format), q = cast(clip(w / s)): the clip comes first because a cast of a
+value beyond the range gives NaN (e4m3) or infinity (e5m2). Casts round to nearest even.
+Granularities: tensor, channel, group, and 128x128 blocks (the DeepSeek-V3 scheme,
+arXiv 2412.19437, section 3.3).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from angeljax.formats._blocks import Granules
+from angeljax.formats._registry import Format, Planes, register
+from angeljax.formats._spec import Spec
+from angeljax.formats.integer import TINY
+
+E4M3 = jnp.float8_e4m3fn
+E5M2 = jnp.float8_e5m2
+
+
+def cast(x: jax.Array, dtype: Any) -> jax.Array:
+    """Saturating cast to an 8-bit float."""
+    top = float(jnp.finfo(dtype).max)
+    return jnp.clip(x, -top, top).astype(dtype)
+
+
+def encode(w: jax.Array, spec: Spec, *, dtype: Any) -> Planes:
+    """Elements and scales of blocks `[*lead, G, g]`."""
+    granules = Granules(spec)
+    scale = granules.max(jnp.abs(w)) / float(jnp.finfo(dtype).max)
+    scale = jnp.where(scale < TINY, 1.0, scale).astype(spec.scale_dtype)
+    codes = cast(w / granules.expand(scale.astype(jnp.float32)), dtype)
+    return {"codes": codes, "scale": scale}
+
+
+def decode(planes: Planes, spec: Spec) -> jax.Array:
+    """Float32 blocks `[*lead, G, g]`."""
+    scale = Granules(spec).expand(planes["scale"].astype(jnp.float32))
+    return planes["codes"].astype(jnp.float32) * scale
+
+
+for _name, _dtype in (("float8_e4m3", E4M3), ("float8_e5m2", E5M2)):
+    register(
+        Format(
+            name=_name,
+            payload_bits=8,
+            encode=functools.partial(encode, dtype=_dtype),
+            decode=decode,
+            granularities=("channel", "tensor", "group", "block"),
+            summary=f"8-bit floats ({_name[-4:]})",
+        )
+    )

@@ -1,0 +1,114 @@
+"""Signed and asymmetric integers of 8, 4, 3 and 2 bits.
+
+Symmetric:  s = amax / b,                q = clip(round(w / s)),       w' = s q
+Asymmetric: s = (max - min) / (2^n - 1), q = clip(round(w / s + z)),   w' = s (q - z)
+
+with b = 2^(n-1) - 1 when `narrow_range` (levels -b..b, the same on both sides) and
+b = 2^(n-1) - 1/2 otherwise (all 2^n levels; the largest positive weight loses half a
+step). Asymmetric ranges are widened to hold 0, so that 0 is exact.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from angeljax.formats._blocks import Granules
+from angeljax.formats._packing import pack_bits, unit_of, unpack_bits
+from angeljax.formats._registry import Format, Planes, register
+from angeljax.formats._spec import Spec
+
+# Below this a scale would underflow when squared or divided by: an all-zero granule.
+TINY = float(jnp.finfo(jnp.float32).tiny) ** 0.5
+
+
+def encode(w: jax.Array, spec: Spec, *, bits: int) -> Planes:
+    """Codes, scales (and zero points) of blocks `[*lead, G, g]`."""
+    if spec.option("symmetric"):
+        return _encode_symmetric(w, spec, bits)
+    return _encode_asymmetric(w, spec, bits)
+
+
+def _encode_symmetric(w: jax.Array, spec: Spec, bits: int) -> Planes:
+    granules = Granules(spec)
+    top = 2 ** (bits - 1) - 1
+    narrow = narrow_range(spec, bits)
+    scale = granules.max(jnp.abs(w)) / (top if narrow else top + 0.5)
+    scale = jnp.where(scale < TINY, 1.0, scale).astype(spec.scale_dtype)
+    q = jnp.round(w / granules.expand(scale.astype(jnp.float32)))
+    q = jnp.clip(q, -top if narrow else -top - 1, top).astype(jnp.int8)
+    return {"codes": _pack(q, bits), "scale": scale}
+
+
+def _encode_asymmetric(w: jax.Array, spec: Spec, bits: int) -> Planes:
+    granules = Granules(spec)
+    lowest = -(2 ** (bits - 1))
+    # The zero padding of the last group never widens a range that holds 0.
+    low, high = jnp.minimum(granules.min(w), 0), jnp.maximum(granules.max(w), 0)
+    scale = (high - low) / (2**bits - 1)
+    scale = jnp.where(scale < TINY, 1.0, scale).astype(spec.scale_dtype)
+    s = scale.astype(jnp.float32)
+    zero = jnp.clip(jnp.round(lowest - low / s), lowest, -lowest - 1)
+    q = jnp.round(w / granules.expand(s) + granules.expand(zero))
+    q = jnp.clip(q, lowest, -lowest - 1).astype(jnp.int8)
+    codes = pack_bits((q - lowest).astype(jnp.uint8), bits)
+    return {
+        "codes": codes,
+        "scale": scale,
+        "zero": (zero - lowest).astype(jnp.uint8),
+    }
+
+
+def decode(planes: Planes, spec: Spec, *, bits: int) -> jax.Array:
+    """Float32 blocks `[*lead, G, g]`."""
+    granules = Granules(spec)
+    q = unpack_codes(planes["codes"], spec, bits).astype(jnp.float32)
+    if not spec.option("symmetric"):
+        q = q - granules.expand(planes["zero"].astype(jnp.float32))
+    return q * granules.expand(planes["scale"].astype(jnp.float32))
+
+
+def narrow_range(spec: Spec, bits: int) -> bool:
+    """Whether the lowest level is left out; "auto" does so for 8 bits only."""
+    choice = spec.option("narrow_range")
+    return bits == 8 if choice == "auto" else choice == "yes"
+
+
+def _pack(q: jax.Array, bits: int) -> jax.Array:
+    if bits == 8:
+        return q
+    return pack_bits(q.astype(jnp.uint8) & (2**bits - 1), bits)
+
+
+def unpack_codes(codes: jax.Array, spec: Spec, bits: int) -> jax.Array:
+    """int8 codes (symmetric) or uint8 codes (asymmetric), `[*lead, G, g]`."""
+    if bits == 8:
+        return codes
+    q = unpack_bits(codes, bits)
+    if not spec.option("symmetric"):
+        return q
+    # Two's complement: move the sign bit to the top, then shift it down again.
+    return (q << (8 - bits)).astype(jnp.int8) >> (8 - bits)
+
+
+for _bits in (8, 4, 3, 2):
+    register(
+        Format(
+            name=f"int{_bits}",
+            payload_bits=_bits,
+            encode=functools.partial(encode, bits=_bits),
+            decode=functools.partial(decode, bits=_bits),
+            unit=unit_of(_bits),
+            granularities=("channel", "tensor", "group")
+            if _bits == 8
+            else ("group", "channel", "tensor"),
+            group_size={8: 128, 4: 128, 3: 64, 2: 32}[_bits],
+            options={
+                "symmetric": (True, False),
+                "narrow_range": ("auto", "yes", "no"),
+            },
+            summary=f"{_bits}-bit integers, symmetric or with a zero point",
+        )
+    )

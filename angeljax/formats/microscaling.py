@@ -1,0 +1,172 @@
+"""Block-scaled floats: NVFP4, MXFP4 and MXFP8.
+
+E2M1 magnitudes are 0, 0.5, 1, 1.5, 2, 3, 4, 6; the 4-bit code is sign << 3 | index, two
+to a byte, the even K index in the low nibble.
+
+MX (OCP Microscaling Formats v1.0): blocks of 32 share a power of two, stored as the
+biased exponent E8M0. `scale_rounding="ceil"` takes the smallest power of two that
+keeps the block maximum in range; "floor" is the specification's suggestion
+(exponent of the maximum less that of the largest element), which saturates it.
+
+NVFP4: blocks of 16 with an E4M3 scale s_b under one float32 scale s_2 for the tensor,
+s_2 = amax / (6 * 448), s_b = E4M3(amax_16 / 6 / s_2), w' = code * s_b * s_2.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from angeljax.formats._packing import pack_bits, unpack_bits
+from angeljax.formats._registry import Format, Planes, register
+from angeljax.formats._spec import Spec
+from angeljax.formats.float8 import E4M3, cast
+from angeljax.formats.integer import TINY
+
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1_MAX, E4M3_MAX = 6.0, 448.0
+# Midpoints of neighbours, and whether the tie goes up (to the even mantissa).
+_E2M1_STEPS = (
+    (0.25, False),
+    (0.75, True),
+    (1.25, False),
+    (1.75, True),
+    (2.5, False),
+    (3.5, True),
+    (5.0, False),
+)
+
+
+def e2m1_encode(x: jax.Array) -> jax.Array:
+    """4-bit codes of `x`, round to nearest even, saturating at 6."""
+    a = jnp.abs(x)
+    index = sum(
+        (a >= t if up else a > t).astype(jnp.uint8) for t, up in _E2M1_STEPS
+    ) + jnp.zeros(x.shape, jnp.uint8)
+    return index | (jnp.signbit(x).astype(jnp.uint8) << 3)
+
+
+def e2m1_decode(codes: jax.Array) -> jax.Array:
+    """Float32 values of 4-bit codes."""
+    # Built from the bit fields: exponent e and mantissa m give (1 + m/2) 2^(e-1), and
+    # e = 0 is the subnormal m/2. Arithmetic vectorises where a table look-up does not.
+    e, m = (codes >> 1) & 3, (codes & 1).astype(jnp.float32)
+    power = (1 << e).astype(jnp.float32)
+    magnitude = jnp.where(e == 0, 0.5 * m, (0.5 + 0.25 * m) * power)
+    return jnp.where(codes >= 8, -magnitude, magnitude)
+
+
+def e8m0_encode(x: jax.Array, rounding: str) -> jax.Array:
+    """Biased exponent (uint8, 1..254) of positive `x` rounded to a power of two."""
+    mantissa, exponent = jnp.frexp(x)  # x = mantissa * 2^exponent, mantissa in [.5, 1)
+    if rounding == "ceil":
+        e = jnp.where(mantissa > 0.5, exponent, exponent - 1)
+    else:
+        e = exponent - 1
+    return jnp.clip(e + 127, 1, 254).astype(jnp.uint8)
+
+
+def e8m0_decode(code: jax.Array) -> jax.Array:
+    """Float32 power of two of a biased exponent in 1..254."""
+    bits = code.astype(jnp.uint32) << 23
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _mx_scale(w: jax.Array, spec: Spec, element_max: float) -> jax.Array:
+    amax = jnp.max(jnp.abs(w), axis=-1, keepdims=True)
+    amax = jnp.where(amax < TINY, element_max, amax)
+    if spec.option("scale_rounding") == "ceil":
+        return e8m0_encode(amax / element_max, "ceil")
+    largest = 2.0 ** jnp.floor(jnp.log2(element_max))
+    return e8m0_encode(amax / largest, "floor")
+
+
+def mxfp4_encode(w: jax.Array, spec: Spec) -> Planes:
+    """Codes and E8M0 scales of blocks `[*lead, G, 32]`."""
+    scale = _mx_scale(w, spec, E2M1_MAX)
+    return {
+        "codes": pack_bits(e2m1_encode(w / e8m0_decode(scale)), 4),
+        "scale": scale,
+    }
+
+
+def mxfp4_decode(planes: Planes, spec: Spec) -> jax.Array:
+    """Float32 blocks `[*lead, G, 32]`."""
+    del spec
+    return e2m1_decode(unpack_bits(planes["codes"], 4)) * e8m0_decode(planes["scale"])
+
+
+def mxfp8_encode(w: jax.Array, spec: Spec) -> Planes:
+    """E4M3 elements and E8M0 scales of blocks `[*lead, G, 32]`."""
+    scale = _mx_scale(w, spec, E4M3_MAX)
+    return {"codes": cast(w / e8m0_decode(scale), E4M3), "scale": scale}
+
+
+def mxfp8_decode(planes: Planes, spec: Spec) -> jax.Array:
+    """Float32 blocks `[*lead, G, 32]`."""
+    del spec
+    return planes["codes"].astype(jnp.float32) * e8m0_decode(planes["scale"])
+
+
+def nvfp4_encode(w: jax.Array, spec: Spec) -> Planes:
+    """Codes, E4M3 block scales and the tensor scale of blocks `[*lead, G, 16]`."""
+    amax = jnp.max(jnp.abs(w), axis=-1, keepdims=True)
+    # One scale2 for each batch entry: over the outputs and all groups.
+    n_out = spec.rank - 1
+    axes = tuple(range(amax.ndim - 2 - n_out, amax.ndim))
+    scale2 = jnp.max(amax, axis=axes, keepdims=True) / (E2M1_MAX * E4M3_MAX)
+    scale2 = jnp.where(scale2 < TINY, 1.0, scale2)
+    smallest = float(jnp.finfo(E4M3).smallest_subnormal)
+    scale = jnp.clip(amax / E2M1_MAX / scale2, smallest, E4M3_MAX)
+    scale = jnp.where(amax == 0, 1.0, scale).astype(E4M3)
+    codes = e2m1_encode(w / (scale.astype(jnp.float32) * scale2))
+    return {"codes": pack_bits(codes, 4), "scale": scale, "scale2": scale2}
+
+
+def nvfp4_decode(planes: Planes, spec: Spec) -> jax.Array:
+    """Float32 blocks `[*lead, G, 16]`."""
+    del spec
+    scale = planes["scale"].astype(jnp.float32) * planes["scale2"]
+    return e2m1_decode(unpack_bits(planes["codes"], 4)) * scale
+
+
+_block_format = functools.partial(Format, granularities=("group",), fixed_group=True)
+register(
+    _block_format(
+        name="nvfp4",
+        payload_bits=4,
+        encode=nvfp4_encode,
+        decode=nvfp4_decode,
+        unit=2,
+        group_size=16,
+        fixed_scale_dtype="float8_e4m3fn",
+        summary="E2M1 in blocks of 16 with E4M3 scales under a tensor scale",
+    )
+)
+register(
+    _block_format(
+        name="mxfp4",
+        payload_bits=4,
+        encode=mxfp4_encode,
+        decode=mxfp4_decode,
+        unit=2,
+        group_size=32,
+        fixed_scale_dtype="uint8",
+        options={"scale_rounding": ("ceil", "floor")},
+        summary="E2M1 in blocks of 32 with power-of-two scales",
+    )
+)
+register(
+    _block_format(
+        name="mxfp8",
+        payload_bits=8,
+        encode=mxfp8_encode,
+        decode=mxfp8_decode,
+        group_size=32,
+        fixed_scale_dtype="uint8",
+        options={"scale_rounding": ("ceil", "floor")},
+        summary="E4M3 in blocks of 32 with power-of-two scales",
+    )
+)

@@ -1,0 +1,124 @@
+"""Free ternary weights {-1, 0, 1} times a scale, in 2 bits or in base 3.
+
+`scale_method`:
+  absmean: a = mean|w|, w becomes 0 below a/2 (BitNet b1.58, arXiv 2402.17764).
+  twn: threshold 3/4 mean|w|, a = mean of the weights above it (Ternary Weight
+    Networks, arXiv 1605.04711).
+  lstsq: from twn, alternate the nearest ternary value and the least-squares scale
+    a = <w, T> / <T, T> until they agree (at most 10 rounds).
+
+`t2` stores value + 1 in 2 bits, planar in runs of up to 128 (the order of GGUF's
+TQ2_0); `t1_6` stores five values to a byte. Scales are rounded to `scale_dtype` after
+the codes are chosen.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from angeljax.formats._blocks import Granules
+from angeljax.formats._packing import (
+    pack_base3,
+    pack_planar2,
+    unpack_base3,
+    unpack_planar2,
+)
+from angeljax.formats._registry import Format, Planes, register
+from angeljax.formats._spec import Spec
+from angeljax.formats.integer import TINY
+
+_ROUNDS = 10
+
+
+def ternarize(w: jax.Array, spec: Spec) -> tuple[jax.Array, jax.Array]:
+    """Ternary codes in {-1, 0, 1} and float32 scales of blocks `[*lead, G, g]`."""
+    granules = Granules(spec)
+    a = jnp.abs(w)
+    method = spec.option("scale_method")
+    # Padding adds nothing to a sum but must not enter a count.
+    inside = jnp.broadcast_to(granules.mask().astype(jnp.float32), a.shape)
+    mean = granules.sum(a) / granules.sum(inside)
+
+    def kept_mean(keep: jax.Array) -> jax.Array:
+        kept = keep.astype(jnp.float32)
+        return granules.sum(a * kept) / jnp.maximum(granules.sum(kept), 1.0)
+
+    if method == "absmean":
+        scale, keep = mean, a >= granules.expand(mean) / 2
+    else:
+        keep = a >= 0.75 * granules.expand(mean)
+        scale = kept_mean(keep)
+    if method == "lstsq":
+
+        def step(_: int, s: jax.Array) -> jax.Array:
+            return kept_mean(a >= granules.expand(s) / 2)
+
+        scale = jax.lax.fori_loop(0, _ROUNDS, step, scale)
+        keep = a >= granules.expand(scale) / 2
+    # In an all-zero granule every weight passes the threshold of 0.
+    keep = keep & (a > 0)
+    scale = jnp.where(scale < TINY, 1.0, scale)
+    return jnp.where(keep, jnp.sign(w), 0.0), scale
+
+
+def run_length(spec: Spec) -> int:
+    """Length of a planar run: the largest of 128, 64, ... that divides group and K."""
+    k = -(-spec.k // 4) * 4
+    return math.gcd(spec.group_size, k, 128)
+
+
+def t2_encode(w: jax.Array, spec: Spec) -> Planes:
+    """2-bit codes and scales of blocks `[*lead, G, g]`."""
+    t, scale = ternarize(w, spec)
+    codes = pack_planar2((t + 1).astype(jnp.uint8), run_length(spec))
+    return {"codes": codes, "scale": scale.astype(spec.scale_dtype)}
+
+
+def t2_decode(planes: Planes, spec: Spec) -> jax.Array:
+    """Float32 blocks `[*lead, G, g]`."""
+    t = unpack_planar2(planes["codes"], run_length(spec)).astype(jnp.float32) - 1
+    return t * Granules(spec).expand(planes["scale"].astype(jnp.float32))
+
+
+def t1_6_encode(w: jax.Array, spec: Spec) -> Planes:
+    """Base-3 codes and scales of blocks `[*lead, G, g]`."""
+    t, scale = ternarize(w, spec)
+    codes = pack_base3((t + 1).astype(jnp.uint8))
+    return {"codes": codes, "scale": scale.astype(spec.scale_dtype)}
+
+
+def t1_6_decode(planes: Planes, spec: Spec) -> jax.Array:
+    """Float32 blocks `[*lead, G, g]`."""
+    t = unpack_base3(planes["codes"], spec.group_size).astype(jnp.float32) - 1
+    return t * Granules(spec).expand(planes["scale"].astype(jnp.float32))
+
+
+_OPTIONS = {"scale_method": ("absmean", "twn", "lstsq")}
+register(
+    Format(
+        name="t2",
+        payload_bits=2,
+        encode=t2_encode,
+        decode=t2_decode,
+        unit=4,
+        unit_for=run_length,
+        granularities=("group", "channel", "tensor"),
+        options=_OPTIONS,
+        summary="ternary, 2 bits each",
+    )
+)
+register(
+    Format(
+        name="t1_6",
+        payload_bits=1.6,
+        encode=t1_6_encode,
+        decode=t1_6_decode,
+        unit_for=lambda spec: spec.group_size,
+        granularities=("group", "channel", "tensor"),
+        options=_OPTIONS,
+        summary="ternary, five to a byte",
+    )
+)

@@ -1,0 +1,1 @@
+"""Kernels over plain arrays, one folder for each operation. Imports jax only."""
