@@ -1,0 +1,57 @@
+"""What every test relies on: the platform, checked annotations, seeded randomness."""
+
+import os
+
+# ANGELJAX_TEST_PLATFORM=cuda runs on a GPU. Both settings must precede jax's import.
+_PLATFORM = os.environ.get("ANGELJAX_TEST_PLATFORM", "cpu")
+os.environ["JAX_PLATFORMS"] = _PLATFORM if _PLATFORM == "cpu" else f"{_PLATFORM},cpu"
+_FLAG = "--xla_force_host_platform_device_count"
+if _FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
+# A test that reaches for the hub fails at once, instead of after a timeout.
+_NETWORK = os.environ.get("ANGELJAX_TEST_NETWORK") == "1"
+if not _NETWORK:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+from importlib.util import find_spec
+
+import jaxtyping
+
+import tests.typechecker  # noqa: F401  (the hook below finds it by name)
+
+# Shapes and dtypes in annotations are checked in the tests and nowhere else.
+jaxtyping.install_import_hook(["angeljax", "pallas_kernels"], "tests.typechecker.check")
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what this machine cannot run, with the reason."""
+    missing = {}
+    if _PLATFORM == "cpu":
+        missing["gpu"] = "ANGELJAX_TEST_PLATFORM=cuda asks for it"
+    if find_spec("libtpu") is None:
+        missing["tpu_compile"] = "needs libtpu (pip install libtpu)"
+    if not _NETWORK:
+        missing["network"] = "ANGELJAX_TEST_NETWORK=1 allows it"
+    for item in items:
+        for marker in missing.keys() & {mark.name for mark in item.iter_markers()}:
+            item.add_marker(pytest.mark.skip(reason=missing[marker]))
+
+
+@pytest.fixture
+def getkey() -> Callable[[], jax.Array]:
+    """A function that returns a new PRNG key at every call, the same in every run."""
+    count = iter(range(2**31))
+    return lambda: jax.random.key(next(count))
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A seeded numpy generator."""
+    return np.random.default_rng(0)
