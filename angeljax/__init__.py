@@ -1,8 +1,19 @@
 """angeljax: compression of JAX and Flax models as pure functions on param trees."""
 
 from angeljax import ops
+from angeljax.compress import compress, plan
 from angeljax.formats import QTensor, quantize
+from angeljax.recipe import Recipe, RecipeError, Rule
 
 __version__ = "0.1.0"
 
-__all__ = ["QTensor", "ops", "quantize"]
+__all__ = [
+    "QTensor",
+    "Recipe",
+    "RecipeError",
+    "Rule",
+    "compress",
+    "ops",
+    "plan",
+    "quantize",
+]

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax.core import meta
 
 from angeljax.formats import _blocks, _registry
 from angeljax.formats._spec import Spec
@@ -129,6 +130,28 @@ class QTensor:
             )
         return self.dequantize
 
+    # Flax's protocol of boxed parameters. A linen layer unboxes what it reads and then
+    # compares its shape with that of the initializer, which packed planes would fail;
+    # as a box, a QTensor turns into its array at that very place.
+
+    def unbox(self) -> jax.Array:
+        """Dequantizes: what a linen layer gets when it reads the parameter."""
+        return self.dequantize()
+
+    def replace_boxed(self, value: Any) -> Any:
+        """A new value has no use for the packed form."""
+        return value
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> QTensor:
+        """Stacking adds a batch axis, which the spec does not hold."""
+        del index, params
+        return self
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> QTensor:
+        """As `add_axis`."""
+        del index, params
+        return self
+
     def __len__(self) -> int:
         return self.shape[0]
 
@@ -155,3 +178,4 @@ for _name in ("add", "sub", "mul", "truediv", "matmul"):
     for _prefix in ("", "r"):
         setattr(QTensor, f"__{_prefix}{_name}__", _operator(f"__{_prefix}{_name}__"))
 setattr(QTensor, "__neg__", _operator("__neg__"))  # noqa: B010
+meta.AxisMetadata.register(QTensor)

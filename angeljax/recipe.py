@@ -1,0 +1,344 @@
+"""Recipes: what is done to which leaf of a param tree, in Python or in YAML.
+
+A recipe is a list of rules. For each leaf the first rule that matches its '/'-joined
+path decides. It validates completely before any array is touched, round-trips through
+YAML, and travels with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from angeljax.formats._registry import get_format
+from angeljax.formats._resolve import check_options
+
+# What a rule without `match` leaves alone: embeddings, heads, norms, routers, biases.
+DEFAULT_SKIP = (
+    r"(.*/)?[^/]*(embed|wte|wpe|position)[^/]*(/.*)?",
+    r"(.*/)?(lm_head|head|unembed|logits|logits_dense|classifier|output_layer)(/.*)?",
+    r"(.*/)?[^/]*norm[^/]*(/.*)?",
+    r"(.*/)?(ln|ln_[^/]*|[^/]*_ln|ln\d+)(/.*)?",
+    r"(.*/)?(router|gate)(/.*)?",
+    r"(.*/)?[^/]*lora_[^/]*(/.*)?",
+    r"(.*/)?(bias|b|scale|gamma|beta)",
+)
+ALGORITHMS = ("rtn",)
+# Options that only some formats have; None leaves the format's default.
+FORMAT_OPTIONS = (
+    "symmetric",
+    "narrow_range",
+    "scale_method",
+    "scale_rounding",
+    "group_stride",
+)
+# Parts of the schema that hold no options yet; a recipe that fills one is refused.
+RESERVED_SECTIONS = ("activations", "kv_cache", "attention", "tokens", "draft", "train")
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be read, is not valid, or does not fit a param tree."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One entry of a recipe.
+
+    Attributes:
+      match: regular expression for the whole '/'-joined path of a leaf
+        (`re.fullmatch`). Without one the rule takes every floating-point leaf of two or
+        more axes that `Recipe.skip` does not name.
+      format: a number format (`angeljax.formats.format_names()`), or None to leave the
+        leaf as it is ("none" in YAML).
+      algorithm: "rtn", rounding to the nearest code.
+      granularity: "tensor", "channel", "group" or "block"; default by format.
+      group_size: weights along the contraction that share a scale.
+      axis: contraction axis or adjacent axes. Default: -2, as in a Flax kernel
+        `[in, out]`; -1 for a leaf named `embedding`; that of the layer for the kernels
+        of Flax's multi-head attention.
+      batch_axes: leading axes with scales of their own (scanned layers, experts).
+        Default: all axes before the contraction.
+      scale_dtype: "float32", "bfloat16" or "float16".
+      pad: whether a group size that does not divide may be padded inside.
+      optional: do not complain if the rule matches nothing.
+      symmetric, narrow_range, scale_method, scale_rounding, group_stride: options of
+        the format; see `angeljax.formats`.
+
+    Raises:
+      RecipeError: an option has a value that the format does not take.
+    """
+
+    match: str | None = None
+    format: str | None = None
+    algorithm: str = "rtn"
+    granularity: str | None = None
+    group_size: int | None = None
+    axis: int | tuple[int, ...] | None = None
+    batch_axes: int | None = None
+    scale_dtype: str | None = None
+    pad: bool = True
+    optional: bool = False
+    symmetric: bool | None = None
+    narrow_range: str | None = None
+    scale_method: str | None = None
+    scale_rounding: str | None = None
+    group_stride: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.axis, list):
+            object.__setattr__(self, "axis", tuple(self.axis))
+        try:
+            self._check()
+        except ValueError as e:
+            raise RecipeError(f"rule {self.label()}: {e}") from None
+
+    def _check(self) -> None:
+        if self.match is not None:
+            if not isinstance(self.match, str):
+                raise ValueError(f"match must be a string, not {self.match!r}")
+            try:
+                re.compile(self.match)
+            except re.error as e:
+                message = f"match {self.match!r} is no regular expression: {e}"
+                raise ValueError(message) from None
+        if self.algorithm not in ALGORITHMS:
+            raise ValueError(
+                f"unknown algorithm {self.algorithm!r}: use {', '.join(ALGORITHMS)}"
+            )
+        for name in ("pad", "optional"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false")
+        axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
+        if self.axis is not None and not all(type(a) is int for a in axes):
+            raise ValueError(f"axis must be an integer or a list of them: {self.axis}")
+        if self.batch_axes is not None and (
+            type(self.batch_axes) is not int or self.batch_axes < 0
+        ):
+            raise ValueError(f"batch_axes must be an integer >= 0: {self.batch_axes}")
+        if self.format is None:
+            for name in ("granularity", "group_size", "scale_dtype", *FORMAT_OPTIONS):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} needs a format")
+            return
+        check_options(
+            get_format(self.format),
+            granularity=self.granularity,
+            group_size=self.group_size,
+            scale_dtype=self.scale_dtype,
+            options=self.format_options(),
+        )
+
+    def format_options(self) -> dict[str, Any]:
+        """The options of the format that this rule sets."""
+        values = {name: getattr(self, name) for name in FORMAT_OPTIONS}
+        return {name: v for name, v in values.items() if v is not None}
+
+    def label(self) -> str:
+        """How messages name the rule."""
+        return repr(self.match) if self.match is not None else "(default selection)"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, as plain YAML values."""
+        out: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name == "format" or value != field.default:
+                out[field.name] = list(value) if isinstance(value, tuple) else value
+        out["format"] = self.format or "none"
+        return out
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Rule:
+        """Inverse of `to_dict`.
+
+        Raises:
+          RecipeError: `data` is no mapping, has unknown fields, or no format.
+        """
+        if not isinstance(data, Mapping):
+            raise RecipeError(f"a rule must be a mapping, not {data!r}")
+        _check_fields(data, {f.name for f in dataclasses.fields(cls)}, "a rule")
+        if "format" not in data:
+            raise RecipeError(
+                f"rule {data.get('match', '(default selection)')!r} has no format: "
+                "name one, or `none` to leave the leaf as it is"
+            )
+        fmt = None if data["format"] in (None, "none") else data["format"]
+        return cls(**{**data, "format": fmt})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """An ordered list of rules and the name under which it is known.
+
+    Attributes:
+      rules: the first rule that matches a leaf decides; a leaf that none matches stays.
+      name, description: for people.
+      skip: regular expressions of paths that rules without `match` leave alone.
+      requires: fields of a model's configuration that this recipe was made for, such as
+        {"model_type": "llama"}; checked where the configuration is known.
+
+    Example:
+      >>> import angeljax as aj
+      >>> recipe = aj.Recipe(rules=[aj.Rule(format="int4", group_size=64)])
+      >>> aj.Recipe.from_dict(recipe.to_dict()) == recipe
+      True
+    """
+
+    rules: Sequence[Rule]
+    name: str = ""
+    description: str = ""
+    skip: Sequence[str] = DEFAULT_SKIP
+    requires: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rules", tuple(self.rules))
+        if isinstance(self.skip, str):
+            raise RecipeError("skip must be a list of regular expressions")
+        object.__setattr__(self, "skip", tuple(self.skip))
+        if not self.rules:
+            raise RecipeError("a recipe needs at least one rule")
+        for rule in self.rules:
+            if not isinstance(rule, Rule):
+                raise RecipeError(f"rules must be Rule objects, not {rule!r}")
+        for pattern in self.skip:
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as e:
+                raise RecipeError(f"skip {pattern!r}: {e}") from None
+        if not isinstance(self.requires, Mapping):
+            raise RecipeError(f"requires must be a mapping, not {self.requires!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain YAML / JSON values; `from_dict` restores an equal recipe."""
+        out: dict[str, Any] = {}
+        if self.name:
+            out["name"] = self.name
+        if self.description:
+            out["description"] = self.description
+        if self.requires:
+            out["requires"] = dict(self.requires)
+        if tuple(self.skip) != DEFAULT_SKIP:
+            out["skip"] = list(self.skip)
+        out["rules"] = [rule.to_dict() for rule in self.rules]
+        return out
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Recipe:
+        """Builds and validates a recipe from plain values.
+
+        Raises:
+          RecipeError: one line that names the field.
+        """
+        if not isinstance(data, Mapping):
+            raise RecipeError("a recipe must be a mapping with a list `rules`")
+        known = {f.name for f in dataclasses.fields(cls)}
+        _check_fields(data, known | set(RESERVED_SECTIONS), "a recipe")
+        for section in RESERVED_SECTIONS:
+            if data.get(section):
+                raise RecipeError(
+                    f"section {section!r} has no options in this version: remove it "
+                    "(weights are described under `rules`)"
+                )
+        rules = data.get("rules")
+        if not isinstance(rules, Sequence) or isinstance(rules, str):
+            raise RecipeError("a recipe needs a list `rules`")
+        fields = {k: v for k, v in data.items() if k in known}
+        return cls(**{**fields, "rules": [Rule.from_dict(r) for r in rules]})
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def from_yaml(cls, text: str) -> Recipe:
+        """Reads YAML; only plain values are accepted, nothing is executed.
+
+        Raises:
+          RecipeError: not YAML, or not a valid recipe.
+        """
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as e:
+            raise RecipeError(f"not valid YAML: {' '.join(str(e).split())}") from None
+        return cls.from_dict(data)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Loads a recipe file.
+
+        Args:
+          path: a file; else a path inside the shipped recipes
+            ("configs/ternary/sherry.yaml"); else the bare name of one ("sherry").
+
+        Raises:
+          RecipeError: no such file (names close ones), or not a valid recipe.
+        """
+        file = find_recipe(path)
+        try:
+            recipe = cls.from_yaml(file.read_text(encoding="utf-8"))
+        except (RecipeError, UnicodeDecodeError, OSError) as e:
+            raise RecipeError(f"{file}: {e}") from None
+        return recipe if recipe.name else dataclasses.replace(recipe, name=file.stem)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the recipe as YAML."""
+        Path(path).write_text(self.to_yaml(), encoding="utf-8")
+
+    def check_model(self, config: Mapping[str, Any]) -> None:
+        """Checks `requires` against a model's configuration.
+
+        Raises:
+          RecipeError: the recipe was made for another model.
+        """
+        for key, want in self.requires.items():
+            got = config.get(key)
+            if got != want:
+                raise RecipeError(
+                    f"recipe {self.name or '(unnamed)'} is for models with "
+                    f"{key}={want!r}; this one has {got!r}"
+                )
+
+
+def find_recipe(path: str | Path) -> Path:
+    """Resolves the argument of `Recipe.load` to a file.
+
+    Raises:
+      RecipeError: there is none; names close ones.
+    """
+    from angeljax._data import configs_dir
+
+    given, shipped = Path(path), configs_dir()
+    if given.is_file():
+        return given
+    if given.is_dir():
+        raise RecipeError(f"{given} is a folder: name a .yaml file in it")
+    parts = given.parts[1:] if given.parts[:1] == ("configs",) else given.parts
+    inside = shipped.joinpath(*parts) if parts and not given.is_absolute() else given
+    for file in (inside, inside.with_name(inside.name + ".yaml")):
+        if file.is_file():
+            return file
+    files = {f.stem: f for f in sorted(shipped.rglob("*.yaml"))}
+    if len(given.parts) == 1 and given.stem in files:
+        return files[given.stem]
+    near = difflib.get_close_matches(given.stem, files, n=3, cutoff=0.4)
+    hint = ", ".join(str(files[n].relative_to(shipped)) for n in near)
+    raise RecipeError(
+        f"no recipe {str(path)!r}"
+        + (f": did you mean {hint}?" if hint else f" there or in {shipped}")
+    )
+
+
+def _check_fields(data: Mapping[str, Any], known: set[str], what: str) -> None:
+    for key in data:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), sorted(known), n=1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise RecipeError(
+                f"{what} has no field {key!r}{hint}; known: {', '.join(sorted(known))}"
+            )
