@@ -223,6 +223,15 @@ def test_cache_is_checked(cut, tables, rng):
         reference_logits(bigram, dense, cut, max_bytes=1000)
 
 
+@pytest.mark.parametrize("size", [1, 40, 256, 300, 1024])
+@pytest.mark.parametrize("spread", [2, 1000])
+def test_argmax_is_numpy_s_ties_included(rng, size, spread):
+    logits = rng.integers(-spread, spread, (7, 5, size)).astype(np.float32)
+    found = steps.argmax(jnp.asarray(logits))
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, logits.argmax(axis=-1))
+
+
 def test_default_batch_size_follows_the_logits():
     tokens = np.zeros((100, 512), np.int32)
     assert steps.choose_batch_size(tokens, 49152, None) == 2
