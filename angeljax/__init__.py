@@ -1,6 +1,7 @@
 """angeljax: compression of JAX and Flax models as pure functions on param trees."""
 
 from angeljax import ops
+from angeljax.bind import bind
 from angeljax.compress import compress, plan
 from angeljax.formats import QTensor, quantize
 from angeljax.recipe import Recipe, RecipeError, Rule
@@ -12,6 +13,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Rule",
+    "bind",
     "compress",
     "ops",
     "plan",

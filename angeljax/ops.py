@@ -1,4 +1,4 @@
-"""Products with weights that may be quantized: `dot`, `einsum`, `embed`, `attend`.
+"""Products with weights that may be quantized.
 
 Each takes a plain array or a `QTensor` in the place of the weight. With a plain array
 it is the `jax.numpy` function of that name; with a QTensor it works from the packed
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from angeljax.formats import QTensor
 from angeljax.formats._blocks import GRANULE_PLANES
 
-__all__ = ["attend", "dot", "einsum", "embed"]
+__all__ = ["attend", "dot", "dot_general", "einsum", "embed"]
 
 
 def dot(
@@ -50,12 +50,42 @@ def dot(
         raise ValueError(
             f"dot: x has {x.shape[-1]} features and the weight takes {w.shape[0]}"
         )
-    return jax.lax.dot_general(
+    return dot_general(
         x,
-        _dense(w, x.dtype),
+        w,
         (((x.ndim - 1,), (0,)), ((), ())),
         precision=precision,
         preferred_element_type=preferred_element_type,
+    )
+
+
+def dot_general(
+    x: jax.Array,
+    w: jax.Array | QTensor,
+    dimension_numbers: Any,
+    *,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
+) -> jax.Array:
+    """`jax.lax.dot_general` with a right operand that may be quantized.
+
+    Args:
+      x: the left operand; the weight is brought to its dtype.
+      w: the right operand, an array or a QTensor.
+      dimension_numbers: of the logical shapes.
+      precision, preferred_element_type, out_sharding: as in `jax.lax.dot_general`.
+
+    Returns:
+      Batch axes, free axes of `x`, free axes of `w`.
+    """
+    return jax.lax.dot_general(
+        x,
+        _dense(w, x.dtype),
+        dimension_numbers,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        out_sharding=out_sharding,
     )
 
 
@@ -111,9 +141,9 @@ def attend(
     preferred_element_type: Any = jnp.float32,
 ) -> jax.Array:
     """Logits of a tied head: `x [..., D]` on `table [V, D]` -> `[..., V]`, float32."""
-    return jax.lax.dot_general(
+    return dot_general(
         x,
-        _dense(table, x.dtype),
+        table,
         (((x.ndim - 1,), (1,)), ((), ())),
         precision=precision,
         preferred_element_type=preferred_element_type,
