@@ -1,6 +1,7 @@
 """angeljax: compression of JAX and Flax models as pure functions on param trees."""
 
 from angeljax import ops
+from angeljax._report import CompressionReport, report
 from angeljax.bind import bind
 from angeljax.compress import compress, plan
 from angeljax.formats import QTensor, quantize
@@ -9,6 +10,7 @@ from angeljax.recipe import Recipe, RecipeError, Rule
 __version__ = "0.1.0"
 
 __all__ = [
+    "CompressionReport",
     "QTensor",
     "Recipe",
     "RecipeError",
@@ -18,4 +20,5 @@ __all__ = [
     "ops",
     "plan",
     "quantize",
+    "report",
 ]
