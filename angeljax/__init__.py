@@ -1,6 +1,7 @@
 """angeljax: compression of JAX and Flax models as pure functions on param trees."""
 
 from angeljax import ops
+from angeljax._partition import combine, partition
 from angeljax._report import CompressionReport, report
 from angeljax.bind import bind
 from angeljax.compress import compress, plan
@@ -16,8 +17,10 @@ __all__ = [
     "RecipeError",
     "Rule",
     "bind",
+    "combine",
     "compress",
     "ops",
+    "partition",
     "plan",
     "quantize",
     "report",
