@@ -95,6 +95,31 @@ def _check_stored(
             )
 
 
+def list_files(directory: Path) -> dict[str, int]:
+    """Relative path -> size of every file of an Orbax checkpoint."""
+    return {
+        file.relative_to(directory).as_posix(): file.stat().st_size
+        for file in sorted(directory.rglob("*"))
+        if file.is_file()
+    }
+
+
+def check_files(directory: Path, want: Mapping[str, int]) -> None:
+    """Compares sizes, which names the file that a copy has lost or cut.
+
+    Raises:
+      CheckpointError: a file is missing or has another size.
+    """
+    got = list_files(directory)
+    for name, size in want.items():
+        if got.get(name) != size:
+            found = f"has {got[name]}" if name in got else "is missing"
+            raise CheckpointError(
+                f"{directory / name}: damaged, {found} instead of {size} bytes: copy "
+                "the checkpoint again"
+            )
+
+
 def digest(x: Any) -> str:
     """SHA-256 of the bytes of an array in C order, whatever its sharding.
 

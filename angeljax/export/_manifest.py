@@ -38,6 +38,7 @@ class Manifest:
       source: where the weights came from, as given.
       extra: whatever else the writer put in.
       tokenizer_files: file name -> SHA-256, relative to `tokenizer_dir`.
+      array_files: file name -> size, relative to `arrays_dir`.
       structure: the param tree (see `_tree`).
       leaves: path -> what is stored for it.
     """
@@ -50,6 +51,7 @@ class Manifest:
     source: Any
     extra: Any
     tokenizer_files: Mapping[str, str]
+    array_files: Mapping[str, int]
     structure: Any
     leaves: Mapping[str, Entry]
 
@@ -132,8 +134,9 @@ def _parse(path: Path, fields: dict[str, Any]) -> Manifest:
     if set(fields) != _FIELDS:
         odd = sorted(set(fields) ^ _FIELDS)
         raise CheckpointError(f"missing or unknown fields: {', '.join(odd)}")
-    for name in ("recipe", "model_config"):
-        if not isinstance(fields[name], dict | None):
+    for name in ("recipe", "model_config", "tokenizer_files", "array_files"):
+        optional = name in ("recipe", "model_config")
+        if not isinstance(fields[name], dict | None if optional else dict):
             raise CheckpointError(f"{name} must be a mapping")
     leaves = {p: Entry.from_dict(p, e) for p, e in fields["leaves"].items()}
     named = [leaf for _, leaf in _tree.walk(fields["structure"])]

@@ -118,6 +118,7 @@ def save(
                         timespec="seconds"
                     ),
                     tokenizer_files=digests,
+                    array_files=_arrays.list_files(partial / _manifest.ARRAYS),
                     structure=structure,
                     leaves=entries,
                     **meta,
@@ -171,6 +172,7 @@ def load(
         for _, name, stored in entry.stored():
             targets[name] = stored.abstract.update(sharding=placed[name])
             digests[name] = stored.sha256
+    _arrays.check_files(manifest.arrays_dir, manifest.array_files)
     filled = {name: t for name, t in targets.items() if t.size}
     arrays = _arrays.read(manifest.arrays_dir, filled) if filled else {}
     for name in targets.keys() - filled.keys():
