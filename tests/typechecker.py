@@ -1,37 +1,36 @@
-"""The type checker that `conftest.py` puts behind the library's array annotations.
-
-Only jaxtyping annotations (shapes and dtypes of arrays) are enforced. Everything else
-must be validated by the library itself, which is what the tests of bad input look at.
-"""
+"""The type checker that `conftest.py` puts behind the library's annotations."""
 
 import inspect
 import typing
 from collections.abc import Callable
 from typing import Any
 
-import jaxtyping
 from beartype import BeartypeConf, beartype
+from jaxtyping import AbstractArray
 
 # An int is a float, as static checkers (PEP 484) have it.
 _beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
-def _about_arrays(hint: Any) -> bool:
-    if isinstance(hint, type) and issubclass(hint, jaxtyping.AbstractArray):
-        return True
-    return any(_about_arrays(arg) for arg in typing.get_args(hint))
-
-
 def check(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a function whose signature speaks of array shapes; returns others as is."""
-    if not inspect.isfunction(function):
+    """Checks the arguments and results that carry a jaxtyping shape, and no others.
+
+    Plain types are mypy's business. Checked here as well, they would keep a test from
+    seeing what the library itself says about an argument of the wrong type, and a
+    pytree's dataclass from holding the placeholders that JAX puts into it.
+    """
+    kept = {
+        name: annotation
+        for name, annotation in inspect.get_annotations(function).items()
+        if _has_shape(annotation)
+    }
+    if not kept:
         return function
-    try:
-        hints = typing.get_type_hints(function)
-    except NameError:  # a name that is imported for static checkers only
-        return function
-    arrays = {name: hint for name, hint in hints.items() if _about_arrays(hint)}
-    if not arrays:
-        return function
-    function.__annotations__ = arrays
+    function.__annotations__ = kept
     return _beartype(function)
+
+
+def _has_shape(annotation: Any) -> bool:
+    if inspect.isclass(annotation) and issubclass(annotation, AbstractArray):
+        return True
+    return any(_has_shape(part) for part in typing.get_args(annotation))
