@@ -1,0 +1,29 @@
+"""Language models of our own, loaded from other people's files.
+
+The rest of angeljax does not import this package: it works on anybody's model.
+"""
+
+from angeljax.models.config import DecoderConfig, ModelError
+from angeljax.models.decoder import Decoder, KVCache, dense_attention, init_cache
+from angeljax.models.generate import Generated, filter_logits, generate
+from angeljax.models.language_model import LanguageModel, stack_layers, unstack_layers
+from angeljax.models.loading import LoadedModel, load_model
+from angeljax.models.tokenizer import Tokenizer
+
+__all__ = [
+    "Decoder",
+    "DecoderConfig",
+    "Generated",
+    "KVCache",
+    "LanguageModel",
+    "LoadedModel",
+    "ModelError",
+    "Tokenizer",
+    "dense_attention",
+    "filter_logits",
+    "generate",
+    "init_cache",
+    "load_model",
+    "stack_layers",
+    "unstack_layers",
+]

@@ -1,0 +1,175 @@
+"""Text generation: prefill and all steps in one compiled call."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from angeljax.models.decoder import init_cache
+from angeljax.models.language_model import LanguageModel
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """What `generate` returns.
+
+    Attributes:
+      tokens: int32 `[B, max_new_tokens]`; after the end of a row, `pad_id`.
+      lengths: int32 `[B]`, generated tokens of each row, the ending one included.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("model", "max_new_tokens", "greedy", "top_k", "eos_ids", "pad_id"),
+)
+def _generate(
+    params: Any,
+    tokens: jax.Array,
+    mask: jax.Array,
+    key: jax.Array,
+    temperature: jax.Array,
+    top_p: jax.Array | None,
+    *,
+    model: LanguageModel,
+    max_new_tokens: int,
+    greedy: bool,
+    top_k: int | None,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+) -> Generated:
+    batch, length = tokens.shape
+    cache = init_cache(model.config, batch, length + max_new_tokens, model.dtype)
+
+    def choose(logits: jax.Array, key: jax.Array) -> jax.Array:
+        if greedy:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        filtered = filter_logits(logits / temperature, top_k=top_k, top_p=top_p)
+        return jax.random.categorical(key, filtered).astype(jnp.int32)
+
+    def ends(token: jax.Array) -> jax.Array:
+        return jnp.isin(token, jnp.asarray(eos_ids, jnp.int32))
+
+    logits, cache = model.apply(params, tokens, mask=mask, cache=cache, last_only=True)
+    first = choose(logits[:, -1], jax.random.fold_in(key, 0))
+    out = jnp.full((batch, max_new_tokens), pad_id, jnp.int32).at[:, 0].set(first)
+
+    def unfinished(carry: Any) -> jax.Array:
+        step, _, _, done, _ = carry
+        return (step < max_new_tokens) & ~jnp.all(done)
+
+    def step(carry: Any) -> Any:
+        i, cache, token, done, out = carry
+        logits, cache = model.apply(params, token[:, None], cache=cache)
+        new = choose(logits[:, -1], jax.random.fold_in(key, i))
+        new = jnp.where(done, pad_id, new)
+        out = jax.lax.dynamic_update_slice(out, new[:, None], (0, i))
+        return i + 1, cache, new, done | ends(new), out
+
+    carry = (jnp.asarray(1), cache, first, ends(first), out)
+    _, _, _, _, out = jax.lax.while_loop(unfinished, step, carry)
+    # The first ending token counts; rows without one are full.
+    stop = ends(out)
+    lengths = jnp.where(stop.any(-1), jnp.argmax(stop, -1) + 1, max_new_tokens)
+    return Generated(tokens=out, lengths=lengths.astype(jnp.int32))
+
+
+def filter_logits(
+    logits: jax.Array, *, top_k: int | None = None, top_p: jax.Array | None = None
+) -> jax.Array:
+    """Sets all but the likeliest logits `[..., V]` to -inf.
+
+    Args:
+      logits: float, already divided by the temperature.
+      top_k: keep the k largest, and what ties with the k-th.
+      top_p: keep the smallest set of largest whose probabilities reach `top_p` (nucleus
+        sampling, arXiv 1904.09751).
+    """
+    if top_k is not None and top_k < logits.shape[-1]:
+        least = jax.lax.top_k(logits, top_k)[0][..., -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    if top_p is not None:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        probs = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(probs, axis=-1) - probs
+        least = jnp.min(
+            jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True
+        )
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return logits
+
+
+def generate(
+    model: LanguageModel,
+    params: Any,
+    tokens: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    key: jax.Array | None = None,
+    eos_ids: tuple[int, ...] | None = None,
+) -> Generated:
+    """Generates from a batch of prompts in one `while_loop`.
+
+    Args:
+      model: the architecture.
+      params: its param tree, compressed or not.
+      tokens: int32 `[B, T]`, padded on the left.
+      mask: bool `[B, T]`, True for real tokens; default all.
+      max_new_tokens: upper limit for each row; the loop ends early when all rows have.
+      temperature: 0 takes the likeliest token.
+      top_k, top_p: restrict sampling; see `filter_logits`.
+      key: for sampling; needed with a temperature.
+      eos_ids: ids that end a row; default those of the configuration.
+
+    Returns:
+      A `Generated` of device arrays.
+
+    Raises:
+      ValueError: an option is out of range, or a row of `mask` is empty or ends in
+        padding.
+    """
+    tokens = jnp.asarray(tokens, jnp.int32)
+    if tokens.ndim != 2 or tokens.shape[1] == 0:
+        raise ValueError(f"tokens must be [batch, length >= 1], not {tokens.shape}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if temperature < 0:
+        raise ValueError(f"temperature must be >= 0, not {temperature}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], not {top_p}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, not {top_k}")
+    if temperature > 0 and key is None:
+        raise ValueError("sampling needs a key: pass key=jax.random.key(seed)")
+    mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
+    if not bool(mask[:, -1].all()):
+        raise ValueError("prompts are padded on the left: the last token must be real")
+    config = model.config
+    eos = config.eos_ids if eos_ids is None else tuple(eos_ids)
+    pad = config.pad_id if config.pad_id is not None else (eos[0] if eos else 0)
+    return _generate(
+        params,
+        tokens,
+        mask,
+        jax.random.key(0) if key is None else key,
+        jnp.asarray(max(temperature, 1e-6), jnp.float32),
+        None if top_p is None else jnp.asarray(top_p, jnp.float32),
+        model=model,
+        max_new_tokens=max_new_tokens,
+        greedy=temperature == 0,
+        top_k=top_k,
+        eos_ids=eos,
+        pad_id=pad,
+    )

@@ -1,0 +1,135 @@
+"""`LanguageModel`: a decoder as a pure function of its param tree."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from angeljax.models.config import DecoderConfig
+from angeljax.models.decoder import (
+    AttentionFn,
+    Decoder,
+    KVCache,
+    dense_attention,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """The architecture without parameters: hashable, so that `jit` can close over it.
+
+    `params` is everywhere a nested dict of arrays or QTensors, such as `init` gives:
+    `{"embed_tokens": {"embedding": ...}, "layers": {0: {"attn": ...}}, ...}`.
+
+    Attributes:
+      config: sizes and switches.
+      dtype: of activations.
+      scan_layers: whether the layers are one stack; see `Decoder`.
+      attention_fn: see `Decoder`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from angeljax.models import DecoderConfig, LanguageModel
+      >>> config = DecoderConfig(
+      ...     model_type="llama", vocab_size=32, hidden_size=16, num_layers=2,
+      ...     intermediate_size=32, num_heads=2, num_kv_heads=1, head_dim=8,
+      ... )
+      >>> model = LanguageModel(config)
+      >>> params = model.init(jax.random.key(0))
+      >>> model.logits(params, jnp.zeros((1, 4), jnp.int32)).shape
+      (1, 4, 32)
+    """
+
+    config: DecoderConfig
+    dtype: Any = jnp.float32
+    scan_layers: bool = False
+    attention_fn: AttentionFn = dense_attention
+
+    def module(self, rngs: nnx.Rngs, param_dtype: Any = jnp.float32) -> Decoder:
+        """A `Decoder` with fresh parameters."""
+        return Decoder(
+            self.config,
+            rngs=rngs,
+            dtype=self.dtype,
+            param_dtype=param_dtype,
+            scan_layers=self.scan_layers,
+            attention_fn=self.attention_fn,
+        )
+
+    def init(self, key: jax.Array, param_dtype: Any = jnp.float32) -> dict[str, Any]:
+        """Random parameters as a nested dict."""
+        module = self.module(nnx.Rngs(params=key), param_dtype)
+        return nnx.to_pure_dict(nnx.state(module, nnx.Param))
+
+    def abstract(self, param_dtype: Any = jnp.float32) -> dict[str, Any]:
+        """The tree of `init` with `jax.ShapeDtypeStruct` leaves; takes no memory."""
+        return jax.eval_shape(lambda: self.init(jax.random.key(0), param_dtype))
+
+    def bind(self, params: dict[str, Any]) -> Decoder:
+        """The nnx module with these parameters."""
+        graphdef, state = _skeleton(self)
+        values = _leaves_by_path(params)
+        flat = [(p, v.replace(values.pop(p))) for p, v in nnx.to_flat_state(state)]
+        return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+    def apply(
+        self,
+        params: dict[str, Any],
+        tokens: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        cache: KVCache | None = None,
+        last_only: bool = False,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """`Decoder.__call__` as a pure function."""
+        module = self.bind(params)
+        return module(tokens, mask=mask, cache=cache, last_only=last_only)
+
+    def logits(self, params: dict[str, Any], tokens: jax.Array) -> jax.Array:
+        """float32 next-token logits `[B, T, V]` of int32 tokens `[B, T]`."""
+        return self.apply(params, tokens)[0]
+
+
+@functools.lru_cache(maxsize=16)
+def _skeleton(model: LanguageModel) -> tuple[Any, Any]:
+    abstract = nnx.eval_shape(lambda: model.module(nnx.Rngs(0)))
+    graphdef, state, _ = nnx.split(abstract, nnx.Param, ...)
+    return graphdef, state
+
+
+def _leaves_by_path(params: Any, path: tuple[Any, ...] = ()) -> dict[Any, Any]:
+    if not isinstance(params, dict):
+        return {path: params}
+    out = {}
+    for key, value in params.items():
+        # Checkpoints and JSON turn the numbers of layers into strings.
+        key = int(key) if isinstance(key, str) and key.isdigit() else key
+        out.update(_leaves_by_path(value, (*path, key)))
+    return out
+
+
+def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
+    """From one subtree for each layer to one stack, for `scan_layers`.
+
+    Raises:
+      ValueError: layers differ in structure or format.
+    """
+    layers = [params["layers"][i] for i in sorted(params["layers"], key=int)]
+    first = jax.tree.structure(layers[0])
+    for i, layer in enumerate(layers):
+        if jax.tree.structure(layer) != first:
+            raise ValueError(f"layer {i} has other formats than layer 0: cannot stack")
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *layers)
+    return {**params, "layers": stacked}
+
+
+def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
+    """Inverse of `stack_layers`."""
+    n = jax.tree.leaves(params["layers"])[0].shape[0]
+    layers = {i: jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(n)}
+    return {**params, "layers": layers}
