@@ -5,6 +5,7 @@ from angeljax._partition import combine, partition
 from angeljax._report import CompressionReport, report
 from angeljax.bind import bind
 from angeljax.compress import compress, plan
+from angeljax.export import load, save
 from angeljax.formats import QTensor, quantize
 from angeljax.recipe import Recipe, RecipeError, Rule
 
@@ -19,9 +20,11 @@ __all__ = [
     "bind",
     "combine",
     "compress",
+    "load",
     "ops",
     "partition",
     "plan",
     "quantize",
     "report",
+    "save",
 ]

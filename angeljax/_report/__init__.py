@@ -1,5 +1,5 @@
 """What compression did to each leaf, as a table, JSON or one HTML page."""
 
-from angeljax._report._measure import CompressionReport, LeafReport, report
+from angeljax._report._measure import CompressionReport, LeafReport, describe, report
 
-__all__ = ["CompressionReport", "LeafReport", "report"]
+__all__ = ["CompressionReport", "LeafReport", "describe", "report"]

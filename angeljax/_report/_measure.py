@@ -162,6 +162,15 @@ def report(params: Any, cparams: Any) -> CompressionReport:
     )
 
 
+def describe(cparams: Any) -> CompressionReport:
+    """Sizes of a compressed tree, without its original: errors are left out.
+
+    The original counts in the logical dtype of each leaf. Leaves may be abstract.
+    """
+    leaves, _ = _leaves.flatten(cparams)
+    return CompressionReport(tuple(_leaf(x, x.value, None) for x in leaves))
+
+
 def _norms(w: Any, q: Any) -> Any:
     if not isinstance(q, QTensor) or isinstance(w, QTensor):
         return None
@@ -195,7 +204,9 @@ def _leaf(leaf: _leaves.Leaf, new: Any, norms: Any) -> LeafReport:
         weights=weights,
         bits_per_weight=8 * nbytes / max(weights, 1),
         nbytes=nbytes,
-        original_nbytes=_nbytes(leaf.value),
+        original_nbytes=_nbytes(leaf.value)
+        if leaf.value is not new or not packed
+        else weights * new.dtype.itemsize,
         relative_error=error,
         snr_db=snr,
     )

