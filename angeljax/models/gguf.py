@@ -36,9 +36,7 @@ class GGUFFile:
         try:
             self.reader = gguf.GGUFReader(path)
             self.metadata = {k: f.contents() for k, f in self.reader.fields.items()}
-            end = max(
-                (t.data_offset + t.n_bytes for t in self.reader.tensors), default=0
-            )
+            ends = [t.data_offset + t.n_bytes for t in self.reader.tensors]
         except FileNotFoundError:
             raise ModelError(f"{path} is missing") from None
         # The reader has no error of its own: bad bytes come out as what numpy says.
