@@ -1,0 +1,174 @@
+"""The command line on a tiny model: every command, JSON, one-line errors."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import angeljax as aj
+from angeljax import _workflow
+from angeljax.cli import app
+from angeljax.export import load_manifest
+from angeljax.models import DecoderConfig, LanguageModel, Tokenizer
+
+RUNNER = CliRunner()
+WORDS = [chr(i) for i in range(32, 127)]
+
+
+def tokenizer():
+    """One token for each printable character."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers
+
+    vocab = {"<unk>": 0, "<end>": 1} | {w: i + 2 for i, w in enumerate(WORDS)}
+    backend = Backend(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoders.Fuse()
+    template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}|{% endfor %}a:"
+    config = {"chat_template": template, "eos_token": "<end>"}
+    return Tokenizer(
+        {
+            "tokenizer.json": backend.to_str().encode(),
+            "tokenizer_config.json": json.dumps(config).encode(),
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    config = DecoderConfig(
+        model_type="llama",
+        vocab_size=100,
+        hidden_size=64,
+        intermediate_size=128,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        tied=True,
+        eos_ids=(1,),
+    )
+    model = LanguageModel(config)
+    params = model.init(jax.random.key(0), jnp.bfloat16)
+    opened = _workflow.Opened(model, params, tokenizer(), "tiny")
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    _workflow.save_model(path, opened, params, None)
+    return path
+
+
+def run(*args, code=0):
+    result = RUNNER.invoke(app, [str(a) for a in args])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_compress_inspect_eval_generate(checkpoint, tmp_path):
+    out, html = tmp_path / "small", tmp_path / "report.html"
+    done = run(
+        "compress", "-m", checkpoint, "-r", "int4-g64", "-o", out, "--html", html
+    )
+    assert "bits per weight over the whole model" in done.output
+    assert html.read_text().count("<svg") == 2
+    params, recipe = aj.load(out)
+    assert recipe == aj.Recipe.load("int4-g64")
+    assert isinstance(params["layers"][0]["mlp"]["up_proj"]["kernel"], aj.QTensor)
+
+    shown = run("inspect", out).output
+    assert "int4 g64" in shown and "layers/*/mlp/up_proj/kernel" in shown
+    assert "layers/1/mlp/up_proj/kernel" in run("inspect", out, "--leaves").output
+    data = json.loads(run("inspect", out, "--json").stdout)
+    total = sum(np.asarray(x).nbytes for x in jax.tree.leaves(params))
+    assert data["bytes"] == total and data["recipe"]["name"] == "int4-g64"
+
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 10)
+    args = ("eval", "-m", out, "--text", text, "--length", 64, "--json")
+    scored = json.loads(run(*args, "--reference", checkpoint).stdout)
+    assert scored["perplexity"] > 1 and scored["kl"] > 0
+    assert 0 <= scored["top1_agreement"] <= 1
+    same = json.loads(run(*args, "--reference", out).stdout)
+    assert same["kl"] == pytest.approx(0, abs=1e-6) and same["top1_agreement"] == 1
+    assert "perplexity" in run("eval", "-m", out, "--text", text).output
+
+    args = ("generate", "-m", out, "-p", "hello", "--max-new-tokens", 5)
+    first = json.loads(run(*args, "--json").stdout)["text"]
+    assert run(*args).output.strip() == first.strip()
+    sampled = run(*args, "--temperature", 1, "--top-k", 5, "--seed", 3, "--raw")
+    assert sampled.exit_code == 0
+
+
+def test_compress_json(checkpoint, tmp_path):
+    out = tmp_path / "x"
+    args = ("compress", "-m", checkpoint, "-r", "sherry", "-o", out, "--json")
+    data = json.loads(run(*args).stdout)
+    assert data["path"] == str(out) and len(data["leaves"]) == 20
+    kernel = next(x for x in data["leaves"] if x["path"].endswith("up_proj/kernel"))
+    assert kernel["format"] == "sherry g64" and kernel["bits_per_weight"] == 1.5
+
+
+def test_export(checkpoint, tmp_path):
+    out = tmp_path / "x"
+    run("export", "-m", checkpoint, "-r", "int8-channel", "-o", out)
+    assert load_manifest(out).recipe["name"] == "int8-channel"
+    run("export", "-m", out, "-o", tmp_path / "again")
+    a, b = aj.load(out), aj.load(tmp_path / "again")
+    assert a[1] == b[1]
+    for x, y in zip(jax.tree.leaves(a[0]), jax.tree.leaves(b[0]), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def test_recipe_commands(checkpoint):
+    assert "sherry-stride16" in run("recipe", "list").output
+    shown = run("recipe", "show", "sherry").stdout
+    assert aj.Recipe.from_yaml(shown) == aj.Recipe.load("sherry")
+    checked = run("recipe", "check", "int4-g64", "-m", checkpoint).output
+    assert "int4 g64" in checked and "skipped by default" in checked
+    rows = json.loads(
+        run("recipe", "check", "int4-g64", "-m", checkpoint, "--json").stdout
+    )
+    assert {r["format"] for r in rows} == {"int4 g64", None}
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("compress", "-m", "{m}", "-r", "int5", "-o", "{o}"), "no recipe 'int5'"),
+        (("compress", "-m", "nowhere", "-r", "sherry", "-o", "{o}"), "no file or"),
+        (("compress", "-m", "{m}", "-r", "{bad}", "-o", "{o}"), "closest paths are"),
+        (("compress", "-m", "{m}", "-r", "{other}", "-o", "{o}"), "model_type='qwen3'"),
+        (("compress", "-m", "{m}", "-r", "sherry", "-o", "{m}"), "pass --overwrite"),
+        (
+            ("export", "-m", "{m}", "-o", "{o}", "--format", "onnx"),
+            "unknown export format 'onnx'",
+        ),
+        (("eval", "-m", "{m}", "--text", "no.txt"), "no such text file"),
+        (("eval", "-m", "{m}", "--dtype", "int3"), "unknown dtype 'int3'"),
+        (("generate", "-m", "{m}", "-p", "x", "--top-p", "7"), "top_p must be in"),
+        (("inspect", "{o}"), "{o}"),
+    ],
+)
+def test_errors_are_one_line_and_leave_nothing(checkpoint, tmp_path, args, message):
+    names = {"m": checkpoint, "o": tmp_path / "out"}
+    for name, text in (
+        ("bad", "rules: [{match: layers/0/atn/q_proj/kernel, format: int8}]"),
+        ("other", "requires: {model_type: qwen3}\nrules: [{format: int8}]"),
+    ):
+        names[name] = tmp_path / f"{name}.yaml"
+        names[name].write_text(text)
+    # A source that is no file goes through a dtype check first.
+    if "int3" in args:
+        names["m"] = "nowhere"
+    result = run(*(a.format(**names) for a in args), code=1)
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert message.format(**names) in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_names_every_command():
+    shown = run("--help").output
+    for command in ("compress", "eval", "generate", "export", "inspect", "recipe"):
+        assert command in shown
