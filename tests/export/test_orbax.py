@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 from pathlib import Path
@@ -162,3 +163,23 @@ def test_recipe_may_be_a_dict(tmp_path: Path) -> None:
     with pytest.raises(aj.RecipeError, match="fromat"):
         ckpt.save(tmp_path / "n", {}, {"rules": [{"fromat": "int4"}]})
     assert not (tmp_path / "n").exists()
+
+
+def test_a_notebook_may_save_and_load(tmp_path: Path) -> None:
+    """A notebook cell runs inside an event loop; Orbax runs loops of its own."""
+
+    async def cell() -> None:
+        path = ckpt.save(tmp_path / "m", {"w": jnp.ones(4)})
+        assert_same(ckpt.load(path)[0], {"w": jnp.ones(4)})
+
+    asyncio.run(cell())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["int4", "nvfp4", "sherry", "float8_e4m3"])
+def test_gpu_arrays_come_back(name: str, tmp_path: Path) -> None:
+    w = jax.random.normal(jax.random.key(1), (256, 64), jnp.bfloat16)
+    params = {"kernel": jax.jit(lambda w: aj.quantize(w, format=name))(w)}
+    got, _ = ckpt.load(ckpt.save(tmp_path / "m", params))
+    assert_same(got, params)
+    assert got["kernel"].sharding == params["kernel"].sharding
