@@ -30,8 +30,12 @@ def describe(tree: Any) -> tuple[Any, dict[str, Any]]:
         keys that give the same path.
 
     Example:
-      >>> describe({"layers": [1.0, None]})
-      ({'dict': [['layers', {'list': ['layers/0', None]}]]}, {'layers/0': 1.0})
+      >>> import numpy as np
+      >>> structure, leaves = describe({"layers": [np.ones(2), None]})
+      >>> structure
+      {'dict': [['layers', {'list': ['layers/0', None]}]]}
+      >>> leaves
+      {'layers/0': array([1., 1.])}
     """
     if type(tree) not in (dict, list, tuple):
         raise CheckpointError(

@@ -72,6 +72,7 @@ def save(
 
     Raises:
       CheckpointError: `path` exists, or something cannot be stored; says what.
+      RecipeError: `recipe` is a dict that is no valid recipe.
 
     Example:
       >>> import tempfile, jax.numpy as jnp, angeljax as aj
