@@ -73,6 +73,7 @@ def _assign(leaf: Leaf, recipe: Recipe) -> Assignment:
 
 
 def _spec(path: str, shape: tuple[int, ...], dtype: str, rule: Rule) -> Spec:
+    assert rule.format is not None
     if dtype == "object":
         raise ValueError("is not an array")
     return make_spec(

@@ -269,7 +269,7 @@ def recipe_check(
     what = Recipe.load(recipe)
     loaded = _workflow.open_model(model, dtype="bfloat16")
     what.check_model(loaded.config_dict)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "leaf": a.path,
             "shape": list(a.shape),

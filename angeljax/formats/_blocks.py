@@ -9,6 +9,7 @@ that share a scale (a tensor, a channel, a group or a 128x128 block).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,13 @@ def _kept(spec: Spec, unit: int, entries_per_group: int) -> int:
     return -(-spec.k // unit) * (entries_per_group * unit // spec.group_size)
 
 
+_REDUCE: dict[str, Callable[..., jax.Array]] = {
+    "max": jnp.max,
+    "min": jnp.min,
+    "sum": jnp.sum,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Granules:
     """Reductions over granules for one spec; all statistics are float32."""
@@ -81,7 +89,7 @@ class Granules:
     spec: Spec
 
     def _over_outputs(self, x: jax.Array, op: str) -> jax.Array:
-        reduce = {"max": jnp.max, "min": jnp.min, "sum": jnp.sum}[op]
+        reduce = _REDUCE[op]
         block = self.spec.out_block
         if block == 1:
             return x

@@ -47,7 +47,8 @@ def _generate(
     pad_id: int,
 ) -> Generated:
     batch, length = tokens.shape
-    cache = init_cache(model.config, batch, length + max_new_tokens, model.dtype)
+    slots = length + max_new_tokens
+    empty = init_cache(model.config, batch, slots, model.dtype)
 
     def choose(logits: jax.Array, key: jax.Array) -> jax.Array:
         if greedy:
@@ -58,7 +59,7 @@ def _generate(
     def ends(token: jax.Array) -> jax.Array:
         return jnp.isin(token, jnp.asarray(eos_ids, jnp.int32))
 
-    logits, cache = model.apply(params, tokens, mask=mask, cache=cache, last_only=True)
+    logits, cache = model.apply(params, tokens, mask=mask, cache=empty, last_only=True)
     first = choose(logits[:, -1], jax.random.fold_in(key, 0))
     out = jnp.full((batch, max_new_tokens), pad_id, jnp.int32).at[:, 0].set(first)
 

@@ -98,8 +98,8 @@ class LanguageModel:
 @functools.lru_cache(maxsize=16)
 def _skeleton(model: LanguageModel) -> tuple[Any, Any]:
     abstract = nnx.eval_shape(lambda: model.module(nnx.Rngs(0)))
-    graphdef, state, _ = nnx.split(abstract, nnx.Param, ...)
-    return graphdef, state
+    graphdef, state = nnx.split(abstract)
+    return graphdef, nnx.filter_state(state, nnx.Param)
 
 
 def _leaves_by_path(params: Any, path: tuple[Any, ...] = ()) -> dict[Any, Any]:
@@ -120,9 +120,9 @@ def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
       ValueError: layers differ in structure or format.
     """
     layers = [params["layers"][i] for i in sorted(params["layers"], key=int)]
-    first = jax.tree.structure(layers[0])
-    for i, layer in enumerate(layers):
-        if jax.tree.structure(layer) != first:
+    structures: list[Any] = [jax.tree.structure(layer) for layer in layers]
+    for i, structure in enumerate(structures):
+        if structure != structures[0]:
             raise ValueError(f"layer {i} has other formats than layer 0: cannot stack")
     stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *layers)
     return {**params, "layers": stacked}
