@@ -104,6 +104,21 @@ def open_checkpoint(path: str | Path) -> Opened:
     return Opened(model, params, tokenizer, str(path), recipe)
 
 
+def abstract_params(source: str) -> tuple[dict[str, Any], Any]:
+    """Configuration and param tree of abstract leaves; no weight is read.
+
+    Raises:
+      ValueError: as `open_model`.
+    """
+    from angeljax.models import LanguageModel, load_config
+
+    if (Path(source) / "manifest.json").is_file():
+        manifest = load_manifest(source)
+        return dict(manifest.model_config or {}), _abstract_leaves(manifest)
+    config = load_config(source)
+    return config.to_dict(), LanguageModel(config).abstract(jnp.bfloat16)
+
+
 def save_model(
     path: str | Path,
     opened: Opened,
@@ -247,6 +262,11 @@ def summary_table(report: CompressionReport) -> Any:
 
 def manifest_report(manifest: Manifest) -> CompressionReport:
     """Sizes of the leaves of a checkpoint, from its manifest alone."""
+    return describe(_abstract_leaves(manifest))
+
+
+def _abstract_leaves(manifest: Manifest) -> dict[str, Any]:
+    """Leaves by path, of `jax.ShapeDtypeStruct`s."""
     tree = {}
     for path, entry in manifest.leaves.items():
         arrays = {
@@ -254,7 +274,7 @@ def manifest_report(manifest: Manifest) -> CompressionReport:
             for _, name, stored in entry.stored()
         }
         tree[path] = entry.build(arrays)
-    return describe(tree)
+    return tree
 
 
 def manifest_dict(manifest: Manifest) -> dict[str, Any]:

@@ -267,8 +267,8 @@ def recipe_check(
     from angeljax.recipe import Recipe
 
     what = Recipe.load(recipe)
-    loaded = _workflow.open_model(model, dtype="bfloat16")
-    what.check_model(loaded.config_dict)
+    config, tree = _workflow.abstract_params(model)
+    what.check_model(config)
     rows: list[dict[str, Any]] = [
         {
             "leaf": a.path,
@@ -278,7 +278,7 @@ def recipe_check(
             "format": a.spec.label() if a.spec else None,
             "reason": a.reason,
         }
-        for a in plan(loaded.params, what)
+        for a in plan(tree, what)
     ]
     if as_json:
         _print_json(rows)

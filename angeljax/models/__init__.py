@@ -7,7 +7,7 @@ from angeljax.models.config import DecoderConfig, ModelError
 from angeljax.models.decoder import Decoder, KVCache, dense_attention, init_cache
 from angeljax.models.generate import Generated, filter_logits, generate
 from angeljax.models.language_model import LanguageModel, stack_layers, unstack_layers
-from angeljax.models.loading import LoadedModel, load_model
+from angeljax.models.loading import LoadedModel, load_config, load_model
 from angeljax.models.tokenizer import Tokenizer
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "filter_logits",
     "generate",
     "init_cache",
+    "load_config",
     "load_model",
     "stack_layers",
     "unstack_layers",

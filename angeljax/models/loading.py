@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from angeljax.models import gguf, hf, hub
 from angeljax.models._assemble import Shardings
-from angeljax.models.config import ModelError
+from angeljax.models.config import DecoderConfig, ModelError
 from angeljax.models.language_model import LanguageModel
 from angeljax.models.tokenizer import Tokenizer, files_from_gguf
 
@@ -78,6 +78,16 @@ def load_model(
     else:
         params = hf.read_params(path, model, dtype=dtype, shardings=shardings)
     return LoadedModel(model, params, _tokenizer(path, file), os.fspath(source))
+
+
+def load_config(source: str | os.PathLike[str]) -> DecoderConfig:
+    """The configuration of what `load_model` would load, without its weights.
+
+    Raises:
+      ModelError: as `load_model`.
+    """
+    path = _locate(os.fspath(source))
+    return gguf.GGUFFile(path).config() if path.is_file() else hf.read_config(path)
 
 
 def _locate(source: str) -> Path:
