@@ -22,7 +22,7 @@ th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere }
 .totals { display: flex; gap: 2.5rem; flex-wrap: wrap; margin: 1rem 0 2rem }
 .totals b { display: block; font-size: 1.6rem; font-weight: 600 }
 .plots { display: flex; flex-wrap: wrap; gap: 1rem }
-.plots svg { max-width: 100%; height: auto }
+.plots svg { width: 34rem; max-width: 48%; height: auto }
 </style></head><body>
 <h1>{{ title }}</h1>
 <div class="totals">
