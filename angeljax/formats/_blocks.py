@@ -125,6 +125,15 @@ class Granules:
         n = self.spec.merged_shape[-1 if self.spec.k_position != -1 else -2]
         return jnp.repeat(s, self.spec.out_block, axis=-3)[..., :n, :, :]
 
+    def divide(self, x: jax.Array, s: jax.Array) -> jax.Array:
+        """`x / s` for blocks `[*lead, G, g]` and granules `[*lead', G, 1]`.
+
+        By one reciprocal for each granule and a product: XLA turns such a quotient
+        into that on some devices and in some fusions only, and codes at a tie would
+        then depend on where they were computed.
+        """
+        return x * self.expand(1.0 / s.astype(jnp.float32))
+
     def mask(self) -> np.ndarray:
         """bool `[G, g]`: False where `to_blocks` padded."""
         inside = np.arange(self.spec.k_padded) < self.spec.k

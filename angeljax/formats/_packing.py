@@ -39,7 +39,7 @@ def pack_bits(codes: jax.Array, bits: int) -> jax.Array:
     Args:
       codes: uint8 `[..., n]`, values below `2**bits`; `n` a multiple of
         `lcm(8, bits) / bits` (2 codes for 4 bits, 8 codes for 3 bits).
-      bits: 1 to 8.
+      bits: 1, 2, 3, 4 or 8.
 
     Returns:
       uint8 `[..., n * bits / 8]`, little-endian bit order.
@@ -51,11 +51,12 @@ def pack_bits(codes: jax.Array, bits: int) -> jax.Array:
     """
     if bits == 8:
         return codes.astype(jnp.uint8)
+    assert bits <= 4, "a unit of 5 to 7 bits does not fit a 32-bit word"
     unit = unit_of(bits)
     n_bytes = unit * bits // 8
     words = codes.reshape(*codes.shape[:-1], -1, unit).astype(jnp.uint32)
-    # A unit has at most 24 bits for the widths in use (3 bits: 8 codes), so that one
-    # 32-bit word holds it and a byte is a shift of that word.
+    # A unit has at most 24 bits (3 bits: 8 codes), so that one 32-bit word holds it and
+    # a byte is a shift of that word.
     word = words[..., 0]
     for i in range(1, unit):
         word = word | (words[..., i] << (bits * i))

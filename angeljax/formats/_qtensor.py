@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import sys
 from collections.abc import Callable
@@ -10,14 +11,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import meta
 
 from angeljax.formats import _blocks, _registry
 from angeljax.formats._spec import Spec
 
-# Functions of JAX that ask a value for its type. A plain `lax` primitive calls them on
-# a QTensor, which has no JAX type of its own; `jax.numpy` converts first and does not.
-_TYPE_QUERIES = frozenset({"typeof", "shaped_abstractify", "get_aval"})
+# Where `jax._src.core` asks a value for its type. A `lax` primitive comes there with a
+# QTensor, which has no JAX type of its own; `jax.numpy` converts before.
+_TYPE_QUERIES = frozenset({"bind", "typeof", "shaped_abstractify", "get_aval"})
 
 
 @jax.tree_util.register_dataclass
@@ -85,10 +87,8 @@ class QTensor:
 
     def dequantize(self, dtype: Any = None) -> jax.Array:
         """The array, `shape`, in `dtype` (default: the logical dtype)."""
-        fmt = _registry.get_format(self.spec.format)
-        planes = _blocks.unstore(self.planes, self.spec, fmt.tail_unit(self.spec))
-        x = _blocks.from_blocks(fmt.decode(planes, self.spec), self.spec)
-        return x.astype(self.dtype if dtype is None else dtype)
+        dtype = self.dtype if dtype is None else jnp.dtype(dtype)
+        return _dequantize(self.planes, self.spec, dtype)
 
     def astype(self, dtype: Any) -> jax.Array:
         """Dequantizes into `dtype`."""
@@ -123,8 +123,12 @@ class QTensor:
         # JAX refuses such objects as direct operands of `lax` primitives with a message
         # that cannot name them. The type query is the one caller that must not convert,
         # so that is where ours is given; if JAX renames it, its own message stands.
-        if sys._getframe(1).f_code.co_name in _TYPE_QUERIES:
-            raise TypeError(
+        caller: Any = sys._getframe(1)
+        while caller.f_globals.get("__name__", "").startswith("jaxtyping"):
+            caller = caller.f_back  # its wrapper, where annotations are checked
+        if caller.f_code.co_name in _TYPE_QUERIES:
+            # JAX replaces a TypeError by one of its own, and lets a ValueError pass.
+            raise ValueError(
                 f"{self!r} was passed to a jax.lax primitive, which takes plain arrays "
                 "only: use angeljax.ops.dot / einsum, jax.numpy, or q.dequantize()"
             )
@@ -155,6 +159,17 @@ class QTensor:
     def __len__(self) -> int:
         return self.shape[0]
 
+    def __iter__(self) -> Any:
+        # Without this Python would index until an IndexError, which JAX never raises.
+        return iter(self.dequantize())
+
+    # numpy leaves its operators to ours instead of taking this for a sequence.
+    __array_ufunc__ = None
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        del copy
+        return np.asarray(self.dequantize(), dtype)
+
     def __repr__(self) -> str:
         try:
             shape = ",".join(map(str, self.shape))
@@ -162,6 +177,15 @@ class QTensor:
         except (AttributeError, KeyError, TypeError):  # a tree_map put other leaves in
             return f"QTensor({self.spec.label()}, planes={self.planes})"
         return f"QTensor({self.spec.label()} [{shape}] {self.dtype}, {bits} bit/weight)"
+
+
+# Compiled as one function also outside of `jit`, so that no step of the decoding is
+# ever a whole array in float32.
+@functools.partial(jax.jit, static_argnames=("spec", "dtype"))
+def _dequantize(planes: dict[str, jax.Array], spec: Spec, dtype: Any) -> jax.Array:
+    fmt = _registry.get_format(spec.format)
+    blocks = fmt.decode(_blocks.unstore(planes, spec, fmt.tail_unit(spec)), spec)
+    return _blocks.from_blocks(blocks, spec).astype(dtype)
 
 
 def _operator(name: str) -> Callable[..., jax.Array]:

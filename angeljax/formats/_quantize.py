@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -39,9 +40,11 @@ def quantize(w: Any, *, format: str, **options: Any) -> QTensor:
       QTensor(sherry g128 [256,64] float32, 1.375 bit/weight)
     """
     w = jnp.asarray(w)
-    return quantize_to(w, make_spec(w.shape, w.dtype, format=format, **options))
+    spec = make_spec(w.shape, w.dtype, format=format, **options)
+    return quantize_to(w, spec)
 
 
+@functools.partial(jax.jit, static_argnames="spec")
 def quantize_to(w: jax.Array, spec: Spec) -> QTensor:
     """Quantizes `w` `[*batch, *spec.shape]` as `spec` says; see `quantize`."""
     fmt = get_format(spec.format)

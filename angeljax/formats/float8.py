@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from angeljax.formats._blocks import Granules
 from angeljax.formats._registry import Format, Planes, register
 from angeljax.formats._spec import Spec
-from angeljax.formats.integer import TINY
+from angeljax.formats.integer import inverse, to_scale
 
 E4M3 = jnp.float8_e4m3fn
 E5M2 = jnp.float8_e5m2
@@ -32,9 +32,9 @@ def cast(x: jax.Array, dtype: Any) -> jax.Array:
 def encode(w: jax.Array, spec: Spec, *, dtype: Any) -> Planes:
     """Elements and scales of blocks `[*lead, G, g]`."""
     granules = Granules(spec)
-    scale = granules.max(jnp.abs(w)) / float(jnp.finfo(dtype).max)
-    scale = jnp.where(scale < TINY, 1.0, scale).astype(spec.scale_dtype)
-    codes = cast(w / granules.expand(scale.astype(jnp.float32)), dtype)
+    scale = granules.max(jnp.abs(w)) * inverse(float(jnp.finfo(dtype).max))
+    scale = to_scale(scale, spec)
+    codes = cast(granules.divide(w, scale), dtype)
     return {"codes": codes, "scale": scale}
 
 

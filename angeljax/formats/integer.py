@@ -14,6 +14,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from angeljax.formats._blocks import Granules
 from angeljax.formats._packing import pack_bits, unit_of, unpack_bits
@@ -22,6 +23,20 @@ from angeljax.formats._spec import Spec
 
 # Below this a scale would underflow when squared or divided by: an all-zero granule.
 TINY = float(jnp.finfo(jnp.float32).tiny) ** 0.5
+
+
+def inverse(x: float) -> np.float32:
+    """1 / x as a constant; see `Granules.divide` for why not to divide by x."""
+    return np.float32(1 / x)
+
+
+def to_scale(scale: jax.Array, spec: Spec) -> jax.Array:
+    """A float32 scale in the dtype of the spec: 1 for an empty granule, finite."""
+    info = jnp.finfo(spec.scale_dtype)
+    scale = jnp.where(scale < TINY, 1.0, scale)
+    # float16 ends at 65504 and 6e-8: saturate there instead of infinity and 0.
+    low, high = max(TINY, float(info.smallest_subnormal)), float(info.max)
+    return jnp.clip(scale, low, high).astype(spec.scale_dtype)
 
 
 def encode(w: jax.Array, spec: Spec, *, bits: int) -> Planes:
@@ -35,9 +50,9 @@ def _encode_symmetric(w: jax.Array, spec: Spec, bits: int) -> Planes:
     granules = Granules(spec)
     top = 2 ** (bits - 1) - 1
     narrow = narrow_range(spec, bits)
-    scale = granules.max(jnp.abs(w)) / (top if narrow else top + 0.5)
-    scale = jnp.where(scale < TINY, 1.0, scale).astype(spec.scale_dtype)
-    q = jnp.round(w / granules.expand(scale.astype(jnp.float32)))
+    scale = granules.max(jnp.abs(w)) * inverse(top if narrow else top + 0.5)
+    scale = to_scale(scale, spec)
+    q = jnp.round(granules.divide(w, scale))
     q = jnp.clip(q, -top if narrow else -top - 1, top).astype(jnp.int8)
     return {"codes": _pack(q, bits), "scale": scale}
 
@@ -47,11 +62,11 @@ def _encode_asymmetric(w: jax.Array, spec: Spec, bits: int) -> Planes:
     lowest = -(2 ** (bits - 1))
     # The zero padding of the last group never widens a range that holds 0.
     low, high = jnp.minimum(granules.min(w), 0), jnp.maximum(granules.max(w), 0)
-    scale = (high - low) / (2**bits - 1)
-    scale = jnp.where(scale < TINY, 1.0, scale).astype(spec.scale_dtype)
+    scale = (high - low) * inverse(2**bits - 1)
+    scale = to_scale(scale, spec)
     s = scale.astype(jnp.float32)
     zero = jnp.clip(jnp.round(lowest - low / s), lowest, -lowest - 1)
-    q = jnp.round(w / granules.expand(s) + granules.expand(zero))
+    q = jnp.round(granules.divide(w, s) + granules.expand(zero))
     q = jnp.clip(q, lowest, -lowest - 1).astype(jnp.int8)
     codes = pack_bits((q - lowest).astype(jnp.uint8), bits)
     return {

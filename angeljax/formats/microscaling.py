@@ -15,6 +15,7 @@ s_2 = amax / (6 * 448), s_b = E4M3(amax_16 / 6 / s_2), w' = code * s_b * s_2.
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from angeljax.formats._packing import pack_bits, unpack_bits
 from angeljax.formats._registry import Format, Planes, register
 from angeljax.formats._spec import Spec
 from angeljax.formats.float8 import E4M3, cast
-from angeljax.formats.integer import TINY
+from angeljax.formats.integer import TINY, inverse
 
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_MAX, E4M3_MAX = 6.0, 448.0
@@ -78,16 +79,16 @@ def _mx_scale(w: jax.Array, spec: Spec, element_max: float) -> jax.Array:
     amax = jnp.max(jnp.abs(w), axis=-1, keepdims=True)
     amax = jnp.where(amax < TINY, element_max, amax)
     if spec.option("scale_rounding") == "ceil":
-        return e8m0_encode(amax / element_max, "ceil")
-    largest = 2.0 ** jnp.floor(jnp.log2(element_max))
-    return e8m0_encode(amax / largest, "floor")
+        return e8m0_encode(amax * inverse(element_max), "ceil")
+    largest = 2.0 ** math.floor(math.log2(element_max))
+    return e8m0_encode(amax * inverse(largest), "floor")
 
 
 def mxfp4_encode(w: jax.Array, spec: Spec) -> Planes:
     """Codes and E8M0 scales of blocks `[*lead, G, 32]`."""
     scale = _mx_scale(w, spec, E2M1_MAX)
     return {
-        "codes": pack_bits(e2m1_encode(w / e8m0_decode(scale)), 4),
+        "codes": pack_bits(e2m1_encode(w * (1.0 / e8m0_decode(scale))), 4),
         "scale": scale,
     }
 
@@ -101,7 +102,7 @@ def mxfp4_decode(planes: Planes, spec: Spec) -> jax.Array:
 def mxfp8_encode(w: jax.Array, spec: Spec) -> Planes:
     """E4M3 elements and E8M0 scales of blocks `[*lead, G, 32]`."""
     scale = _mx_scale(w, spec, E4M3_MAX)
-    return {"codes": cast(w / e8m0_decode(scale), E4M3), "scale": scale}
+    return {"codes": cast(w * (1.0 / e8m0_decode(scale)), E4M3), "scale": scale}
 
 
 def mxfp8_decode(planes: Planes, spec: Spec) -> jax.Array:
@@ -116,12 +117,13 @@ def nvfp4_encode(w: jax.Array, spec: Spec) -> Planes:
     # One scale2 for each batch entry: over the outputs and all groups.
     n_out = spec.rank - 1
     axes = tuple(range(amax.ndim - 2 - n_out, amax.ndim))
-    scale2 = jnp.max(amax, axis=axes, keepdims=True) / (E2M1_MAX * E4M3_MAX)
+    scale2 = jnp.max(amax, axis=axes, keepdims=True) * inverse(E2M1_MAX * E4M3_MAX)
     scale2 = jnp.where(scale2 < TINY, 1.0, scale2)
     smallest = float(jnp.finfo(E4M3).smallest_subnormal)
-    scale = jnp.clip(amax / E2M1_MAX / scale2, smallest, E4M3_MAX)
+    scale = amax * inverse(E2M1_MAX) * (1.0 / scale2)
+    scale = jnp.clip(scale, smallest, E4M3_MAX)
     scale = jnp.where(amax == 0, 1.0, scale).astype(E4M3)
-    codes = e2m1_encode(w / (scale.astype(jnp.float32) * scale2))
+    codes = e2m1_encode(w * (1.0 / (scale.astype(jnp.float32) * scale2)))
     return {"codes": pack_bits(codes, 4), "scale": scale, "scale2": scale2}
 
 

@@ -13,7 +13,7 @@ from angeljax.formats._blocks import Granules
 from angeljax.formats._packing import pack_bits, unpack_bits
 from angeljax.formats._registry import Format, Planes, register
 from angeljax.formats._spec import Spec
-from angeljax.formats.integer import TINY
+from angeljax.formats.integer import to_scale
 
 LEVELS = (
     -1.0,
@@ -38,9 +38,8 @@ LEVELS = (
 def encode(w: jax.Array, spec: Spec) -> Planes:
     """Codes and scales of blocks `[*lead, G, g]`."""
     granules = Granules(spec)
-    scale = granules.max(jnp.abs(w))
-    scale = jnp.where(scale < TINY, 1.0, scale).astype(spec.scale_dtype)
-    x = w / granules.expand(scale.astype(jnp.float32))
+    scale = to_scale(granules.max(jnp.abs(w)), spec)
+    x = granules.divide(w, scale)
     levels = np.asarray(LEVELS, np.float32)
     codes = jnp.zeros(x.shape, jnp.uint8)
     for middle in (levels[1:] + levels[:-1]) / 2:

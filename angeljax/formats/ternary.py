@@ -28,13 +28,13 @@ from angeljax.formats._packing import (
 )
 from angeljax.formats._registry import Format, Planes, register
 from angeljax.formats._spec import Spec
-from angeljax.formats.integer import TINY
+from angeljax.formats.integer import to_scale
 
 _ROUNDS = 10
 
 
 def ternarize(w: jax.Array, spec: Spec) -> tuple[jax.Array, jax.Array]:
-    """Ternary codes in {-1, 0, 1} and float32 scales of blocks `[*lead, G, g]`."""
+    """Ternary codes in {-1, 0, 1} and scales of blocks `[*lead, G, g]`."""
     granules = Granules(spec)
     a = jnp.abs(w)
     method = spec.option("scale_method")
@@ -60,8 +60,7 @@ def ternarize(w: jax.Array, spec: Spec) -> tuple[jax.Array, jax.Array]:
         keep = a >= granules.expand(scale) / 2
     # In an all-zero granule every weight passes the threshold of 0.
     keep = keep & (a > 0)
-    scale = jnp.where(scale < TINY, 1.0, scale)
-    return jnp.where(keep, jnp.sign(w), 0.0), scale
+    return jnp.where(keep, jnp.sign(w), 0.0), to_scale(scale, spec)
 
 
 def run_length(spec: Spec) -> int:
@@ -74,7 +73,7 @@ def t2_encode(w: jax.Array, spec: Spec) -> Planes:
     """2-bit codes and scales of blocks `[*lead, G, g]`."""
     t, scale = ternarize(w, spec)
     codes = pack_planar2((t + 1).astype(jnp.uint8), run_length(spec))
-    return {"codes": codes, "scale": scale.astype(spec.scale_dtype)}
+    return {"codes": codes, "scale": scale}
 
 
 def t2_decode(planes: Planes, spec: Spec) -> jax.Array:
@@ -87,7 +86,7 @@ def t1_6_encode(w: jax.Array, spec: Spec) -> Planes:
     """Base-3 codes and scales of blocks `[*lead, G, g]`."""
     t, scale = ternarize(w, spec)
     codes = pack_base3((t + 1).astype(jnp.uint8))
-    return {"codes": codes, "scale": scale.astype(spec.scale_dtype)}
+    return {"codes": codes, "scale": scale}
 
 
 def t1_6_decode(planes: Planes, spec: Spec) -> jax.Array:
