@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,10 +15,6 @@ from flax.core import meta
 
 from angeljax.formats import _blocks, _registry
 from angeljax.formats._spec import Spec
-
-# Where `jax._src.core` asks a value for its type. A `lax` primitive comes there with a
-# QTensor, which has no JAX type of its own; `jax.numpy` converts before.
-_TYPE_QUERIES = frozenset({"bind", "typeof", "shaped_abstractify", "get_aval"})
 
 
 @jax.tree_util.register_dataclass
@@ -118,21 +113,8 @@ class QTensor:
             return QTensor(planes=planes, spec=self.spec)
         return self.dequantize()[index]
 
-    @property
-    def __jax_array__(self) -> Callable[[], jax.Array]:
-        # JAX refuses such objects as direct operands of `lax` primitives with a message
-        # that cannot name them. The type query is the one caller that must not convert,
-        # so that is where ours is given; if JAX renames it, its own message stands.
-        caller: Any = sys._getframe(1)
-        while caller.f_globals.get("__name__", "").startswith("jaxtyping"):
-            caller = caller.f_back  # its wrapper, where annotations are checked
-        if caller.f_code.co_name in _TYPE_QUERIES:
-            # JAX replaces a TypeError by one of its own, and lets a ValueError pass.
-            raise ValueError(
-                f"{self!r} was passed to a jax.lax primitive, which takes plain arrays "
-                "only: use angeljax.ops.dot / einsum, jax.numpy, or q.dequantize()"
-            )
-        return self.dequantize
+    def __jax_array__(self) -> jax.Array:
+        return self.dequantize()
 
     # Flax's protocol of boxed parameters. A linen layer unboxes what it reads and then
     # compares its shape with that of the initializer, which packed planes would fail;
@@ -203,3 +185,20 @@ for _name in ("add", "sub", "mul", "truediv", "matmul"):
         setattr(QTensor, f"__{_prefix}{_name}__", _operator(f"__{_prefix}{_name}__"))
 setattr(QTensor, "__neg__", _operator("__neg__"))  # noqa: B010
 meta.AxisMetadata.register(QTensor)
+
+
+def _refuse(q: QTensor) -> Any:
+    raise ValueError(
+        f"{q!r} was passed to a jax.lax primitive, which takes plain arrays only: use "
+        "angeljax.ops.dot / dot_general / einsum, jax.numpy, or q.dequantize()"
+    )
+
+
+# `jax.numpy` converts a QTensor; a bare `lax` primitive does not, and what it says of it
+# names neither the array nor the way out. Without this hook that message stands.
+try:
+    from jax._src.dtypes import register_canonicalize_value_handler
+except ImportError:
+    pass
+else:
+    register_canonicalize_value_handler(QTensor, _refuse)
