@@ -194,7 +194,7 @@ def _refuse(q: QTensor) -> Any:
     )
 
 
-# `jax.numpy` converts a QTensor; a bare `lax` primitive does not, and what it says of it
+# `jax.numpy` converts a QTensor; a bare `lax` primitive does not, and what it says then
 # names neither the array nor the way out. Without this hook that message stands.
 try:
     from jax._src.dtypes import register_canonicalize_value_handler

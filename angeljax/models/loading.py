@@ -120,6 +120,6 @@ def _tokenizer(path: Path, file: gguf.GGUFFile | None) -> Tokenizer | None:
     folder = path.parent if path.is_file() else path
     if (folder / "tokenizer.json").is_file():
         return Tokenizer.from_folder(folder)
-    if file is not None:
+    if file is not None and "tokenizer.ggml.model" in file.metadata:
         return Tokenizer(files_from_gguf(file.metadata))
     return None
