@@ -8,7 +8,7 @@ EXTRAS := test,dev,report
 # Two processes: most of the time goes into tracing and compiling, which one process
 # does on one core. PYTEST_ARGS="-n 0 -k name" for a closer look.
 PYTEST_ARGS ?= -n 2 --dist worksteal
-MARKERS     ?= not gpu and not tpu_compile and not network
+MARKERS     ?= not gpu and not tpu_compile
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHON
@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt scripts/make_venv.sh
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
-test: $(STAMP) ## run the tests that need no accelerator and no network
+test: $(STAMP) ## run the tests that need no accelerator
 	$(BIN)/python -m pytest -m "$(MARKERS)" $(PYTEST_ARGS)
 
 test-gpu: $(STAMP) ## run the tests that need a CUDA device

@@ -8,11 +8,11 @@ os.environ["JAX_PLATFORMS"] = _PLATFORM if _PLATFORM == "cpu" else f"{_PLATFORM}
 _FLAG = "--xla_force_host_platform_device_count"
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
-# A test that reaches for the hub fails at once, instead of after a timeout.
-_NETWORK = os.environ.get("ANGELJAX_TEST_NETWORK") == "1"
-if not _NETWORK:
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["HF_DATASETS_OFFLINE"] = "1"
+# A test that reaches for the hub fails at once, instead of after a timeout. Tests marked
+# `network` use PyPI, and skip themselves where it cannot be reached.
+_NETWORK = os.environ.get("ANGELJAX_TEST_NETWORK") != "0"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 from importlib.util import find_spec
 
@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if find_spec("libtpu") is None:
         missing["tpu_compile"] = "needs libtpu (pip install libtpu)"
     if not _NETWORK:
-        missing["network"] = "ANGELJAX_TEST_NETWORK=1 allows it"
+        missing["network"] = "ANGELJAX_TEST_NETWORK=0 forbids it"
     for item in items:
         for marker in missing.keys() & {mark.name for mark in item.iter_markers()}:
             item.add_marker(pytest.mark.skip(reason=missing[marker]))
