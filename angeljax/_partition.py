@@ -48,7 +48,15 @@ def partition(tree: Any) -> tuple[Any, Any]:
 
 
 def combine(trainable: Any, frozen: Any) -> Any:
-    """Inverse of `partition`."""
+    """Inverse of `partition`.
+
+    Args:
+      trainable: the first part, or a tree of its structure with new values.
+      frozen: the second part.
+
+    Returns:
+      The whole tree.
+    """
     return jax.tree.map(
         lambda a, b: b if a is None else a,
         trainable,

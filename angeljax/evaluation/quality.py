@@ -104,6 +104,8 @@ def evaluate(
         other windows.
 
     Example:
+      >>> import jax.numpy as jnp
+      >>> from angeljax.evaluation import Windows, evaluate
       >>> def uniform(params, tokens):
       ...     return jnp.zeros((*tokens.shape, 50))
       >>> cut = Windows(np.zeros((1, 4), np.int32), np.array([[False] + 3 * [True]]))

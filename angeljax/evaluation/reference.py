@@ -74,6 +74,8 @@ def reference_logits(
         vocabulary, per token of the text.
 
     Example:
+      >>> import jax.numpy as jnp
+      >>> from angeljax.evaluation import Windows, evaluate, reference_logits
       >>> def unigram(logits, tokens):
       ...     return jnp.broadcast_to(logits, (*tokens.shape, len(logits)))
       >>> cut = Windows(np.zeros((1, 4), np.int32), np.array([[False] + 3 * [True]]))

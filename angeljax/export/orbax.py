@@ -194,6 +194,12 @@ def load(
 def load_manifest(path: str | os.PathLike[str]) -> Manifest:
     """Reads everything about a checkpoint but its arrays.
 
+    Args:
+      path: the checkpoint.
+
+    Returns:
+      The manifest: tree, specs, recipe, configuration, versions, digests.
+
     Raises:
       CheckpointError: no checkpoint, damaged, or newer.
 

@@ -46,7 +46,15 @@ def quantize(w: Any, *, format: str, **options: Any) -> QTensor:
 
 @functools.partial(jax.jit, static_argnames="spec")
 def quantize_to(w: jax.Array, spec: Spec) -> QTensor:
-    """Quantizes `w` `[*batch, *spec.shape]` as `spec` says; see `quantize`."""
+    """Quantizes one array as a spec says; see `quantize`.
+
+    Args:
+      w: float array `[*batch, *spec.shape]`.
+      spec: as `make_spec` resolves it.
+
+    Returns:
+      A `QTensor` with this spec.
+    """
     fmt = get_format(spec.format)
     planes = fmt.encode(_blocks.to_blocks(w, spec), spec)
     return QTensor(planes=_blocks.store(planes, spec, fmt.tail_unit(spec)), spec=spec)

@@ -60,12 +60,22 @@ def register(fmt: Format) -> Format:
 
 
 def format_names() -> tuple[str, ...]:
-    """All format names, sorted."""
+    """All format names.
+
+    Returns:
+      The names that `Rule.format` and `quantize` take, sorted.
+    """
     return tuple(sorted(_FORMATS))
 
 
 def get_format(name: str) -> Format:
     """Looks a format up.
+
+    Args:
+      name: one of `format_names()`.
+
+    Returns:
+      The format.
 
     Raises:
       ValueError: no such format; names the closest ones.

@@ -127,6 +127,9 @@ def make_spec(
       pad: whether a last short group may be padded inside.
       **options: of the format.
 
+    Returns:
+      The spec, with every default filled in.
+
     Raises:
       ValueError: one line that names what is wrong and what would work.
     """

@@ -50,7 +50,17 @@ class KVCache:
 def init_cache(
     config: DecoderConfig, batch: int, slots: int, dtype: Any = jnp.bfloat16
 ) -> KVCache:
-    """An empty cache for `slots` tokens in each of `batch` rows."""
+    """An empty cache.
+
+    Args:
+      config: of the model.
+      batch: rows.
+      slots: tokens that a row can hold, prompt and padding included.
+      dtype: of keys and values.
+
+    Returns:
+      A `KVCache` of zeros, length 0.
+    """
     shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
     return KVCache(
         k=jnp.zeros(shape, dtype),
@@ -63,7 +73,16 @@ def init_cache(
 def dense_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
 ) -> jax.Array:
-    """Softmax attention with grouped queries; softmax in float32."""
+    """Softmax attention with grouped queries; softmax in float32.
+
+    Args:
+      q: `[B, T, num_heads, head_dim]`.
+      k, v: `[B, S, num_kv_heads, head_dim]`.
+      mask: bool `[B, 1, T, S]`, True where a query sees a key.
+
+    Returns:
+      `[B, T, num_heads, head_dim]`.
+    """
     return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 

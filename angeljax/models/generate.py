@@ -93,6 +93,9 @@ def filter_logits(
       top_k: keep the k largest, and what ties with the k-th.
       top_p: keep the smallest set of largest whose probabilities reach `top_p` (nucleus
         sampling, arXiv 1904.09751).
+
+    Returns:
+      The logits, of the same shape and dtype.
     """
     if top_k is not None and top_k < logits.shape[-1]:
         least = jax.lax.top_k(logits, top_k)[0][..., -1:]

@@ -116,6 +116,12 @@ def _leaves_by_path(params: Any, path: tuple[Any, ...] = ()) -> dict[Any, Any]:
 def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
     """From one subtree for each layer to one stack, for `scan_layers`.
 
+    Args:
+      params: a tree whose `layers` are numbered subtrees.
+
+    Returns:
+      The tree with one subtree `layers`; each of its leaves has a leading layer axis.
+
     Raises:
       ValueError: layers differ in structure or format.
     """
@@ -129,7 +135,14 @@ def stack_layers(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def unstack_layers(params: dict[str, Any]) -> dict[str, Any]:
-    """Inverse of `stack_layers`."""
+    """Inverse of `stack_layers`.
+
+    Args:
+      params: a tree with stacked `layers`.
+
+    Returns:
+      The tree with one subtree for each layer, under its number.
+    """
     n = jax.tree.leaves(params["layers"])[0].shape[0]
     layers = {i: jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(n)}
     return {**params, "layers": layers}

@@ -83,6 +83,12 @@ def load_model(
 def load_config(source: str | os.PathLike[str]) -> DecoderConfig:
     """The configuration of what `load_model` would load, without its weights.
 
+    Args:
+      source: as in `load_model`.
+
+    Returns:
+      The configuration.
+
     Raises:
       ModelError: as `load_model`.
     """
