@@ -1,0 +1,245 @@
+"""The documentation: its code runs, its tables and hex are true, its links lead on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import typer
+
+import angeljax as aj
+from angeljax import cli
+from angeljax.formats import format_names, get_format
+from angeljax.recipe import DEFAULT_SKIP
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FORMATS = ROOT / "docs" / "formats.md"
+COMPRESS = ROOT / "docs" / "guides" / "compress.md"
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path, language: str) -> list[tuple[int, str]]:
+    """Line number and text of the fenced blocks in a language."""
+    text = page.read_text(encoding="utf-8")
+    found = re.finditer(rf"^```{language}\n(.*?)^```", text, re.S | re.M)
+    return [(text[: m.start(1)].count("\n"), m[1]) for m in found]
+
+
+def table(page: Path, head: str) -> dict[str, list[str]]:
+    """Rows of the table whose first heading is `head`, by their first cell."""
+    lines = page.read_text(encoding="utf-8").split("\n")
+    start = next(i for i, x in enumerate(lines) if x.startswith(f"| {head} |")) + 2
+    rows = {}
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        first, *rest = (cell.strip() for cell in line.strip("|").split("|"))
+        rows[first.strip("`")] = rest
+    return rows
+
+
+def run(page: Path) -> dict[str, Any]:
+    """Runs the Python blocks of a page in one namespace; returns it."""
+    namespace: dict[str, Any] = {"__name__": "page"}
+    for line, block in blocks(page, "python"):
+        code = compile("\n" * line + block, name(page), "exec")
+        if "# needs the network" not in block:
+            with contextlib.redirect_stdout(io.StringIO()):
+                exec(code, namespace)
+    return namespace
+
+
+WITH_CODE = [page for page in PAGES if blocks(page, "python")]
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=name)
+def test_code_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(page)
+
+
+def commands() -> list[str]:
+    lines = [x for p in PAGES for _, b in blocks(p, "(?:bash)?") for x in b.split("\n")]
+    return sorted({x.split("#")[0].strip() for x in lines if x.startswith("angeljax ")})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_parse(command):
+    node: Any = typer.main.get_command(cli.app)
+    _, *arguments = shlex.split(command)
+    while hasattr(node, "commands"):
+        node = node.commands[arguments.pop(0)]
+    # Parses and checks the options; runs nothing.
+    node.make_context(node.name, arguments)
+
+
+def anchors(page: Path) -> set[str]:
+    """GitHub's anchors of the headings."""
+    heads = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    plain = [re.sub(r"[^\w\- ]", "", head.lower()) for head in heads]
+    return {head.strip().replace(" ", "-") for head in plain}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page):
+    text = re.sub(
+        r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M
+    )
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"\w+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target), link
+
+
+def test_pages_name_no_machine():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert not re.search(r"/(home|root|work|tmp|Users)/", text), page
+
+
+# docs/guides/compress.md
+
+
+def test_recipe_schema_is_complete():
+    for head, cls in (("field of a recipe", aj.Recipe), ("field of a rule", aj.Rule)):
+        fields = {f.name for f in dataclasses.fields(cls)}
+        assert table(COMPRESS, head).keys() == fields
+
+
+def test_recipe_schema_defaults():
+    rows = table(COMPRESS, "field of a rule")
+    options = {
+        k: v[0] for f in format_names() for k, v in get_format(f).options.items()
+    }
+    for field in dataclasses.fields(aj.Rule):
+        default = options.get(field.name, field.default)
+        if default is not None:
+            text = str(default).lower() if isinstance(default, bool) else str(default)
+            assert rows[field.name][0] == f"`{text}`", field.name
+
+
+def test_yaml_blocks_are_recipes():
+    for _, block in blocks(COMPRESS, "yaml"):
+        aj.Recipe.from_yaml(block)
+
+
+def test_formats_table():
+    rows = table(COMPRESS, "format")
+    assert set(rows) == set(format_names())
+    for key, (payload, granularities, options, _) in rows.items():
+        fmt = get_format(key)
+        assert float(payload) == fmt.payload_bits
+        names = granularities.replace(f"group ({fmt.group_size})", "group").split(", ")
+        assert tuple(names) == fmt.granularities
+        if fmt.granularities[0] == "group":
+            assert f"group ({fmt.group_size})" in granularities
+        assert re.findall(r"\w+", options) == list(fmt.options)
+
+
+def test_default_selection_is_described():
+    text = COMPRESS.read_text(encoding="utf-8")
+    listed = re.search(r"except for\n\n(.*?)\n\n", text, re.S)
+    assert listed is not None
+    words = set(re.findall(r"`(\w+)`", listed[1]))
+    paths = {f"a/{word}/kernel" for word in words} | {f"a/{word}" for word in words}
+    skipped = {p: [bool(re.fullmatch(s, p)) for s in DEFAULT_SKIP] for p in paths}
+    for word in words:
+        assert any(skipped[f"a/{word}/kernel"]) or any(skipped[f"a/{word}"]), word
+    assert all(any(column) for column in zip(*skipped.values(), strict=True))
+
+
+# docs/formats.md
+
+
+def option(text: str) -> tuple[str, Any]:
+    key, value = text.split("=")
+    return key, {"true": True, "false": False}.get(value) if value.isalpha() else int(
+        value
+    )
+
+
+@pytest.mark.parametrize("block", [b for _, b in blocks(FORMATS, "example")])
+def test_hex_examples(block):
+    ((_, weights),) = blocks(FORMATS, "weights")
+    w = np.asarray(weights.split(), np.float32)[:, None]
+    head, *lines = block.strip().split("\n")
+    fmt, *options = head.split()
+    q = aj.quantize(w, format=fmt, **dict(map(option, options)))
+    got = {k: np.asarray(p).tobytes().hex(" ") for k, p in q.planes.items()}
+    got["reads"] = " ".join(f"{x:.9g}" for x in np.asarray(q.dequantize())[:, 0])
+    assert dict(line.split(" ", 1) for line in lines) == got
+
+
+def test_every_format_has_an_example():
+    heads = {b.split()[0] for _, b in blocks(FORMATS, "example")}
+    assert heads == set(format_names())
+
+
+@pytest.fixture(scope="module")
+def read():
+    """The reader that the page gives, with what it needs and nothing of ours."""
+    return run(FORMATS)["read"]
+
+
+CASES = [
+    ("int8", {}),
+    ("int8", {"symmetric": False}),
+    ("int8", {"granularity": "tensor"}),
+    ("int4", {}),
+    ("int4", {"group_size": 32, "symmetric": False, "scale_dtype": "float16"}),
+    ("int4", {"granularity": "channel", "narrow_range": "yes"}),
+    ("int3", {}),
+    ("int3", {"symmetric": False}),
+    ("int3", {"granularity": "tensor"}),
+    ("int2", {}),
+    ("int2", {"symmetric": False}),
+    ("float8_e4m3", {}),
+    ("float8_e4m3", {"granularity": "block"}),
+    ("float8_e5m2", {"group_size": 64}),
+    ("mxfp8", {}),
+    ("mxfp4", {}),
+    ("mxfp4", {"scale_rounding": "floor"}),
+    ("nvfp4", {}),
+    ("nf4", {}),
+    ("nf4", {"granularity": "channel"}),
+    ("t2", {}),
+    ("t2", {"granularity": "channel", "scale_method": "lstsq"}),
+    ("t2", {"group_size": 48}),
+    ("t1_6", {}),
+    ("t1_6", {"group_size": 32, "scale_method": "twn"}),
+    ("t1_6", {"granularity": "tensor"}),
+    ("sherry", {}),
+    ("sherry", {"group_size": 256, "group_stride": 16}),
+    ("sherry", {"granularity": "channel", "group_stride": 16}),
+]
+
+
+@pytest.mark.parametrize(("fmt", "options"), CASES)
+def test_the_reader_of_the_page(read, rng, fmt, options):
+    shapes: list[tuple[tuple[int, ...], Any]] = [((2, 100, 6), -2)]
+    if options.get("granularity") == "block":
+        shapes = [((150, 130), -2)]
+    elif not options:
+        shapes += [((6, 100), -1), ((4, 25, 5), (-3, -2))]
+    for shape, axis in shapes:
+        w = rng.standard_normal(shape).astype(np.float32)
+        q = aj.quantize(w, format=fmt, axis=axis, **options)
+        planes = {k: np.asarray(p) for k, p in q.planes.items()}
+        want = jax.device_get(q.dequantize())
+        np.testing.assert_array_equal(read(planes, q.spec.to_dict()), want)
