@@ -8,7 +8,7 @@ os.environ["JAX_PLATFORMS"] = _PLATFORM if _PLATFORM == "cpu" else f"{_PLATFORM}
 _FLAG = "--xla_force_host_platform_device_count"
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
-# A test that reaches for the hub fails at once, instead of after a timeout. Tests marked
+# A test that reaches for the hub fails at once, not after a timeout. Tests marked
 # `network` use PyPI, and skip themselves where it cannot be reached.
 _NETWORK = os.environ.get("ANGELJAX_TEST_NETWORK") != "0"
 os.environ["HF_HUB_OFFLINE"] = "1"

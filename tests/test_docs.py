@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import typer
@@ -162,6 +163,72 @@ def test_default_selection_is_described():
     for word in words:
         assert any(skipped[f"a/{word}/kernel"]) or any(skipped[f"a/{word}"]), word
     assert all(any(column) for column in zip(*skipped.values(), strict=True))
+
+
+TREE = {"up": {"kernel": np.ones((100, 8), np.float32)}}
+RULES = {
+    "whole path": [aj.Rule(match="upp", format="int8")],
+    "order": [aj.Rule(format="int8"), aj.Rule(match="up/kernel", format="int4")],
+    "twice": [aj.Rule(match="done/kernel", format="int8")],
+    "pad": [aj.Rule(match="up/kernel", format="int4", group_size=64, pad=False)],
+}
+MESSAGES = [
+    (
+        lambda: aj.compress(TREE, aj.Recipe(rules=RULES["whole path"])),
+        "matches no leaf",
+    ),
+    (
+        lambda: aj.compress(TREE, aj.Recipe(rules=RULES["order"])),
+        "matches no leaf that an earlier rule has not taken",
+    ),
+    (
+        lambda: aj.compress({"bias": jnp.ones(3)}, aj.Recipe.load("sherry")),
+        "the tree has no weight that the default selection takes",
+    ),
+    (
+        lambda: aj.compress(
+            {"done": {"kernel": aj.quantize(jnp.ones((64, 2)), format="int8")}},
+            aj.Recipe(rules=RULES["twice"]),
+        ),
+        "is int8 channel already",
+    ),
+    (
+        lambda: aj.compress(TREE, aj.Recipe(rules=RULES["pad"])),
+        "has 100 weights along the contraction, which group_size=64 does not divide",
+    ),
+    (lambda: aj.Rule(format="int5"), "unknown format 'int5'"),
+    (
+        lambda: aj.Recipe.from_dict({"rules": [{"groupsize": 1}]}),
+        "a rule has no field 'groupsize'",
+    ),
+    (
+        lambda: aj.Rule(format="nvfp4", group_size=32),
+        "format nvfp4 has groups of 16 by definition",
+    ),
+    (
+        lambda: aj.compress(
+            {"kernel": jnp.full((64, 2), jnp.nan)}, aj.Recipe.load("sherry")
+        ),
+        "holds NaN or infinity",
+    ),
+    (
+        lambda: aj.compress(jax.eval_shape(lambda: TREE), aj.Recipe.load("sherry")),
+        "is a ShapeDtypeStruct: use jax.eval_shape(",
+    ),
+    (
+        lambda: jax.grad(lambda q: jnp.sum(q + 1))(
+            aj.quantize(jnp.ones((64, 2)), format="int8")
+        ),
+        "grad requires real- or complex-valued inputs",
+    ),
+]
+
+
+@pytest.mark.parametrize(("act", "message"), MESSAGES)
+def test_messages_are_those_of_the_guide(act, message):
+    assert message in COMPRESS.read_text(encoding="utf-8")
+    with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+        act()
 
 
 # docs/formats.md

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,16 @@ from angeljax.formats._spec import Spec
 
 # Planes that hold one entry per granule; every other plane holds packed codes.
 GRANULE_PLANES = frozenset({"scale", "scale2", "zero"})
+
+
+def rounded(x: jax.Array, dtype: Any) -> jax.Array:
+    """`x` in a narrower float dtype, rounded for certain.
+
+    XLA may keep the wide value where a narrow one is widened again in the same
+    computation ("excess precision"), and does so on GPUs: codes would then be chosen
+    for a scale that is not the one stored.
+    """
+    return jax.lax.optimization_barrier(x.astype(dtype))
 
 
 def to_blocks(w: jax.Array, spec: Spec) -> jax.Array:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from angeljax.formats._blocks import Granules
+from angeljax.formats._blocks import Granules, rounded
 from angeljax.formats._registry import Format, Planes, register
 from angeljax.formats._spec import Spec
 from angeljax.formats.integer import inverse, to_scale
@@ -26,7 +26,7 @@ E5M2 = jnp.float8_e5m2
 def cast(x: jax.Array, dtype: Any) -> jax.Array:
     """Saturating cast to an 8-bit float."""
     top = float(jnp.finfo(dtype).max)
-    return jnp.clip(x, -top, top).astype(dtype)
+    return rounded(jnp.clip(x, -top, top), dtype)
 
 
 def encode(w: jax.Array, spec: Spec, *, dtype: Any) -> Planes:

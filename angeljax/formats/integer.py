@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from angeljax.formats._blocks import Granules
+from angeljax.formats._blocks import Granules, rounded
 from angeljax.formats._packing import pack_bits, unit_of, unpack_bits
 from angeljax.formats._registry import Format, Planes, register
 from angeljax.formats._spec import Spec
@@ -36,7 +36,7 @@ def to_scale(scale: jax.Array, spec: Spec) -> jax.Array:
     scale = jnp.where(scale < TINY, 1.0, scale)
     # float16 ends at 65504 and 6e-8: saturate there instead of infinity and 0.
     low, high = max(TINY, float(info.smallest_subnormal)), float(info.max)
-    return jnp.clip(scale, low, high).astype(spec.scale_dtype)
+    return rounded(jnp.clip(scale, low, high), spec.scale_dtype)
 
 
 def encode(w: jax.Array, spec: Spec, *, bits: int) -> Planes:

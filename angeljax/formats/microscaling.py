@@ -122,7 +122,7 @@ def nvfp4_encode(w: jax.Array, spec: Spec) -> Planes:
     smallest = float(jnp.finfo(E4M3).smallest_subnormal)
     scale = amax * inverse(E2M1_MAX) * (1.0 / scale2)
     scale = jnp.clip(scale, smallest, E4M3_MAX)
-    scale = jnp.where(amax == 0, 1.0, scale).astype(E4M3)
+    scale = cast(jnp.where(amax == 0, 1.0, scale), E4M3)
     codes = e2m1_encode(w * (1.0 / (scale.astype(jnp.float32) * scale2)))
     return {"codes": pack_bits(codes, 4), "scale": scale, "scale2": scale2}
 
