@@ -47,7 +47,8 @@ def compress(
     A pure function: the input is left as it is (unless donated) and the output depends
     on nothing else. It works under `jit`, `eval_shape` and on any tree: linen dicts,
     `nnx.State`, nested containers; boxes (`nn.Partitioned`, `nnx.Variable`) are kept.
-    Leaves that are one and the same array (tied weights) stay one QTensor.
+    Leaves that are one and the same array (tied weights) stay one QTensor, except under
+    `jit`, where JAX passes them as two.
 
     Called on concrete arrays it goes leaf by leaf, each in its own compiled function,
     and holds at most the input, the output and two leaves; it also checks every weight

@@ -143,5 +143,5 @@ def _advice(x: Any) -> str:
     if module.startswith("flax.nnx"):
         return ": pass flax.nnx.to_pure_dict(state)"
     if module.startswith("flax"):
-        return ": pass flax.core.unfreeze(...) and flax.core.meta.unbox(...) of it"
+        return ": pass flax.core.unfreeze(...), and unbox the params before compressing"
     return ""
