@@ -71,7 +71,8 @@ def dot_general(
     """`jax.lax.dot_general` with a right operand that may be quantized.
 
     Args:
-      x: the left operand; the weight is brought to its dtype.
+      x: the left operand; the weight is brought to its dtype, or an integer `x` to
+        that of the weight.
       w: the right operand, an array or a QTensor.
       dimension_numbers: of the logical shapes.
       precision, preferred_element_type, out_sharding: as in `jax.lax.dot_general`.
@@ -79,6 +80,7 @@ def dot_general(
     Returns:
       Batch axes, free axes of `x`, free axes of `w`.
     """
+    x = _activation(x, w)
     return jax.lax.dot_general(
         x,
         _dense(w, x.dtype),
@@ -98,6 +100,7 @@ def einsum(
     preferred_element_type: Any = None,
 ) -> jax.Array:
     """`jnp.einsum(equation, x, w)` with a weight that may be quantized."""
+    x = _activation(x, w)
     return jnp.einsum(
         equation,
         x,
@@ -148,6 +151,12 @@ def attend(
         precision=precision,
         preferred_element_type=preferred_element_type,
     )
+
+
+def _activation(x: Any, w: jax.Array | QTensor) -> jax.Array:
+    x = jnp.asarray(x)
+    # In the dtype of integers a weight would be rounded to 0.
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(w.dtype)
 
 
 def _dense(w: jax.Array | QTensor, dtype: Any) -> jax.Array:

@@ -8,7 +8,7 @@ import pytest
 import angeljax as aj
 from angeljax import ops
 from angeljax.formats import format_names, get_format
-from tests.formats._cases import normal
+from tests.formats._cases import assert_trees_equal, normal
 
 TABLES = [
     (name, granularity)
@@ -17,20 +17,54 @@ TABLES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", format_names())
-def test_dot_and_einsum(name, dtype):
+def assert_close(got, want, dtype=jnp.float32):
+    assert got.shape == want.shape and got.dtype == want.dtype
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    tolerance = 2e-2 if dtype == "bfloat16" else 2e-5
+    np.testing.assert_allclose(got, want, atol=tolerance * np.abs(want).max(), rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(n, "float32") for n in format_names()] + [("int4", "bfloat16")],
+)
+def test_products_are_those_of_the_dequantized_weight(name, dtype):
     x, w = normal((2, 3, 64), jnp.dtype(dtype)), normal((64, 4, 8), jnp.dtype(dtype))
     q = aj.quantize(w, format=name, axis=-3)
-    d = q.dequantize(dtype)
-    want = jnp.einsum("abk,knh->abnh", x, d)
-    for got in (ops.dot(x, q), ops.einsum("abk,knh->abnh", x, q), ops.dot(x, d)):
-        assert got.shape == want.shape and got.dtype == want.dtype
-        np.testing.assert_allclose(
-            np.asarray(got, np.float32), np.asarray(want, np.float32), rtol=1e-2
-        ) if dtype == "float32" else None
+    d = np.asarray(q.dequantize(), np.float64)
+    # float64: no product of the library is judged by another of its own.
+    want = np.einsum("abk,knh->abnh", np.asarray(x, np.float64), d).astype(dtype)
+    assert_close(ops.dot(x, q), want, dtype)
+    assert_close(ops.einsum("abk,knh->abnh", x, q), want, dtype)
+    assert_close(ops.dot(x, q.dequantize()), want, dtype)
     wide = ops.dot(x, q, preferred_element_type=jnp.float32)
-    assert wide.dtype == jnp.float32
+    assert_close(wide, want.astype(np.float32), dtype)
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_the_weight_comes_to_the_dtype_of_the_activation(quantized):
+    w = normal((64, 8))
+    w = aj.quantize(w, format="int8") if quantized else w
+    d = np.asarray(w.dequantize() if quantized else w)
+    for x in (normal((2, 64), jnp.bfloat16), normal((2, 64), jnp.float16)):
+        for y in (ops.dot(x, w), ops.einsum("bk,kn->bn", x, w)):
+            assert y.dtype == x.dtype
+    # ... but not to that of integers, where it would be 0.
+    counts = np.arange(128).reshape(2, 64) % 5
+    for x in (jnp.asarray(counts, jnp.int32), counts > 2, counts.astype(np.float64)):
+        want = (np.asarray(x, np.float64) @ d).astype(np.float32)
+        assert_close(ops.dot(x, w), want)
+        assert_close(ops.einsum("bk,kn->bn", x, w), want)
+
+
+def test_batch_dimensions_of_dot_general():
+    x, w = normal((3, 5, 64)), normal((3, 64, 8))
+    q = aj.quantize(w, format="mxfp8")
+    numbers = (((2,), (1,)), ((0,), (0,)))
+    want = jnp.einsum("ebk,ekn->ebn", x, q.dequantize())
+    assert_close(jax.jit(ops.dot_general, static_argnums=2)(x, q, numbers), want)
+    assert_close(ops.einsum("ebk,ekn->ebn", x, q), want)
+    assert_close(ops.dot(x[0, 0], q[0]), want[0, 0])
 
 
 @pytest.mark.parametrize(
@@ -43,10 +77,29 @@ def test_embed_gathers_rows(name, granularity):
     rows = ops.embed(q, ids)
     assert rows.dtype == q.dtype
     np.testing.assert_array_equal(rows, q.dequantize()[ids])
-    assert ops.embed(q, ids, dtype=jnp.bfloat16).dtype == jnp.bfloat16
-    np.testing.assert_array_equal(
-        jax.jit(lambda q, i: ops.embed(q, i))(q, ids[0]), q.dequantize()[ids[0]]
-    )
+
+
+def test_embed_clips_ids_maps_and_casts():
+    table = normal((200, 48))
+    for options in ({"granularity": "block"}, {"granularity": "channel"}):
+        q = aj.quantize(table, format="float8_e4m3", axis=-1, **options)
+        d = q.dequantize()
+        far = jnp.asarray([-1, 200, 10**6])
+        np.testing.assert_array_equal(ops.embed(q, far), d[jnp.asarray([0, 199, 199])])
+        np.testing.assert_array_equal(ops.embed(q, jnp.int32(131)), d[131])
+        ids = jnp.asarray([[1, 2], [130, 3]])
+        np.testing.assert_array_equal(jax.vmap(lambda i: ops.embed(q, i))(ids), d[ids])  # noqa: B023
+        low = ops.embed(q, ids, dtype=jnp.bfloat16)
+        assert_trees_equal(low, d[ids].astype(jnp.bfloat16))
+
+
+def test_embed_of_one_row_and_of_a_stack():
+    q = aj.quantize(normal((1, 64)), format="int4", axis=-1, group_size=32)
+    ids = jnp.zeros((2, 2), jnp.int32)
+    np.testing.assert_array_equal(ops.embed(q, ids), q.dequantize()[ids])
+    stack = aj.quantize(normal((3, 20, 32)), format="int8", axis=-1)
+    rows = jax.vmap(ops.embed, in_axes=(0, None))(stack, jnp.asarray([7, 19]))
+    np.testing.assert_array_equal(rows, stack.dequantize()[:, jnp.asarray([7, 19])])
 
 
 def test_embed_of_arrays_and_of_tables_packed_along_the_other_axis():
@@ -73,12 +126,27 @@ def test_attend():
     np.testing.assert_allclose(ops.attend(x, table), x @ table.T, atol=0.2)
 
 
-def test_gradient_with_respect_to_the_activation():
+@pytest.mark.parametrize("name", ["nvfp4", "t1_6", "sherry"])
+def test_gradients_of_activations_and_of_other_parameters(name):
     x, w = normal((3, 64)), normal((64, 8))
-    q = aj.quantize(w, format="nvfp4")
-    got = jax.grad(lambda x: jnp.sum(ops.dot(x, q) ** 2))(x)
-    want = jax.grad(lambda x: jnp.sum((x @ q.dequantize()) ** 2))(x)
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    q = aj.quantize(w, format=name)
+    others = {"norm": jnp.ones(64) * 1.5, "bias": normal((8,))}
+
+    def loss(others, x, w):
+        return jnp.sum((ops.dot(x * others["norm"], w) + others["bias"]) ** 2)
+
+    got = jax.jit(jax.grad(loss, argnums=(0, 1)))(others, x, q)
+    want = jax.grad(loss, argnums=(0, 1))(others, x, q.dequantize())
+    jax.tree.map(assert_close, got, want)
+
+
+def test_gradients_of_embed_and_attend():
+    table, ids = normal((20, 32)), jnp.asarray([3, 19, 3])
+    got = jax.grad(lambda t: jnp.sum(ops.embed(t, ids) ** 2))(table)
+    assert_close(got, jnp.zeros_like(table).at[ids].add(2 * table[ids]))
+    q = aj.quantize(table, format="int8", axis=-1)
+    got = jax.grad(lambda x: jnp.sum(ops.attend(x, q)))(table)
+    assert_close(got, jnp.broadcast_to(q.dequantize().sum(0), (20, 32)))
 
 
 def test_scan_and_vmap_over_a_stack():
@@ -97,5 +165,8 @@ def test_scan_and_vmap_over_a_stack():
 
 def test_lengths_that_differ():
     q = aj.quantize(normal((64, 8)), format="int8")
-    with pytest.raises(ValueError, match="x has 63 features and the weight takes 64"):
+    message = "dot: x has 63 features and the weight takes 64"
+    with pytest.raises(ValueError, match=message):
         ops.dot(jnp.ones((2, 63)), q)
+    with pytest.raises(ValueError, match=message):
+        ops.dot(jnp.ones((2, 63)), q.dequantize())

@@ -16,6 +16,9 @@ from flax.core import meta
 from angeljax.formats import _blocks, _registry
 from angeljax.formats._spec import Spec
 
+# What may select from batch axes without a look at the packed axes.
+_STATIC_INDEX = int | np.integer | slice
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,7 +111,7 @@ class QTensor:
             return self
         n_batch = self.ndim - len(self.spec.shape)
         parts = index if isinstance(index, tuple) else (index,)
-        if len(parts) <= n_batch and all(isinstance(i, int | slice) for i in parts):
+        if len(parts) <= n_batch and all(isinstance(i, _STATIC_INDEX) for i in parts):
             planes = {name: p[index] for name, p in self.planes.items()}
             return QTensor(planes=planes, spec=self.spec)
         return self.dequantize()[index]

@@ -29,6 +29,16 @@ def check_options(
     Raises:
       ValueError: names the option and what the format takes.
     """
+    for name, value in options.items():
+        if name not in fmt.options:
+            known = ", ".join(fmt.options) or "none"
+            raise ValueError(f"format {fmt.name} has no option {name!r} (has: {known})")
+        allowed = fmt.options[name]
+        if value not in allowed or type(value) is not type(allowed[0]):
+            raise ValueError(
+                f"option {name}={value!r} of format {fmt.name}: use "
+                f"{' or '.join(map(repr, allowed))}"
+            )
     if granularity is None:
         granularity = "group" if group_size is not None else fmt.granularities[0]
     if granularity not in fmt.granularities:
@@ -65,16 +75,6 @@ def check_options(
         if not fmt.fixed_scale_dtype and scale_dtype not in SCALE_DTYPES:
             raise ValueError(
                 f"unknown scale_dtype {scale_dtype!r}: use {', '.join(SCALE_DTYPES)}"
-            )
-    for name, value in options.items():
-        if name not in fmt.options:
-            known = ", ".join(fmt.options) or "none"
-            raise ValueError(f"format {fmt.name} has no option {name!r} (has: {known})")
-        allowed = fmt.options[name]
-        if value not in allowed or type(value) is not type(allowed[0]):
-            raise ValueError(
-                f"option {name}={value!r} of format {fmt.name}: use "
-                f"{' or '.join(map(repr, allowed))}"
             )
     return granularity, size
 
@@ -168,9 +168,11 @@ def make_spec(
         size = BLOCK
     if granularity in ("group", "block"):
         if k % size and not pad:
+            fixed = fmt.fixed_group or granularity == "block"
+            other = "" if fixed else f"use a divisor of {k} or "
             raise ValueError(
                 f"has {k} weights along the contraction, which group_size={size} does "
-                f"not divide: use a divisor of {k} or allow padding (pad: true)"
+                f"not divide: {other}allow padding (pad: true)"
             )
         size = min(size, -(-k // unit) * unit)
     else:

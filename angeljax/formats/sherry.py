@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from angeljax.formats._blocks import Granules
 from angeljax.formats._registry import Format, Planes, register
 from angeljax.formats._spec import Spec
-from angeljax.formats.integer import to_scale
+from angeljax.formats.ternary import mean_scale
 
 
 def to_quads(x: jax.Array, stride: int) -> jax.Array:
@@ -99,7 +99,7 @@ def encode(w: jax.Array, spec: Spec) -> Planes:
     # What is padded is 0: it adds nothing to the sum but must not be counted.
     total = granules.sum(from_quads(a * kept, stride))
     count = granules.sum(from_quads(kept * inside, stride))
-    scale = to_scale(total / jnp.maximum(count, 1.0), spec)
+    scale = mean_scale(total / jnp.maximum(count, 1.0), spec)
     codes, high = pack_parity(zero, quads < 0)
     return {"codes": codes, "high": high, "scale": scale}
 

@@ -9,7 +9,7 @@
 
 `t2` stores value + 1 in 2 bits, planar in runs of up to 128 (the order of GGUF's
 TQ2_0); `t1_6` stores five values to a byte. Scales are rounded to `scale_dtype` after
-the codes are chosen.
+the codes are chosen; the scale of a granule of zeros is 0.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from angeljax.formats._blocks import Granules
+from angeljax.formats._blocks import Granules, rounded
 from angeljax.formats._packing import (
     pack_base3,
     pack_planar2,
@@ -28,9 +28,17 @@ from angeljax.formats._packing import (
 )
 from angeljax.formats._registry import Format, Planes, register
 from angeljax.formats._spec import Spec
-from angeljax.formats.integer import to_scale
 
 _ROUNDS = 10
+
+
+def mean_scale(scale: jax.Array, spec: Spec) -> jax.Array:
+    """A mean magnitude in the dtype of the spec: finite, and 0 where all weights are 0.
+
+    Codes need not be 0 there (Sherry's cannot) and no code was divided by this scale.
+    """
+    top = float(jnp.finfo(spec.scale_dtype).max)
+    return rounded(jnp.minimum(scale, top), spec.scale_dtype)
 
 
 def ternarize(w: jax.Array, spec: Spec) -> tuple[jax.Array, jax.Array]:
@@ -60,7 +68,7 @@ def ternarize(w: jax.Array, spec: Spec) -> tuple[jax.Array, jax.Array]:
         keep = a >= granules.expand(scale) / 2
     # In an all-zero granule every weight passes the threshold of 0.
     keep = keep & (a > 0)
-    return jnp.where(keep, jnp.sign(w), 0.0), to_scale(scale, spec)
+    return jnp.where(keep, jnp.sign(w), 0.0), mean_scale(scale, spec)
 
 
 def run_length(spec: Spec) -> int:
