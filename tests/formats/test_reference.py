@@ -80,6 +80,19 @@ def test_a_zero_granule_is_zero_beside_others(name):
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_a_zero_point_serves_weights_of_one_sign(bits):
+    w = np.abs(heavy_tailed((128, 12))) + 0.5
+    w[:, ::2] *= -1
+    options = {"granularity": "channel", "symmetric": False}
+    q = aj.quantize(jnp.asarray(w), format=f"int{bits}", **options)
+    assert_holds(w, q)
+    # The range holds 0: the zero point is one of the codes, at one end of them.
+    zero = np.asarray(q.planes["zero"])
+    assert set(zero[0, ::2].tolist()) == {2**bits - 1}
+    assert set(zero[0, 1::2].tolist()) == {0}
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_integers_err_by_half_a_step(bits, symmetric):
     w = heavy_tailed((128, 12))

@@ -148,6 +148,15 @@ def test_zeros_stay_zeros_by_their_scale():
     q = aj.quantize(jnp.zeros((32, 2)), format="sherry")
     np.testing.assert_array_equal(q.dequantize(), 0)
     np.testing.assert_array_equal(q.planes["scale"], 0)
+    codes, high = q.planes["codes"][:, 0], q.planes["high"][:, 0]
+    np.testing.assert_array_equal(unpack_parity(codes, high), [[0, 1, 1, 1]] * 8)
+
+
+def test_a_kept_zero_is_positive():
+    # Of several zeros in a group the first is dropped; the others become +scale.
+    w = jnp.asarray([0.0, -0.0, 0.0, -3.0] * 8)[:, None]
+    d = aj.quantize(w, format="sherry", granularity="channel").dequantize()
+    np.testing.assert_array_equal(d.reshape(8, 4), [[0, 1, 1, -1]] * 8)
 
 
 def test_padding_does_not_dilute_the_scale():
