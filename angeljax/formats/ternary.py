@@ -66,8 +66,6 @@ def ternarize(w: jax.Array, spec: Spec) -> tuple[jax.Array, jax.Array]:
 
         scale = jax.lax.fori_loop(0, _ROUNDS, step, scale)
         keep = a >= granules.expand(scale) / 2
-    # In an all-zero granule every weight passes the threshold of 0.
-    keep = keep & (a > 0)
     return jnp.where(keep, jnp.sign(w), 0.0), mean_scale(scale, spec)
 
 

@@ -34,7 +34,7 @@ def test_every_case(name, options):
     assert_holds(w, aj.quantize(jnp.asarray(w), format=name, **options))
 
 
-@pytest.mark.parametrize("k", [1, 5, 33])
+@pytest.mark.parametrize("k", [1, 33])
 @pytest.mark.parametrize("name", format_names())
 def test_fewer_weights_than_a_group_or_a_unit(name, k):
     w = heavy_tailed((k, 5))
@@ -69,7 +69,7 @@ def test_codes_are_chosen_for_the_scale_that_is_stored(name, options, scale_dtyp
 
 @pytest.mark.parametrize("name", format_names())
 def test_a_zero_granule_is_zero_beside_others(name):
-    w = heavy_tailed((128, 4))
+    w = heavy_tailed((128, 8))
     w[:, 1] = 0
     w[:, 2] *= 1e-30
     q = aj.quantize(jnp.asarray(w), format=name)
