@@ -52,7 +52,7 @@ def assemble(
     for path, name, read in tensors:
         layer = path[1] if path[0] == "layers" and model.scan_layers else None
         key = path if layer is None else ("layers", *path[2:])
-        if key not in want:
+        if key not in want or (layer is not None and layer >= want[key].shape[0]):
             raise ModelError(f"{file}: the configuration has no place for {name}")
         value = _to_kernel(read(), path).astype(dtype)
         shape = want[key].shape if layer is None else want[key].shape[1:]
@@ -62,11 +62,17 @@ def assemble(
                 f"{tuple(shape)[::-1]}"
             )
         if layer is None:
+            if key in values:
+                raise ModelError(f"{file}: {name} is there twice")
             place(key, value)
             continue
+        if key in values:
+            raise ModelError(f"{file}: {name} is there twice")
         stack, seen = stacks.setdefault(
             key, (np.empty(want[key].shape, value.dtype), set())
         )
+        if layer in seen:
+            raise ModelError(f"{file}: {name} is there twice")
         stack[layer] = value
         seen.add(layer)
         if len(seen) == len(stack):

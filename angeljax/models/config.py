@@ -9,6 +9,25 @@ from typing import Any
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm")
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_SIZES = {  # our name: name in config.json
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+}
+_ROPE_NEEDS = {
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
 
 
 class ModelError(ValueError):
@@ -73,6 +92,8 @@ class DecoderConfig:
                 f"hidden_act {self.activation!r} is not supported: use one of "
                 f"{', '.join(ACTIVATIONS)}"
             )
+        for ours, theirs in _SIZES.items():
+            _positive(getattr(self, ours), theirs)
         if self.num_heads % self.num_kv_heads:
             raise ModelError(
                 f"num_key_value_heads={self.num_kv_heads} does not divide "
@@ -83,6 +104,15 @@ class DecoderConfig:
             raise ModelError(
                 f"rope scaling {kind!r} is not supported: use one of "
                 f"{', '.join(ROPE_TYPES)}"
+            )
+        for name in _ROPE_NEEDS.get(kind, ()):
+            value = dict(self.rope_scaling).get(name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ModelError(f"rope scaling {kind!r} needs a number {name!r}")
+        if self.rope_factors and len(self.rope_factors) != self.head_dim // 2:
+            raise ModelError(
+                f"{len(self.rope_factors)} rope factors for a head_dim of "
+                f"{self.head_dim}"
             )
         if self.windows and len(self.windows) != self.num_layers:
             raise ModelError(
@@ -110,15 +140,14 @@ class DecoderConfig:
                 f"model_type {kind!r} is not supported: use one of "
                 f"{', '.join(MODEL_TYPES)}"
             )
-        try:
-            heads, layers = data["num_attention_heads"], data["num_hidden_layers"]
-            sizes = {
-                "vocab_size": data["vocab_size"],
-                "hidden_size": data["hidden_size"],
-                "intermediate_size": data["intermediate_size"],
-            }
-        except KeyError as e:
-            raise ModelError(f"config.json has no field {e.args[0]!r}") from None
+        sizes: dict[str, Any] = {}
+        for ours, theirs in _SIZES.items():
+            if ours in ("num_kv_heads", "head_dim"):
+                continue
+            if theirs not in data:
+                raise ModelError(f"config.json has no field {theirs!r}")
+            sizes[ours] = _positive(data[theirs], theirs)
+        heads, layers = sizes["num_heads"], sizes["num_layers"]
         if data.get("mlp_bias"):
             raise ModelError("mlp_bias=true is not supported")
         rope = _rope(data)
@@ -129,14 +158,17 @@ class DecoderConfig:
         positions = data.get("max_position_embeddings") or 2048
         if rope_type in ("llama3", "yarn"):
             rope.setdefault("original_max_position_embeddings", positions)
-        bias = bool(data.get("attention_bias", kind == "qwen2"))
+        if rope_type == "yarn":
+            context = rope["original_max_position_embeddings"]
+            rope.setdefault("factor", positions / _positive(context, "rope context"))
+        # Of the defaults of `transformers`, the one that is no ratio of the sizes.
+        head_dim = data.get("head_dim", 128 if kind == "qwen3" else None)
+        bias = kind == "qwen2" or bool(data.get("attention_bias", False))
         return cls(
             model_type=kind,
             **sizes,
-            num_layers=layers,
-            num_heads=heads,
             num_kv_heads=data.get("num_key_value_heads") or heads,
-            head_dim=data.get("head_dim") or sizes["hidden_size"] // heads,
+            head_dim=head_dim or sizes["hidden_size"] // heads,
             max_positions=positions,
             norm_eps=data.get("rms_norm_eps", 1e-6),
             activation=data.get("hidden_act", "silu"),
@@ -185,21 +217,34 @@ class DecoderConfig:
 def _rope(data: Mapping[str, Any]) -> dict[str, Any]:
     """Rope fields under either of the names that Hugging Face has used."""
     rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise ModelError(f"rope_parameters must be an object, not {rope!r}")
     return {k: v for k, v in rope.items() if v is not None}
 
 
 def _windows(data: Mapping[str, Any], kind: str, layers: int) -> tuple[int, ...]:
-    size = data.get("sliding_window")
+    # Where a field is absent, the default of `transformers` holds.
+    size = data.get("sliding_window", 0 if kind in ("llama", "smollm") else 4096)
     if not size or not data.get("use_sliding_window", kind == "mistral"):
         return ()
     types = data.get("layer_types")
     if types:
+        if not isinstance(types, list | tuple):
+            raise ModelError(f"layer_types must be a list, not {types!r}")
         return tuple(size if t == "sliding_attention" else 0 for t in types)
-    first = data.get("max_window_layers", 0) if kind != "mistral" else 0
+    first = data.get("max_window_layers", 28) if kind.startswith("qwen") else 0
     return tuple(size if i >= first else 0 for i in range(layers))
 
 
 def _ids(value: Any) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list | tuple) else (int(value),)
+    ids = value if isinstance(value, list | tuple) else [value]
+    ids = tuple(i for i in ids if i is not None)
+    if not all(isinstance(i, int) for i in ids):
+        raise ModelError(f"eos_token_id must be an id or a list of ids, not {value!r}")
+    return ids
+
+
+def _positive(value: Any, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ModelError(f"{name} must be a positive integer, not {value!r}")
+    return value

@@ -141,15 +141,15 @@ def generate(
       A `Generated` of device arrays.
 
     Raises:
-      ValueError: an option is out of range, or a row of `mask` is empty or ends in
-        padding.
+      ValueError: an option is out of range, `mask` has another shape than `tokens`, or
+        one of its rows is empty or ends in padding.
     """
     tokens = jnp.asarray(tokens, jnp.int32)
     if tokens.ndim != 2 or tokens.shape[1] == 0:
         raise ValueError(f"tokens must be [batch, length >= 1], not {tokens.shape}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    if temperature < 0:
+    if not temperature >= 0:
         raise ValueError(f"temperature must be >= 0, not {temperature}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], not {top_p}")
@@ -158,6 +158,8 @@ def generate(
     if temperature > 0 and key is None:
         raise ValueError("sampling needs a key: pass key=jax.random.key(seed)")
     mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
+    if mask.shape != tokens.shape:
+        raise ValueError(f"mask has shape {mask.shape}, tokens have {tokens.shape}")
     if not bool(mask[:, -1].all()):
         raise ValueError("prompts are padded on the left: the last token must be real")
     config = model.config

@@ -67,11 +67,27 @@ class GGUFFile:
             )
         if self.value("{arch}.expert_count"):
             raise ModelError(f"{self.path}: mixture of experts is not supported")
+        try:
+            return self._config(arch)
+        except ModelError as e:
+            prefix = "" if str(self.path) in str(e) else f"{self.path}: "
+            raise ModelError(f"{prefix}{e}") from None
+        # Metadata of the wrong type, such as one number of heads for each layer.
+        except (TypeError, ValueError, ZeroDivisionError) as e:
+            raise ModelError(f"{self.path}: metadata not supported: {e}") from None
+
+    def _config(self, arch: str) -> DecoderConfig:
         names = {t.name for t in self.reader.tensors}
         embed = self._shape("token_embd.weight")
         eos = self.value("tokenizer.ggml.eos_token_id")
         heads = self._need("{arch}.attention.head_count")
         hidden = self._need("{arch}.embedding_length")
+        head_dim = self.value("{arch}.attention.key_length", hidden // heads)
+        rotated = self.value("{arch}.rope.dimension_count", head_dim)
+        if rotated != head_dim:
+            raise ModelError(
+                f"rope over {rotated} of {head_dim} dimensions is not supported"
+            )
         return DecoderConfig(
             model_type=_ARCHITECTURES[arch],
             vocab_size=embed[0],
@@ -80,7 +96,7 @@ class GGUFFile:
             num_layers=self._need("{arch}.block_count"),
             num_heads=heads,
             num_kv_heads=self.value("{arch}.attention.head_count_kv", heads),
-            head_dim=self.value("{arch}.attention.key_length", hidden // heads),
+            head_dim=head_dim,
             max_positions=self.value("{arch}.context_length", 2048),
             # float32 metadata prints as 9.99999974e-06
             norm_eps=float(

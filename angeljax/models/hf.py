@@ -22,7 +22,12 @@ def read_config(folder: Path) -> DecoderConfig:
     Raises:
       ModelError: missing, not JSON, or not supported.
     """
-    return DecoderConfig.from_hf(read_json(folder / "config.json"))
+    file = folder / "config.json"
+    data = read_json(file)
+    try:
+        return DecoderConfig.from_hf(data)
+    except ModelError as e:
+        raise ModelError(f"{file}: {e}") from None
 
 
 def read_params(
@@ -55,7 +60,7 @@ def _tensors(folder: Path) -> Iterator[Tensor]:
                 for name in f.keys():  # noqa: SIM118 (no mapping)
                     path = hf_path(name)
                     if path is not None:
-                        yield path, name, functools.partial(_read, f, name)
+                        yield path, name, functools.partial(_read, f, name, file)
         except SafetensorError as e:
             raise ModelError(
                 f"{file}: unreadable or truncated safetensors file ({_first_line(e)}): "
@@ -65,7 +70,13 @@ def _tensors(folder: Path) -> Iterator[Tensor]:
             raise ModelError(f"{file}: {_first_line(e)}") from None
 
 
-def _read(f: Any, name: str) -> np.ndarray:
+def _read(f: Any, name: str, file: Path) -> np.ndarray:
+    kind = f.get_slice(name).get_dtype()
+    # Other types belong to formats of their own, with scales in further tensors.
+    if kind not in ("F64", "F32", "F16", "BF16"):
+        raise ModelError(
+            f"{file}: {name} has the type {kind}: load an unquantized checkpoint"
+        )
     return f.get_tensor(name)
 
 

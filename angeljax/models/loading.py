@@ -104,9 +104,11 @@ def _locate(source: str) -> Path:
             raise ModelError(f"{path} is no .gguf file: name its folder instead")
         return path
     if path.is_dir():
-        if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
-            return path
         files = sorted(path.glob("*.gguf"))
+        # An index counts as well: what it names may be missing.
+        weights = any(path.glob("*.safetensors*"))
+        if weights and ((path / "config.json").is_file() or not files):
+            return path
         if len(files) == 1:
             return files[0]
         what = "several .gguf files: name one" if files else "no model in it"

@@ -51,6 +51,9 @@ def _yarn(
     def index_of(turns: float) -> float:
         return dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
+    def gain(weight: float) -> float:
+        return 0.1 * weight * math.log(s) + 1.0 if s > 1 else 1.0
+
     low = index_of(scaling.get("beta_fast", 32))
     high = index_of(scaling.get("beta_slow", 1))
     if scaling.get("truncate", True):
@@ -61,7 +64,9 @@ def _yarn(
     out = plain / s * interpolate + plain * (1 - interpolate)
     factor = scaling.get("attention_factor")
     if factor is None:
-        factor = 0.1 * math.log(s) + 1.0 if s > 1 else 1.0
+        # A model may weigh the gain, and divide by that of its softmax.
+        m, whole = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        factor = gain(m) / gain(whole) if m and whole else gain(1.0)
     return out, float(factor)
 
 

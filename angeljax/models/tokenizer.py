@@ -52,16 +52,18 @@ class Tokenizer:
             text = files["tokenizer.json"].decode("utf-8")
             self._tokenizer = tokenizers.Tokenizer.from_str(text)
             config = json.loads(files.get("tokenizer_config.json", b"{}"))
+            template = config.get("chat_template")
+            if "chat_template.jinja" in files:
+                template = files["chat_template.jinja"].decode("utf-8")
         # `tokenizers` raises bare Exception for a file that it cannot read.
         except Exception as e:  # noqa: BLE001
-            raise ModelError(f"tokenizer.json cannot be read: {e}") from None
-        template = config.get("chat_template")
+            raise ModelError(
+                f"tokenizer.json or a file beside it cannot be read: {_one_line(e)}"
+            ) from None
         if isinstance(template, list):  # named templates
             template = next(
                 (t["template"] for t in template if t.get("name") == "default"), None
             )
-        if "chat_template.jinja" in files:
-            template = files["chat_template.jinja"].decode("utf-8")
         self.chat_template: str | None = template
         self.special = {
             name: _content(config.get(name))
@@ -112,7 +114,6 @@ class Tokenizer:
           ModelError: the model has no chat template, or it refuses the messages.
         """
         from jinja2 import TemplateError
-        from jinja2.exceptions import SecurityError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         if not self.chat_template:
@@ -134,8 +135,13 @@ class Tokenizer:
             return environment.from_string(self.chat_template).render(
                 messages=messages, add_generation_prompt=True, **self.special
             )
-        except (TemplateError, SecurityError) as e:
-            raise ModelError(f"chat template: {e}") from None
+        # A template is a program of other people: it can fail in any way.
+        except Exception as e:  # noqa: BLE001
+            raise ModelError(f"chat template: {_one_line(e)}") from None
+
+
+def _one_line(e: BaseException) -> str:
+    return " ".join(str(e).split()) or type(e).__name__
 
 
 def _content(token: Any) -> str:
@@ -159,6 +165,16 @@ def files_from_gguf(metadata: Mapping[str, Any]) -> dict[str, bytes]:
             f"a GGUF tokenizer of the kind {kind}/{pre} cannot be rebuilt from its "
             "metadata: put the model's tokenizer.json beside the file"
         )
+    try:
+        return _rebuild(metadata, pre)
+    except (KeyError, IndexError) as e:
+        raise ModelError(
+            f"the tokenizer in the GGUF metadata is incomplete ({_one_line(e)}): put "
+            "the model's tokenizer.json beside the file"
+        ) from None
+
+
+def _rebuild(metadata: Mapping[str, Any], pre: str) -> dict[str, bytes]:
     tokens = metadata["tokenizer.ggml.tokens"]
     kinds = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
     added = [
@@ -193,7 +209,7 @@ def files_from_gguf(metadata: Mapping[str, Any]) -> dict[str, bytes]:
         "added_tokens": added,
         "normalizer": {"type": "NFC"} if pre == "qwen2" else None,
         "pre_tokenizer": _pre_tokenizer(_PRE_TOKENIZERS[pre]),
-        "post_processor": None,
+        "post_processor": _starts_with(metadata, tokens, pre),
         "decoder": _byte_level(use_regex=True),
         "model": model,
     }
@@ -212,6 +228,26 @@ def files_from_gguf(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     return {
         "tokenizer.json": json.dumps(document, ensure_ascii=False).encode(),
         "tokenizer_config.json": json.dumps(config, ensure_ascii=False).encode(),
+    }
+
+
+def _starts_with(
+    metadata: Mapping[str, Any], tokens: Sequence[str], pre: str
+) -> dict[str, Any] | None:
+    """Puts BOS first, if the file says so; for Llama 3 llama.cpp does unless told."""
+    index = metadata.get("tokenizer.ggml.bos_token_id")
+    if index is None or not metadata.get(
+        "tokenizer.ggml.add_bos_token", pre == "llama-bpe"
+    ):
+        return None
+    bos = tokens[index]
+    start = {"SpecialToken": {"id": bos, "type_id": 0}}
+    a, b = ({"Sequence": {"id": x, "type_id": i}} for i, x in enumerate("AB"))
+    return {
+        "type": "TemplateProcessing",
+        "single": [start, a],
+        "pair": [start, a, b],
+        "special_tokens": {bos: {"id": bos, "ids": [index], "tokens": [bos]}},
     }
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 GOLDEN = Path(__file__).parent / "golden"
 SIZES = {
@@ -48,6 +49,14 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+MSCALE = {
+    **YARN,
+    "beta_fast": 4.0,
+    "beta_slow": 0.5,
+    "truncate": False,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.5,
+}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 FAMILIES = {
     "llama2": ("llama", {"num_key_value_heads": 4}),
@@ -62,7 +71,72 @@ FAMILIES = {
         {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
     ),
     "qwen3": ("qwen3", {"head_dim": 16}),
+    "llama_bias": (
+        "llama",
+        {"attention_bias": True, "hidden_act": "gelu_pytorch_tanh"},
+    ),
+    "llama_mscale": ("llama", {"rope_parameters": MSCALE, "hidden_act": "gelu"}),
+    "qwen2_layers": (
+        "qwen2",
+        {
+            "num_hidden_layers": 3,
+            "use_sliding_window": True,
+            "sliding_window": 3,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "qwen3_window": (
+        "qwen3",
+        {
+            "head_dim": 16,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "max_window_layers": 1,
+        },
+    ),
 }
+ROPES = (  # head_dim, max_position_embeddings, rope_parameters
+    (64, 8192, {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0}),
+    (
+        128,
+        131072,
+        {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    ),
+    (
+        128,
+        131072,
+        {
+            "rope_type": "yarn",
+            "rope_theta": 1000000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32768,
+        },
+    ),
+    (
+        64,
+        16384,
+        {**MSCALE, "factor": 32.0, "original_max_position_embeddings": 512},
+    ),
+    (
+        64,
+        16384,
+        {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 16.0,
+            "attention_factor": 1.25,
+            "original_max_position_embeddings": 1024,
+        },
+    ),
+)
 PROMPTS = (
     "The capital of France is",
     "def fibonacci(n):\n    if n <= 1:\n        return n\n",
@@ -107,6 +181,22 @@ def tiny(name, kind, extra):
         greedy=greedy(model, ids, 8),
         **{f"w:{k}": v for k, v in state.items()},
     )
+
+
+def rope():
+    """Frequencies and factors at the sizes of real models."""
+    out = {"settings": json.dumps(ROPES)}
+    for i, (head_dim, positions, parameters) in enumerate(ROPES):
+        config = transformers.LlamaConfig(
+            head_dim=head_dim,
+            max_position_embeddings=positions,
+            rope_parameters=dict(parameters),
+        )
+        compute = ROPE_INIT_FUNCTIONS[parameters["rope_type"]]
+        frequencies, factor = compute(config, torch.device("cpu"))
+        out[f"frequencies{i}"] = frequencies.numpy()
+        out[f"factor{i}"] = np.float32(factor)
+    np.savez_compressed(GOLDEN / "rope.npz", **out)
 
 
 def smollm2(file):
@@ -201,6 +291,7 @@ def main():
     with torch.no_grad():
         for name, (kind, extra) in FAMILIES.items():
             tiny(name, kind, extra)
+        rope()
         if args.smollm2:
             smollm2(args.smollm2)
 
