@@ -117,6 +117,7 @@ class GGUFFile:
     def _need(self, key: str) -> Any:
         value = self.value(key)
         if value is None:
+            key = key.replace("{arch}", str(self.value("general.architecture")))
             raise ModelError(f"{self.path}: has no metadata {key}")
         return value
 
