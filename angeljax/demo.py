@@ -46,7 +46,7 @@ def main(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder of the checkpoint.")
     ] = DEFAULT_OUT,
-    tokens: Annotated[int, typer.Option(help="Tokens to evaluate on.")] = 4096,
+    tokens: Annotated[int, typer.Option(help="Tokens to evaluate on.")] = 2048,
     prompt: Annotated[str, typer.Option(help="What to ask the models.")] = PROMPT,
     max_new_tokens: Annotated[int, typer.Option(help="Length of the answers.")] = 40,
     only: Annotated[
