@@ -126,6 +126,7 @@ def test_straight_onto_a_mesh(tmp_path, kind):
         ("int8", "model.layers.1.mlp.up_proj.weight has the type I8"),
         ("twice", "model.norm.weight is there twice"),
         ("stack twice", "layers.0.mlp.up_proj.weight is there twice"),
+        ("stack twice, first", "layers.0.mlp.up_proj.weight is there twice"),
         ("sizes", "config.json: hidden_size must be a positive integer, not 'x'"),
         ("index", "model-9.safetensors is missing, though"),
         ("all shards", "model-9.safetensors is missing, though"),
@@ -165,9 +166,11 @@ def test_damaged_folder(tmp_path, damage, message):
             save_file({name: np.zeros((48, 32), np.int8)}, file)
         case "twice":
             save_file({"model.norm.weight": np.ones(32)}, folder / "n.safetensors")
-        case "stack twice":
+        case "stack twice" | "stack twice, first":
+            # After the stack is complete, or before.
             name = "model.layers.0.mlp.up_proj.weight"
-            save_file({name: np.zeros((48, 32))}, folder / "n.safetensors")
+            other = "a.safetensors" if "first" in damage else "n.safetensors"
+            save_file({name: np.zeros((48, 32))}, folder / other)
         case "sizes":
             config.write_text(json.dumps({**fields, "hidden_size": "x"}))
         case "no config":
