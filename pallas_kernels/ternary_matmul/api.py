@@ -1,0 +1,109 @@
+"""`ternary_matmul`: activations times packed ternary weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import _api, _implementation
+from pallas_kernels._weights import TERNARY, Planes, WeightLayout
+
+_PACKAGE = "pallas_kernels.ternary_matmul"
+
+
+def ternary_matmul(
+    x: jax.Array,
+    planes: Planes,
+    layout: WeightLayout,
+    *,
+    x_scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    activation: str | None = None,
+    out_dtype: Any = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """`x @ W (+ bias)` with `W` in {-1, 0, 1} times scales, from its packed planes.
+
+    Formats: 2-bit ternary (`t2`) and 3:4 sparse ternary in 1.25 bits (`sherry`;
+    Sherry, arXiv 2601.07892, section 3).
+
+    Args:
+      x: `[..., K]`, bfloat16, float16, float32, float8, or int8 with `x_scale`.
+      planes: arrays of the packed weight; see `WeightLayout`. `jax.vmap` adds batches
+        of weights (experts).
+      layout: what the planes mean.
+      x_scale: float32, one entry for each row of int8 `x`; default 1.
+      bias: `[N]`.
+      activation: "int8" quantizes float `x` for each token (amax / 127) first, which
+        is what the fast products of GPUs and TPUs take. None keeps its precision.
+      out_dtype: default that of a float `x`, float32 for int8.
+      implementation: "mosaic_gpu", "triton", "tpu", "xla" or "reference"; None takes
+        the one whose order the planes are in.
+
+    Returns:
+      `[..., N]`. Integer products are exact; scales are applied in float32.
+      Differentiable in `x` and `bias`; the planes are constants.
+
+    Raises:
+      KernelError: shapes, dtypes or planes that do not go together, or an
+        implementation that cannot run here.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from pallas_kernels import WeightLayout, ternary_matmul
+      >>> layout = WeightLayout(format="t2", k=128, n=8, group_size=128)
+      >>> planes = {
+      ...     "codes": jnp.full((32, 8), 0b10_10_10_10, jnp.uint8),  # all +1
+      ...     "scale": jnp.full((1, 8), 0.5),
+      ... }
+      >>> ternary_matmul(jnp.ones((1, 128)), planes, layout)[0, 0].item()
+      64.0
+    """
+    return _api.matmul(
+        _PACKAGE,
+        TERNARY,
+        x,
+        planes,
+        layout,
+        x_scale=x_scale,
+        bias=bias,
+        activation=activation,
+        out_dtype=out_dtype,
+        name=implementation,
+    )
+
+
+def prepare(
+    planes: Planes, layout: WeightLayout, *, implementation: str
+) -> tuple[Planes, WeightLayout]:
+    """Permutes canonical planes once into the order that an implementation reads.
+
+    Args:
+      planes: canonical, without leading axes (`jax.vmap` adds them).
+      layout: of the order "canonical".
+      implementation: as in `ternary_matmul`; "xla" and "reference" read canonical planes
+        and give them back.
+
+    Returns:
+      Planes and layout in that order; `restore` is the exact inverse.
+
+    Raises:
+      KernelError: the implementation has no place for this format, size or group.
+    """
+    return _api.prepare(_PACKAGE, TERNARY, planes, layout, implementation)
+
+
+def restore(planes: Planes, layout: WeightLayout) -> tuple[Planes, WeightLayout]:
+    """Prepared planes back in the canonical order.
+
+    Args:
+      planes: in the order that `layout` names.
+      layout: of any order.
+
+    Returns:
+      The planes and layout that `prepare` was given.
+    """
+    _api.check_format(TERNARY, layout)
+    return _implementation.canonical(_PACKAGE, planes, layout)

@@ -1,0 +1,42 @@
+"""Random packed weights for the kernel tests, and their dense twin in numpy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import angeljax as aj
+from pallas_kernels import WeightLayout
+
+
+def packed(
+    fmt: str, k: int, n: int, group: int | None = None, seed: int = 0, **options: Any
+) -> tuple[dict[str, jax.Array], WeightLayout, np.ndarray]:
+    """Canonical planes and layout of a random weight, and the weight in float64."""
+    w = np.random.default_rng(seed).standard_normal((k, n)).astype(np.float32)
+    kwargs: dict[str, Any] = dict(options)
+    if fmt not in ("nvfp4", "mxfp4", "mxfp8"):
+        kwargs["granularity"] = "channel" if group is None else "group"
+        if group is not None:
+            kwargs["group_size"] = group
+    q = aj.quantize(jnp.asarray(w), format=fmt, **kwargs)
+    planes = dict(q.planes)
+    layout = WeightLayout(
+        format=fmt,
+        k=k,
+        n=n,
+        group_size=q.spec.group_size,
+        symmetric="zero" not in planes,
+        run=_run(q),
+        group_stride=q.spec.option("group_stride", 1),
+    )
+    return planes, layout, np.asarray(q.dequantize(jnp.float32), np.float64)
+
+
+def _run(q: Any) -> int:
+    from angeljax.formats.ternary import run_length
+
+    return run_length(q.spec) if q.spec.format == "t2" else 128
