@@ -50,7 +50,7 @@ def codes(planes: Planes, layout: WeightLayout) -> jax.Array:
             return (nibbles << 4).astype(jnp.int8) >> 4
         if layout.format == "int4":
             return _less_zero(nibbles, planes, layout)
-        levels = NF4_LEVELS
+        levels: tuple[float, ...] = NF4_LEVELS
         if layout.format != "nf4":
             levels = (*E2M1_LEVELS, *(-v for v in E2M1_LEVELS))
         table = jnp.asarray(levels, jnp.float32)

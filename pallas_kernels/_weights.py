@@ -74,6 +74,7 @@ class WeightLayout:
       run: length of a planar run (t2).
       group_stride: 1 or 16 (sherry).
       order: "canonical", or the order of the implementation that prepared the planes.
+      scale_dtype: dtype of the canonical scales, noted where an order has another.
     """
 
     format: str
@@ -84,6 +85,7 @@ class WeightLayout:
     run: int = 128
     group_stride: int = 1
     order: str = CANONICAL
+    scale_dtype: str = ""
 
     @property
     def groups(self) -> int:

@@ -1,0 +1,254 @@
+"""A few words of PTX for Mosaic kernels that do their own register work.
+
+The functions run while a kernel is traced, inside `plgpu.inline_mgpu`, and emit MLIR.
+`Int` and `Float` wrap 32-bit values so that kernels read as arithmetic.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jax._src.lib.mlir import ir
+from jax._src.lib.mlir.dialects import arith, scf
+from jax.experimental.mosaic.gpu import utils
+
+WARP = 32
+
+
+def _i32() -> Any:
+    return ir.IntegerType.get_signless(32)
+
+
+def _f32() -> Any:
+    return ir.F32Type.get()
+
+
+class Int:
+    """A 32-bit integer register."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    @staticmethod
+    def of(x: Int | int) -> Int:
+        """A constant, or the register itself."""
+        if isinstance(x, Int):
+            return x
+        signed = struct.unpack("<i", struct.pack("<I", x & 0xFFFFFFFF))[0]
+        return Int(arith.constant(_i32(), ir.IntegerAttr.get(_i32(), signed)))
+
+    def _do(self, op: Callable[..., Any], other: Int | int) -> Int:
+        return Int(op(self.value, Int.of(other).value))
+
+    def __add__(self, o: Int | int) -> Int:
+        return self._do(arith.addi, o)
+
+    def __sub__(self, o: Int | int) -> Int:
+        return self._do(arith.subi, o)
+
+    def __mul__(self, o: Int | int) -> Int:
+        return self._do(arith.muli, o)
+
+    def __and__(self, o: Int | int) -> Int:
+        return self._do(arith.andi, o)
+
+    def __or__(self, o: Int | int) -> Int:
+        return self._do(arith.ori, o)
+
+    def __xor__(self, o: Int | int) -> Int:
+        return self._do(arith.xori, o)
+
+    def __lshift__(self, o: Int | int) -> Int:
+        return self._do(arith.shli, o)
+
+    def __rshift__(self, o: Int | int) -> Int:
+        """Logical shift."""
+        return self._do(arith.shrui, o)
+
+    def __invert__(self) -> Int:
+        return self ^ 0xFFFFFFFF
+
+    def __floordiv__(self, o: int) -> Int:
+        return self._do(arith.divui, o)
+
+    def __mod__(self, o: int) -> Int:
+        return self._do(arith.remui, o)
+
+    def less(self, o: Int | int) -> Any:
+        """Predicate: signed less-than."""
+        return arith.cmpi(arith.CmpIPredicate.slt, self.value, Int.of(o).value)
+
+    def equals(self, o: Int | int) -> Any:
+        """Predicate: equality."""
+        return arith.cmpi(arith.CmpIPredicate.eq, self.value, Int.of(o).value)
+
+    def to_float(self) -> Float:
+        """Signed conversion."""
+        return Float(arith.sitofp(_f32(), self.value))
+
+    def as_float(self) -> Float:
+        """The same bits."""
+        return Float(arith.bitcast(_f32(), self.value))
+
+
+class Float:
+    """A float32 register."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    @staticmethod
+    def of(x: Float | float) -> Float:
+        """A constant, or the register itself."""
+        if isinstance(x, Float):
+            return x
+        return Float(arith.constant(_f32(), ir.FloatAttr.get(_f32(), float(x))))
+
+    def __add__(self, o: Float | float) -> Float:
+        return Float(arith.addf(self.value, Float.of(o).value))
+
+    def __sub__(self, o: Float | float) -> Float:
+        return Float(arith.subf(self.value, Float.of(o).value))
+
+    def __mul__(self, o: Float | float) -> Float:
+        return Float(arith.mulf(self.value, Float.of(o).value))
+
+    def __truediv__(self, o: Float | float) -> Float:
+        return Float(arith.divf(self.value, Float.of(o).value))
+
+    def as_int(self) -> Int:
+        """The same bits."""
+        return Int(arith.bitcast(_i32(), self.value))
+
+
+def select(predicate: Any, a: Any, b: Any) -> Any:
+    """`a if predicate else b` without a branch; both of one type."""
+    return type(a)(arith.select(predicate, a.value, b.value))
+
+
+def ptx(
+    code: str,
+    *args: Any,
+    out: Sequence[type] = (),
+    pure: bool = False,
+    convergent: bool = False,
+) -> Any:
+    """One PTX statement; `out` lists `Int` or `Float` for its results."""
+    types = [_f32() if t is Float else _i32() for t in out]
+    raw = [a.value if isinstance(a, Int | Float) else a for a in args]
+    got = utils.inline_ptx(
+        code,
+        *raw,
+        result_types=types if types else None,
+        has_side_effects=not pure,
+        convergent=convergent,
+    )
+    if not types:
+        return None
+    values = [t(v) for t, v in zip(out, got, strict=True)]
+    return values[0] if len(values) == 1 else values
+
+
+def special(name: str) -> Int:
+    """A special register such as `tid.x`."""
+    return ptx(f"mov.u32 $0, %{name};", out=(Int,), pure=True)
+
+
+def barrier() -> None:
+    """All threads of the block."""
+    utils.inline_ptx("bar.sync 0;", convergent=True)
+
+
+def pointer(ref: Any) -> Any:
+    """Start of a memref."""
+    return utils.memref_ptr(ref)
+
+
+def offset(base: Any, index: Int, item_bytes: int) -> Any:
+    """`base + index * item_bytes`; 64-bit arithmetic in global memory."""
+    i8 = ir.IntegerType.get_signless(8)
+    wide = arith.extui(ir.IntegerType.get_signless(64), index.value)
+    size = arith.constant(wide.type, item_bytes)
+    return utils.getelementptr(base, [arith.muli(wide, size)], i8)
+
+
+def load(base: Any, index: Int, item_bytes: int, *, words: int, hint: str) -> list[Int]:
+    """`words` consecutive 32-bit words; `hint` such as `global.nc` or `shared`."""
+    vector = "" if words == 1 else f".v{words}"
+    names = ", ".join(f"${i}" for i in range(words))
+    target = names if words == 1 else "{" + names + "}"
+    got = ptx(
+        f"ld.{hint}{vector}.u32 {target}, [${words}];",
+        offset(base, index, item_bytes),
+        out=(Int,) * words,
+    )
+    return [got] if words == 1 else got
+
+
+def store(base: Any, index: Int, item_bytes: int, value: Any, kind: str) -> None:
+    """One item of the PTX type `kind`, e.g. `shared.u32`, `global.f32`."""
+    ptx(f"st.{kind} [$0], $1;", offset(base, index, item_bytes), value)
+
+
+def loop(
+    count: int,
+    body: Callable[..., Sequence[Any]],
+    carry: Sequence[Any] = (),
+    unroll: int = 4,
+) -> list[Any]:
+    """`for i in range(count): carry = body(i, *carry)`, in line if short."""
+    values = list(carry)
+    if count <= unroll:
+        for i in range(count):
+            values = list(body(Int.of(i), *values))
+        return values
+    kinds = [type(v) for v in values]
+    zero, one, bound = (Int.of(i).value for i in (0, 1, count))
+    op = scf.ForOp(zero, bound, one, [v.value for v in values])
+    with ir.InsertionPoint(op.body):
+        inner = [k(v) for k, v in zip(kinds, op.inner_iter_args, strict=True)]
+        new = body(Int(op.induction_variable), *inner)
+        scf.yield_([v.value for v in new])
+    return [k(v) for k, v in zip(kinds, op.results, strict=True)]
+
+
+def both(a: Any, b: Any) -> Any:
+    """Both predicates."""
+    return arith.andi(a, b)
+
+
+def when(predicate: Any) -> Any:
+    """`with when(p):` runs the block in the threads where `p` holds."""
+    return utils.when(predicate)
+
+
+def shuffle_xor(x: Any, distance: int) -> Any:
+    """The value of the lane whose number differs by `distance` (a power of two)."""
+    kind = type(x)
+    return ptx(
+        f"shfl.sync.bfly.b32 $0, $1, {distance}, 31, 0xffffffff;",
+        x,
+        out=(kind,),
+        convergent=True,
+    )
+
+
+__all__ = [
+    "WARP",
+    "Float",
+    "Int",
+    "barrier",
+    "both",
+    "load",
+    "loop",
+    "offset",
+    "pointer",
+    "ptx",
+    "select",
+    "shuffle_xor",
+    "special",
+    "store",
+    "when",
+]
