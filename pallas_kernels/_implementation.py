@@ -30,6 +30,8 @@ from jax.custom_batching import custom_vmap
 
 from pallas_kernels._weights import CANONICAL, KernelError, Planes, WeightLayout
 
+# Largest 16-bit activation: both bytes of it stay in int8 when split as 256 h + l.
+WIDE_TOP = 127 * 256 + 127
 IMPLEMENTATIONS = ("mosaic_gpu", "triton", "tpu", "xla", "reference")
 
 
@@ -77,20 +79,25 @@ def canonical(
     )
 
 
-def quantize_activation(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Symmetric int8 for each token, round to nearest even: `x ~ q * scale`.
+def quantize_activation(
+    x: jax.Array, num_bytes: int = 1
+) -> tuple[jax.Array, jax.Array]:
+    """Symmetric integers for each token, round to nearest even: `x ~ q * scale`.
 
     Args:
       x: float `[..., K]`.
+      num_bytes: 1 for int8, 2 for int16.
 
     Returns:
-      int8 `[..., K]` in -127..127 and float32 `[..., 1]`, amax / 127; the scale of a
-      row of zeros is 0.
+      int8 `[..., K]` in -127..127 (int16: +-WIDE_TOP) and float32 `[..., 1]`,
+      amax over the largest integer; the scale of a row of zeros is 0.
     """
+    top = 127 if num_bytes == 1 else WIDE_TOP
     x = x.astype(jnp.float32)
     amax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    inverse = jnp.where(amax > 0, 127.0 / amax, 0.0)
-    return jnp.round(x * inverse).astype(jnp.int8), amax * jnp.float32(1 / 127)
+    inverse = jnp.where(amax > 0, float(top) / amax, 0.0)
+    dtype = jnp.int8 if num_bytes == 1 else jnp.int16
+    return jnp.round(x * inverse).astype(dtype), amax * jnp.float32(1 / top)
 
 
 def check_call(

@@ -12,9 +12,8 @@ from typing import Any
 
 from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import arith, scf
+from jax._src.lib.mlir.dialects import vector as mlir_vector
 from jax.experimental.mosaic.gpu import utils
-
-WARP = 32
 
 
 def _i32() -> Any:
@@ -156,6 +155,28 @@ def special(name: str) -> Int:
     return ptx(f"mov.u32 $0, %{name};", out=(Int,), pure=True)
 
 
+def vector(words: Sequence[Int]) -> Any:
+    """A raw MLIR vector of 32-bit words."""
+    return utils.vector_concat(
+        [utils.bitcast(w.value, ir.VectorType.get((1,), _i32())) for w in words]
+    )
+
+
+def unvector(value: Any) -> list[Int]:
+    """The words of a raw MLIR vector."""
+    count = ir.VectorType(value.type).shape[0]
+    return [
+        Int(mlir_vector.extract(value, dynamic_position=[], static_position=[i]))
+        for i in range(count)
+    ]
+
+
+def as_bytes(word: Int) -> Any:
+    """A word as a raw MLIR vector of four bytes."""
+    i8 = ir.IntegerType.get_signless(8)
+    return utils.bitcast(word.value, ir.VectorType.get((4,), i8))
+
+
 def barrier() -> None:
     """All threads of the block."""
     utils.inline_ptx("bar.sync 0;", convergent=True)
@@ -236,9 +257,9 @@ def shuffle_xor(x: Any, distance: int) -> Any:
 
 
 __all__ = [
-    "WARP",
     "Float",
     "Int",
+    "as_bytes",
     "barrier",
     "both",
     "load",
@@ -250,5 +271,7 @@ __all__ = [
     "shuffle_xor",
     "special",
     "store",
+    "unvector",
+    "vector",
     "when",
 ]

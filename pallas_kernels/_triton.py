@@ -73,7 +73,7 @@ def width(layout: WeightLayout) -> int | None:
     ]
     if not fits:
         return None
-    return max((w for w in fits if _rows(layout, w) <= _rows(layout, fits[0])))
+    return max(w for w in fits if _rows(layout, w) <= _rows(layout, fits[0]))
 
 
 def _rows(layout: WeightLayout, width: int) -> int:
@@ -211,9 +211,7 @@ def restore(planes: Planes, layout: WeightLayout) -> tuple[Planes, WeightLayout]
             )
             out["codes"] = jax.lax.bitcast_convert_type(values[: layout.k], dtype)
     if layout.format == "nvfp4":
-        out["scale"] = jax.lax.bitcast_convert_type(
-            planes["scale"], jnp.float8_e4m3fn
-        )
+        out["scale"] = jax.lax.bitcast_convert_type(planes["scale"], jnp.float8_e4m3fn)
     return out, layout.replace(order=CANONICAL)
 
 
@@ -288,7 +286,17 @@ def matmul(
     full["levels"] = (
         jnp.asarray(_dense.NF4_LEVELS, jnp.float32) if layout.format == "nf4" else None
     )
-    names = ("x", "codes", "high", "scale", "scale2", "zero", "levels", "x_scale", "bias")
+    names = (
+        "x",
+        "codes",
+        "high",
+        "scale",
+        "scale2",
+        "zero",
+        "levels",
+        "x_scale",
+        "bias",
+    )
     # Arrays that are not there are not read; the kernel needs a pointer all the same.
     arrays = [planes["scale"] if full.get(n) is None else full[n] for n in names]
     from pallas_kernels import _triton_kernel

@@ -1,5 +1,5 @@
 """`quantized_matmul`: see `api`."""
 
-from pallas_kernels.quantized_matmul.api import prepare, restore, quantized_matmul
+from pallas_kernels.quantized_matmul.api import prepare, quantized_matmul, restore
 
 __all__ = ["prepare", "restore", "quantized_matmul"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels import _api, _implementation
 from pallas_kernels._weights import QUANTIZED, Planes, WeightLayout
@@ -83,8 +82,8 @@ def prepare(
     Args:
       planes: canonical, without leading axes (`jax.vmap` adds them).
       layout: of the order "canonical".
-      implementation: as in `quantized_matmul`; "xla" and "reference" read canonical planes
-        and give them back.
+      implementation: as in `quantized_matmul`; "xla" and "reference" read canonical
+        planes and give them back.
 
     Returns:
       Planes and layout in that order; `restore` is the exact inverse.

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _ptx as asm
+from pallas_kernels._implementation import WIDE_TOP
 from pallas_kernels._ptx import Float, Int
 
 TILE = 256  # weights along K in one instruction
@@ -88,6 +89,11 @@ class Decode:
     def smem_words(self) -> int:
         """Shared memory of a block, in words."""
         return self.plane_words + self.part_words + 2 * self.m * self.warps
+
+    @property
+    def fits(self) -> bool:
+        """Whether a block has that much shared memory."""
+        return 4 * self.smem_words <= 200 * 1024
 
 
 @functools.cache
@@ -257,7 +263,7 @@ def _planes(c: Decode, x: Any, smem: Any, stats: int, thread: Int) -> None:
             at = token * c.warps + warp % team + stats + c.m * c.warps
             asm.store(smem, at, 4, top, "shared.u32")
         asm.barrier()
-        levels = 127 if c.x_bytes == 1 else 32767
+        levels = 127 if c.x_bytes == 1 else WIDE_TOP
         for r, token in enumerate(tokens):
             amax = _amax(c, smem, stats, token)
             safe = asm.select(amax.equals(0), Float.of(1.0), amax.as_float())
@@ -286,9 +292,7 @@ def _planes(c: Decode, x: Any, smem: Any, stats: int, thread: Int) -> None:
         else:
             (total,) = asm.loop(
                 steps,
-                lambda i, total, token=token, cut=cut: [
-                    cut(i, read(token, i), total)
-                ],
+                lambda i, total, token=token, cut=cut: [cut(i, read(token, i), total)],
                 [total],
                 unroll=2,
             )
@@ -591,7 +595,7 @@ def _finish(
 def _token_scale(c: Decode, smem: Any, stats: int, x_scale: Any, token: Int) -> Float:
     if c.x_dtype == "int8":
         return asm.load(x_scale, token, 4, words=1, hint="global")[0].as_float()
-    levels = 127 if c.x_bytes == 1 else 32767
+    levels = 127 if c.x_bytes == 1 else WIDE_TOP
     return _amax(c, smem, stats, token).as_float() * (1 / levels)
 
 

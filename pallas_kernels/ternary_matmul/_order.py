@@ -34,8 +34,8 @@ def stored_k(layout: WeightLayout) -> int:
 
 
 def tiles(layout: WeightLayout) -> tuple[int, int]:
-    """Row blocks of 16 outputs, tiles of 256 along K."""
-    return -(-layout.n // ROWS), -(-stored_k(layout) // TILE)
+    """Row blocks of 16 outputs, tiles of 256 along K; whole blocks of 128 outputs."""
+    return -(-layout.n // 128) * 8, -(-stored_k(layout) // TILE)
 
 
 def to_hopper(planes: Planes, layout: WeightLayout) -> tuple[Planes, WeightLayout]:
@@ -98,9 +98,9 @@ def _words(bits: jax.Array, layout: WeightLayout) -> jax.Array:
     blocks, k_tiles = tiles(layout)
     x = _pad(bits.astype(jnp.uint32), k_tiles * TILE, blocks * ROWS)
     x = x.reshape(k_tiles, 2, 8, 4, 4, blocks, 2, 8)  # t b j q p | nb h g
-    place = jnp.arange(4, dtype=jnp.uint32) * 8 + jnp.arange(8, dtype=jnp.uint32)[
-        :, None
-    ]
+    place = (
+        jnp.arange(4, dtype=jnp.uint32) * 8 + jnp.arange(8, dtype=jnp.uint32)[:, None]
+    )
     x = x << place[:, None, :, None, None, None]
     words = jnp.sum(x, axis=(2, 4), dtype=jnp.uint32)  # t b q nb h g
     words = words.transpose(3, 0, 5, 2, 1, 4).reshape(blocks, k_tiles, 32, 4)
@@ -112,9 +112,9 @@ def _unwords(words: jax.Array, layout: WeightLayout) -> jax.Array:
     blocks, k_tiles = tiles(layout)
     x = jax.lax.bitcast_convert_type(words, jnp.uint32)
     x = x.reshape(blocks, k_tiles, 8, 4, 2, 2).transpose(1, 4, 3, 0, 5, 2)
-    place = jnp.arange(4, dtype=jnp.uint32) * 8 + jnp.arange(8, dtype=jnp.uint32)[
-        :, None
-    ]
+    place = (
+        jnp.arange(4, dtype=jnp.uint32) * 8 + jnp.arange(8, dtype=jnp.uint32)[:, None]
+    )
     bits = (x[:, :, None, :, None] >> place[:, None, :, None, None, None]) & 1
     bits = bits.reshape(k_tiles * TILE, blocks * ROWS).astype(jnp.uint8)
     return bits[: stored_k(layout), : layout.n]

@@ -12,13 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._implementation import quantize_activation
 from pallas_kernels._weights import Planes, WeightLayout
-from pallas_kernels.ternary_matmul import _decode
+from pallas_kernels.ternary_matmul import _decode, _gemm
 from pallas_kernels.ternary_matmul._order import (
     ORDER,
     TILE,
     from_hopper,
-    stored_k,
     tiles,
     to_hopper,
 )
@@ -49,15 +49,39 @@ def matmul(
     out_dtype: Any,
     **tuning: Any,
 ) -> jax.Array:
-    """`x [M, K]` times the prepared weight."""
+    """`x [M, K]` times the prepared weight; `tuning` overrides the choice of a plan."""
     if x.dtype not in (jnp.int8, jnp.float32, jnp.bfloat16, jnp.float16):
         x = x.astype(jnp.bfloat16)
-    m = x.shape[0]
+    wide = x.dtype != jnp.int8 and activation is None
+    plan = tuning or choose(x.shape[0], layout, wide)
+    x = _arranged(x, layout, tiles(layout)[1] * TILE)
+    run = _few if plan.pop("kernel") == "decode" else _many
+    return run(x, planes, layout, x_scale, bias, wide, jnp.dtype(out_dtype), plan)
+
+
+def choose(m: int, layout: WeightLayout, wide: bool) -> dict[str, Any]:
+    """The kernel for `m` tokens and its parameters."""
     blocks, k_tiles = tiles(layout)
-    x = _arranged(x, layout, k_tiles * TILE)
-    if x_scale is None:
-        x_scale = jnp.ones((m, 1), jnp.float32)
-    c = _decode.Decode(
+    if m <= 16:
+        warps = 8 if m == 1 else 16
+        rows = -(-blocks // 132) if m > 1 else min(4, max(1, blocks // 200))
+        plan = {"warps": warps, "rows_per_block": rows, "prefetch": 4}
+        if _decode_of(m, layout, wide, "float32", "float32", False, plan).fits:
+            return {"kernel": "decode", **plan}
+    return {"kernel": "gemm", "tokens": 256 if m > 128 else 128 if m > 64 else 64}
+
+
+def _decode_of(
+    m: int,
+    layout: WeightLayout,
+    wide: bool,
+    x_dtype: str,
+    out_dtype: str,
+    bias: bool,
+    plan: dict[str, Any],
+) -> _decode.Decode:
+    blocks, k_tiles = tiles(layout)
+    return _decode.Decode(
         format=layout.format,
         m=m,
         k_tiles=k_tiles,
@@ -65,20 +89,83 @@ def matmul(
         n=layout.n,
         groups=layout.groups,
         group_size=layout.group_size if layout.groups > 1 else k_tiles * TILE,
-        x_dtype=x.dtype.name,
-        out_dtype=jnp.dtype(out_dtype).name,
-        x_bytes=1 if x.dtype == jnp.int8 or activation == "int8" else 2,
-        bias=bias is not None,
+        x_dtype=x_dtype,
+        out_dtype=out_dtype,
+        x_bytes=2 if wide else 1,
+        bias=bias,
         wide_scales=layout.groups > 1 and layout.scale_dtype != "bfloat16",
-        **tuning,
+        **plan,
     )
-    args = [x, x_scale.reshape(m), planes["codes"]]
-    if layout.format == "sherry":
-        args.append(planes["high"])
-    args.append(planes["scale"])
+
+
+def _weights(planes: Planes, layout: WeightLayout) -> list[jax.Array]:
+    names = ("codes", "high") if layout.format == "sherry" else ("codes",)
+    return [planes[name] for name in names]
+
+
+def _few(
+    x: jax.Array,
+    planes: Planes,
+    layout: WeightLayout,
+    x_scale: jax.Array | None,
+    bias: jax.Array | None,
+    wide: bool,
+    out_dtype: Any,
+    plan: dict[str, Any],
+) -> jax.Array:
+    m = x.shape[0]
+    if x_scale is None:
+        x_scale = jnp.ones((m, 1), jnp.float32)
+    args = [x, x_scale.reshape(m), *_weights(planes, layout), planes["scale"]]
     if bias is not None:
         args.append(bias.astype(jnp.float32))
-    return _decode.build(c)(*args)
+    kernel = _decode.build(
+        _decode_of(
+            m, layout, wide, x.dtype.name, out_dtype.name, bias is not None, plan
+        )
+    )
+    return kernel(*args)
+
+
+def _many(
+    x: jax.Array,
+    planes: Planes,
+    layout: WeightLayout,
+    x_scale: jax.Array | None,
+    bias: jax.Array | None,
+    wide: bool,
+    out_dtype: Any,
+    plan: dict[str, Any],
+) -> jax.Array:
+    m = x.shape[0]
+    if x.dtype != jnp.int8:
+        x, x_scale = quantize_activation(x, 2 if wide else 1)
+    if x_scale is None:
+        x_scale = jnp.ones((m, 1), jnp.float32)
+    if wide:
+        # Two bytes are two tokens: the product is linear and exact in both.
+        high = (x.astype(jnp.int32) + 128) >> 8
+        low = x.astype(jnp.int32) - (high << 8)
+        x = jnp.concatenate([high, low]).astype(jnp.int8)
+        x_scale = jnp.concatenate([x_scale * 256, x_scale])
+    # Copies go by 8 tokens.
+    x = jnp.pad(x, ((0, -x.shape[0] % 8), (0, 0)))
+    inner = jnp.dtype(jnp.float32) if wide or bias is not None else out_dtype
+    c = _gemm.Gemm(
+        format=layout.format,
+        m=x.shape[0],
+        n=-(-layout.n // 8) * 8,
+        k_tiles=tiles(layout)[1],
+        groups=layout.groups,
+        group_size=layout.group_size,
+        out_dtype=inner.name,
+        **plan,
+    )
+    rows = -(-x.shape[0] // c.tokens) * c.tokens
+    scales = jnp.pad(x_scale.reshape(-1), (0, rows - x_scale.size))
+    y = _gemm.build(c)(x, scales, *_weights(planes, layout), planes["scale"])
+    y = (y[:m] + y[m : 2 * m] if wide else y[:m])[:, : layout.n]
+    return (y if bias is None else y + bias.astype(inner)).astype(out_dtype)
 
 
 def _arranged(x: jax.Array, layout: WeightLayout, k: int) -> jax.Array:
