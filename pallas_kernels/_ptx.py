@@ -162,6 +162,11 @@ def vector(words: Sequence[Int]) -> Any:
     )
 
 
+def vector_of_float(x: Float) -> Any:
+    """A raw MLIR vector of one float."""
+    return mlir_vector.broadcast(ir.VectorType.get((1,), _f32()), x.value)
+
+
 def unvector(value: Any) -> list[Int]:
     """The words of a raw MLIR vector."""
     count = ir.VectorType(value.type).shape[0]
@@ -211,6 +216,11 @@ def load(base: Any, index: Int, item_bytes: int, *, words: int, hint: str) -> li
 def store(base: Any, index: Int, item_bytes: int, value: Any, kind: str) -> None:
     """One item of the PTX type `kind`, e.g. `shared.u32`, `global.f32`."""
     ptx(f"st.{kind} [$0], $1;", offset(base, index, item_bytes), value)
+
+
+def store_words(base: Any, index: Int, words: Sequence[Int]) -> None:
+    """Four words in one store to shared memory; `index` counts words."""
+    ptx("st.shared.v4.u32 [$0], {$1, $2, $3, $4};", offset(base, index, 4), *words)
 
 
 def loop(
@@ -271,7 +281,9 @@ __all__ = [
     "shuffle_xor",
     "special",
     "store",
+    "store_words",
     "unvector",
     "vector",
+    "vector_of_float",
     "when",
 ]

@@ -56,17 +56,22 @@ class Decode:
     prefetch: int = 4  # tiles in flight
 
     @property
+    def k(self) -> int:
+        """Activations of a token, padding included."""
+        return TILE * self.k_tiles
+
+    @property
     def units(self) -> int:
         """Pieces of 32 activations in one token."""
         return 8 * self.k_tiles
 
     @property
-    def plane_words(self) -> int:
+    def planewords_of_unit(self) -> int:
         """Shared memory for the bit planes, in words."""
         return self.tiles_of_warp * self.warps * self.tile_words
 
     @property
-    def tile_words(self) -> int:
+    def tilewords_of_unit(self) -> int:
         """Words of one tile, all tokens; 8 more to spread the stores over banks."""
         return self.m * 64 * self.x_bytes + 8
 
@@ -81,12 +86,12 @@ class Decode:
         return max(1, self.warps // self.m)
 
     @property
-    def part_words(self) -> int:
+    def partwords_of_unit(self) -> int:
         """Shared memory for the partial sums of the warps, in words."""
         return self.rows_per_block * self.m * ROWS * self.warps
 
     @property
-    def smem_words(self) -> int:
+    def smemwords_of_unit(self) -> int:
         """Shared memory of a block, in words."""
         return self.plane_words + self.part_words + 2 * self.m * self.warps
 
@@ -133,8 +138,8 @@ def _emit(c: Decode, _: Any, *refs: Any) -> None:
     plan = [(r, i) for r in range(c.rows_per_block) for i in range(c.tiles_of_warp)]
 
     def fetch(r: int, i: int) -> tuple[list[Int], list[Int]]:
-        row = _clamp(block + r, c.row_blocks)
-        tile = row * c.k_tiles + _clamp(warp + c.warps * i, c.k_tiles)
+        row = clamp(block + r, c.row_blocks)
+        tile = row * c.k_tiles + clamp(warp + c.warps * i, c.k_tiles)
         weights = _fetch_codes(c, codes, high, tile, lane)
         factors: list[Int] = []
         if c.groups > 1:
@@ -158,7 +163,7 @@ def _emit(c: Decode, _: Any, *refs: Any) -> None:
     _finish(c, smem, parts, stats, x_scale, scale, bias, y, block, thread)
 
 
-def _clamp(i: Int, count: int) -> Int:
+def clamp(i: Int, count: int) -> Int:
     """A tile past the end reads the last one again; its activations are 0."""
     return asm.select(i.less(count), i, Int.of(count - 1))
 
@@ -183,7 +188,7 @@ def _fetch_scales(c: Decode, scale: Any, row: Int, tile: Int, lane: Int) -> list
             if c.group_size <= TILE
             else tile // (c.group_size // TILE)
         )
-        at = (row * c.groups + _clamp(group, c.groups)) * 8 + (lane >> 2)
+        at = (row * c.groups + clamp(group, c.groups)) * 8 + (lane >> 2)
         pair = asm.load(scale, at, 4 * words, words=words, hint="global.nc")
         if not c.wide_scales:
             pair = [pair[0] << 16, pair[0] & 0xFFFF0000]
@@ -227,54 +232,29 @@ def _planes(c: Decode, x: Any, smem: Any, stats: int, thread: Int) -> None:
     at_once = c.warps // team
     units = 8 * c.tiles_of_warp * c.warps
     steps = -(-units // (32 * team))
-    tokens = [
-        _clamp(warp // team + r * at_once, c.m) for r in range(-(-c.m // at_once))
-    ]
+    tokens = [clamp(warp // team + r * at_once, c.m) for r in range(-(-c.m // at_once))]
     member = (warp % team) * 32 + lane
 
     def read(token: Int, i: Int) -> list[Int]:
-        return _words(c, x, token, _clamp(i * (32 * team) + member, c.units))
+        return words_of_unit(c, x, token, clamp(i * (32 * team) + member, c.units))
 
     # Few enough to stay in registers: one trip to memory for all of them.
     held: list[list[list[Int]]] = []
-    if len(tokens) * steps * _WORDS_OF_UNIT[c.x_dtype] <= 32:
+    if len(tokens) * steps * WORDS_OF_UNIT[c.x_dtype] <= 32:
         held = [[read(t, Int.of(i)) for i in range(steps)] for t in tokens]
 
     inverse = [Float.of(1.0)] * len(tokens)
     if c.x_dtype != "int8":
-        for r, token in enumerate(tokens):
-
-            def biggest(words: list[Int], top: Int) -> Int:
-                for v in _floats(c, words):
-                    top = _max(top, v.as_int() & 0x7FFFFFFF)
-                return top
-
-            top = Int.of(0)
-            if held:
-                for words in held[r]:
-                    top = biggest(words, top)
-            else:
-                (top,) = asm.loop(
-                    steps,
-                    lambda i, top, token=token: [biggest(read(token, i), top)],
-                    [top],
-                )
-            top = _across("max", top)
-            at = token * c.warps + warp % team + stats + c.m * c.warps
-            asm.store(smem, at, 4, top, "shared.u32")
-        asm.barrier()
-        levels = 127 if c.x_bytes == 1 else WIDE_TOP
-        for r, token in enumerate(tokens):
-            amax = _amax(c, smem, stats, token)
-            safe = asm.select(amax.equals(0), Float.of(1.0), amax.as_float())
-            inverse[r] = Float.of(float(levels)) / safe
+        inverse = inverse_scales(
+            c, smem, stats, tokens, held, read, steps, warp % team, lane, _top(c)
+        )
     for r, token in enumerate(tokens):
 
         def cut(
             i: Int, words: list[Int], total: Int, token: Int = token, r: int = r
         ) -> Int:
             at = i * (32 * team) + member
-            unit = _clamp(at, units)
+            unit = clamp(at, units)
             inside, fresh = unit.less(c.units), at.less(units)
             for byte, regs in enumerate(_quantized(c, words, inverse[r], inside)):
                 part = Int.of(0)
@@ -299,6 +279,51 @@ def _planes(c: Decode, x: Any, smem: Any, stats: int, thread: Int) -> None:
         at = token * c.warps + warp % team + stats
         asm.store(smem, at, 4, _across("add", total), "shared.u32")
     asm.barrier()
+
+
+def inverse_scales(
+    c: Any,
+    smem: Any,
+    stats: int,
+    tokens: list[Int],
+    held: list[list[list[Int]]],
+    read: Callable[[Int, Int], list[Int]],
+    steps: int,
+    member: Int,
+    lane: Int,
+    top: float,
+) -> list[Float]:
+    """`top / amax` of each token; leaves the maxima in shared memory."""
+
+    def biggest(words: list[Int], seen: Int) -> Int:
+        for v in floats_of(c, words):
+            seen = _max(seen, v.as_int() & 0x7FFFFFFF)
+        return seen
+
+    for r, token in enumerate(tokens):
+        seen = Int.of(0)
+        if held:
+            for words in held[r]:
+                seen = biggest(words, seen)
+        else:
+            (seen,) = asm.loop(
+                steps,
+                lambda i, seen, token=token: [biggest(read(token, i), seen)],
+                [seen],
+            )
+        at = token * c.warps + member + stats + c.m * c.warps
+        asm.store(smem, at, 4, _across("max", seen), "shared.u32")
+    asm.barrier()
+    out = []
+    for token in tokens:
+        amax = _amax(c, smem, stats, token)
+        safe = asm.select(amax.equals(0), Float.of(1.0), amax.as_float())
+        out.append(Float.of(top) / safe)
+    return out
+
+
+def _top(c: Decode) -> float:
+    return 127.0 if c.x_bytes == 1 else float(WIDE_TOP)
 
 
 def _across(op: str, value: Int) -> Int:
@@ -327,16 +352,16 @@ def _start(c: Decode, token: Int, unit: Int, j: int) -> Int:
     A unit is what lane column q sees of half a tile: k = 16 j + 4 q + lane position.
     """
     half, q = unit >> 2, unit & 3
-    return token * (c.k_tiles * 64) + half * 32 + q + 4 * j
+    return token * (c.k // 4) + half * 32 + q + j * 4
 
 
 # 32-bit words that hold the 32 activations of a unit.
-_WORDS_OF_UNIT = {"int8": 8, "bfloat16": 16, "float16": 16, "float32": 32}
+WORDS_OF_UNIT = {"int8": 8, "bfloat16": 16, "float16": 16, "float32": 32}
 
 
-def _words(c: Decode, x: Any, token: Int, unit: Int) -> list[Int]:
+def words_of_unit(c: Decode, x: Any, token: Int, unit: Int) -> list[Int]:
     """The activations of a unit as they lie in memory, in the order (group, lane)."""
-    words = _WORDS_OF_UNIT[c.x_dtype] // 8
+    words = WORDS_OF_UNIT[c.x_dtype] // 8
     out: list[Int] = []
     for j in range(8):
         at = _start(c, token, unit, j)
@@ -344,7 +369,7 @@ def _words(c: Decode, x: Any, token: Int, unit: Int) -> list[Int]:
     return out
 
 
-def _floats(c: Decode, words: list[Int]) -> list[Float]:
+def floats_of(c: Decode, words: list[Int]) -> list[Float]:
     """The 32 float activations of a unit."""
     if c.x_dtype == "float32":
         return [w.as_float() for w in words]
@@ -372,17 +397,18 @@ def _quantized(
         return [[asm.select(inside, w, Int.of(0)) for w in words]]
     inverse = asm.select(inside, inverse, Float.of(0.0))
     # Adding 1.5 * 2^23 rounds to nearest even and leaves the integer in the low bits.
-    ints = [(v * inverse + 12582912.0).as_int() for v in _floats(c, words)]
-    out: list[list[Int]] = []
-    for byte in range(c.x_bytes):
-        words = []
-        pick = 0x0040 + 0x0011 * byte
-        for j in range(8):
-            a, b, d, e = ints[4 * j : 4 * j + 4]
-            low, top = _permute(a, b, pick), _permute(d, e, pick)
-            words.append(_permute(low, top, 0x5410))
-        out.append(words)
-    return out
+    ints = [(v * inverse + 12582912.0).as_int() for v in floats_of(c, words)]
+    return [
+        [gather_bytes(ints[4 * j : 4 * j + 4], byte) for j in range(8)]
+        for byte in range(c.x_bytes)
+    ]
+
+
+def gather_bytes(four: list[Int], byte: int) -> Int:
+    """One byte of each of four words."""
+    pick = 0x0040 + 0x0011 * byte
+    low, high = _permute(four[0], four[1], pick), _permute(four[2], four[3], pick)
+    return _permute(low, high, 0x5410)
 
 
 def _dot4(w: Int, total: Int, signed: bool) -> Int:
@@ -585,21 +611,23 @@ def _finish(
                 value = words[0].as_float()
                 for w in words[1:]:
                     value = value + w.as_float()
-            value = value * _token_scale(c, smem, stats, x_scale, token)
+            value = value * token_scale(c, smem, stats, x_scale, token, _top(c))
             if c.bias:
                 b = asm.load(bias, column, 4, words=1, hint="global.nc")[0]
                 value = value + b.as_float()
-            _write(c, y, token * c.n + column, value)
+            write_output(c, y, token * c.n + column, value)
 
 
-def _token_scale(c: Decode, smem: Any, stats: int, x_scale: Any, token: Int) -> Float:
+def token_scale(
+    c: Any, smem: Any, stats: int, x_scale: Any, token: Int, top: float
+) -> Float:
+    """What an integer activation of a token stands for."""
     if c.x_dtype == "int8":
         return asm.load(x_scale, token, 4, words=1, hint="global")[0].as_float()
-    levels = 127 if c.x_bytes == 1 else WIDE_TOP
-    return _amax(c, smem, stats, token).as_float() * (1 / levels)
+    return _amax(c, smem, stats, token).as_float() * (1 / top)
 
 
-def _write(c: Decode, y: Any, at: Int, value: Float) -> None:
+def write_output(c: Decode, y: Any, at: Int, value: Float) -> None:
     if c.out_dtype == "float32":
         asm.store(y, at, 4, value, "global.f32")
         return

@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._implementation import quantize_activation
+from pallas_kernels import _hopper_gemm
 from pallas_kernels._weights import Planes, WeightLayout
-from pallas_kernels.ternary_matmul import _decode, _gemm
+from pallas_kernels.ternary_matmul import _decode
 from pallas_kernels.ternary_matmul._order import (
     ORDER,
     TILE,
@@ -53,10 +53,21 @@ def matmul(
     if x.dtype not in (jnp.int8, jnp.float32, jnp.bfloat16, jnp.float16):
         x = x.astype(jnp.bfloat16)
     wide = x.dtype != jnp.int8 and activation is None
-    plan = tuning or choose(x.shape[0], layout, wide)
+    plan = dict(tuning) or choose(x.shape[0], layout, wide)
     x = _arranged(x, layout, tiles(layout)[1] * TILE)
-    run = _few if plan.pop("kernel") == "decode" else _many
-    return run(x, planes, layout, x_scale, bias, wide, jnp.dtype(out_dtype), plan)
+    if plan.pop("kernel") == "decode":
+        return _few(x, planes, layout, x_scale, bias, wide, jnp.dtype(out_dtype), plan)
+    return _hopper_gemm.product(
+        x,
+        x_scale,
+        planes,
+        layout,
+        bias=bias,
+        wide=wide,
+        out_dtype=jnp.dtype(out_dtype),
+        k_tiles=tiles(layout)[1],
+        **plan,
+    )
 
 
 def choose(m: int, layout: WeightLayout, wide: bool) -> dict[str, Any]:
@@ -68,7 +79,7 @@ def choose(m: int, layout: WeightLayout, wide: bool) -> dict[str, Any]:
         plan = {"warps": warps, "rows_per_block": rows, "prefetch": 4}
         if _decode_of(m, layout, wide, "float32", "float32", False, plan).fits:
             return {"kernel": "decode", **plan}
-    return {"kernel": "gemm", "tokens": 256 if m > 128 else 128 if m > 64 else 64}
+    return {"kernel": "gemm", **_hopper_gemm.plan(m * (1 + wide), layout)}
 
 
 def _decode_of(
@@ -125,47 +136,6 @@ def _few(
         )
     )
     return kernel(*args)
-
-
-def _many(
-    x: jax.Array,
-    planes: Planes,
-    layout: WeightLayout,
-    x_scale: jax.Array | None,
-    bias: jax.Array | None,
-    wide: bool,
-    out_dtype: Any,
-    plan: dict[str, Any],
-) -> jax.Array:
-    m = x.shape[0]
-    if x.dtype != jnp.int8:
-        x, x_scale = quantize_activation(x, 2 if wide else 1)
-    if x_scale is None:
-        x_scale = jnp.ones((m, 1), jnp.float32)
-    if wide:
-        # Two bytes are two tokens: the product is linear and exact in both.
-        high = (x.astype(jnp.int32) + 128) >> 8
-        low = x.astype(jnp.int32) - (high << 8)
-        x = jnp.concatenate([high, low]).astype(jnp.int8)
-        x_scale = jnp.concatenate([x_scale * 256, x_scale])
-    # Copies go by 8 tokens.
-    x = jnp.pad(x, ((0, -x.shape[0] % 8), (0, 0)))
-    inner = jnp.dtype(jnp.float32) if wide or bias is not None else out_dtype
-    c = _gemm.Gemm(
-        format=layout.format,
-        m=x.shape[0],
-        n=-(-layout.n // 8) * 8,
-        k_tiles=tiles(layout)[1],
-        groups=layout.groups,
-        group_size=layout.group_size,
-        out_dtype=inner.name,
-        **plan,
-    )
-    rows = -(-x.shape[0] // c.tokens) * c.tokens
-    scales = jnp.pad(x_scale.reshape(-1), (0, rows - x_scale.size))
-    y = _gemm.build(c)(x, scales, *_weights(planes, layout), planes["scale"])
-    y = (y[:m] + y[m : 2 * m] if wide else y[:m])[:, : layout.n]
-    return (y if bias is None else y + bias.astype(inner)).astype(out_dtype)
 
 
 def _arranged(x: jax.Array, layout: WeightLayout, k: int) -> jax.Array:

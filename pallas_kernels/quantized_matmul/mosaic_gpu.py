@@ -1,0 +1,176 @@
+"""Products with 8- and 4-bit weights on Hopper GPUs, by Pallas' Mosaic backend.
+
+A few tokens: `_decode`. Many: `_hopper_gemm` for integers with scales for 128 weights
+or more. Float activations become int8 (`activation="int8"`), else 16-bit fixed point
+with one scale for each token (error 2^-16 of its largest activation), and beside FP8
+weights two e4m3 values (error 2^-8 of each activation, 2^-19 of the largest).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import _hopper_gemm
+from pallas_kernels._weights import Planes, WeightLayout
+from pallas_kernels.quantized_matmul import _decode
+from pallas_kernels.quantized_matmul._order import (
+    ORDER,
+    from_hopper,
+    grouped,
+    tiles,
+    to_hopper,
+)
+
+__all__ = ["ORDER", "matmul", "prepare", "restore", "unsupported"]
+
+prepare = to_hopper
+restore = from_hopper
+
+
+def unsupported(x: Any, layout: WeightLayout, activation: str | None) -> str | None:
+    """Why this cannot run here, or None."""
+    if layout.format == "nf4":
+        return "nf4 has no kernel for this GPU"
+    group = layout.group_size
+    if layout.groups > 1 and group not in (16, 32, 64) and group % 128:
+        return f"group_size {group} is not 16, 32, 64 or a multiple of 128"
+    if x is None or layout.format not in _decode.FLOATS:
+        return None
+    if x.dtype == jnp.int8 or activation is not None:
+        return "FP8 weights take float activations"
+    return None
+
+
+def matmul(
+    x: jax.Array,
+    planes: Planes,
+    layout: WeightLayout,
+    *,
+    x_scale: jax.Array | None,
+    bias: jax.Array | None,
+    activation: str | None,
+    out_dtype: Any,
+    **tuning: Any,
+) -> jax.Array:
+    """`x [M, K]` times the prepared weight; `tuning` overrides the choice of a plan."""
+    if x.dtype not in (jnp.int8, jnp.float32, jnp.bfloat16, jnp.float16):
+        x = x.astype(jnp.bfloat16)
+    wide = x.dtype != jnp.int8 and activation is None
+    out_dtype = jnp.dtype(out_dtype)
+    plan = dict(tuning) or choose(x.shape[0], layout, wide)
+    kernel = plan.pop("kernel")
+    if kernel == "decode":
+        return _few(x, planes, layout, x_scale, bias, wide, out_dtype, plan)
+    if kernel == "gemm":
+        return _hopper_gemm.product(
+            x,
+            x_scale,
+            planes,
+            layout,
+            bias=bias,
+            wide=wide,
+            out_dtype=out_dtype,
+            k_tiles=tiles(layout)[1] // 2,
+            **plan,
+        )
+    return _expanded(x, planes, layout, x_scale, bias, activation, out_dtype)
+
+
+def choose(m: int, layout: WeightLayout, wide: bool) -> dict[str, Any]:
+    """The kernel for `m` tokens and its parameters."""
+    if m <= 16:
+        plan = _decode_plan(m, layout)
+        if _decode_of(m, layout, wide, "float32", "float32", False, plan).fits:
+            return {"kernel": "decode", **plan}
+    if _hopper_gemm.takes(layout):
+        return {"kernel": "gemm", **_hopper_gemm.plan(m * (1 + wide), layout)}
+    return {"kernel": "expand"}
+
+
+def _decode_plan(m: int, layout: WeightLayout) -> dict[str, Any]:
+    blocks = tiles(layout)[0]
+    rows = 1 if blocks <= 264 else 2 if m == 1 else -(-blocks // 264)
+    return {"warps": 8, "rows_per_block": min(rows, 8), "prefetch": 4}
+
+
+def _decode_of(
+    m: int,
+    layout: WeightLayout,
+    wide: bool,
+    x_dtype: str,
+    out_dtype: str,
+    bias: bool,
+    plan: dict[str, Any],
+) -> _decode.Decode:
+    blocks, k_tiles = tiles(layout)
+    return _decode.Decode(
+        format=layout.format,
+        m=m,
+        k_tiles=k_tiles,
+        row_blocks=blocks,
+        n=layout.n,
+        grouped=grouped(layout),
+        groups=layout.groups,
+        group_size=layout.group_size if layout.groups > 1 else k_tiles * 128,
+        asymmetric=not layout.symmetric,
+        wide_scales=layout.scale_dtype in ("float32", "float16"),
+        channel_scale=layout.format == "nvfp4",
+        x_dtype=x_dtype,
+        out_dtype=out_dtype,
+        pieces=2 if wide else 1,
+        bias=bias,
+        **plan,
+    )
+
+
+def _few(
+    x: jax.Array,
+    planes: Planes,
+    layout: WeightLayout,
+    x_scale: jax.Array | None,
+    bias: jax.Array | None,
+    wide: bool,
+    out_dtype: Any,
+    plan: dict[str, Any],
+) -> jax.Array:
+    m = x.shape[0]
+    k = tiles(layout)[1] * 128
+    if x.shape[1] != k:
+        x = jnp.pad(x, ((0, 0), (0, k - x.shape[1])))
+    if x_scale is None:
+        x_scale = jnp.ones((m, 1), jnp.float32)
+    args = [x, x_scale.reshape(m), planes["codes"], planes["scale"]]
+    args += [planes[name] for name in ("zero", "scale2") if name in planes]
+    if bias is not None:
+        args.append(bias.astype(jnp.float32))
+    c = _decode_of(
+        m, layout, wide, x.dtype.name, out_dtype.name, bias is not None, plan
+    )
+    return _decode.build(c)(*args)
+
+
+def _expanded(
+    x: jax.Array,
+    planes: Planes,
+    layout: WeightLayout,
+    x_scale: jax.Array | None,
+    bias: jax.Array | None,
+    activation: str | None,
+    out_dtype: Any,
+) -> jax.Array:
+    """One dense copy of the weight and a product by XLA."""
+    from pallas_kernels.quantized_matmul import xla
+
+    canonical, plain = from_hopper(planes, layout)
+    return xla.matmul(
+        x,
+        canonical,
+        plain,
+        x_scale=x_scale,
+        bias=bias,
+        activation=activation,
+        out_dtype=out_dtype,
+    )
