@@ -3,10 +3,12 @@
 The rest of angeljax does not import this package: it works on anybody's model.
 """
 
+from angeljax.models.cache import KVCache, init_cache
 from angeljax.models.config import DecoderConfig, ModelError
-from angeljax.models.decoder import Decoder, KVCache, dense_attention, init_cache
+from angeljax.models.decoder import Decoder
 from angeljax.models.generate import Generated, filter_logits, generate
 from angeljax.models.language_model import LanguageModel, stack_layers, unstack_layers
+from angeljax.models.layers import dense_attention
 from angeljax.models.loading import LoadedModel, load_config, load_model
 from angeljax.models.tokenizer import Tokenizer
 

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from angeljax.models.decoder import init_cache
 from angeljax.models.language_model import LanguageModel
 
 
@@ -47,8 +46,7 @@ def _generate(
     pad_id: int,
 ) -> Generated:
     batch, length = tokens.shape
-    slots = length + max_new_tokens
-    empty = init_cache(model.config, batch, slots, model.dtype)
+    empty = model.init_cache(batch, length + max_new_tokens)
 
     def choose(logits: jax.Array, key: jax.Array) -> jax.Array:
         if greedy:

@@ -10,13 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from angeljax.models.cache import KVCache, init_cache
 from angeljax.models.config import DecoderConfig
-from angeljax.models.decoder import (
-    AttentionFn,
-    Decoder,
-    KVCache,
-    dense_attention,
-)
+from angeljax.models.decoder import Decoder
+from angeljax.models.layers import AttentionFn, dense_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +28,8 @@ class LanguageModel:
       dtype: of activations.
       scan_layers: whether the layers are one stack; see `Decoder`.
       attention_fn: see `Decoder`.
+      fused: whether the params have one kernel for q, k and v and one for gate and up;
+        see `fuse_projections`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -49,6 +48,7 @@ class LanguageModel:
     dtype: Any = jnp.float32
     scan_layers: bool = False
     attention_fn: AttentionFn = dense_attention
+    fused: bool = False
 
     def module(self, rngs: nnx.Rngs, param_dtype: Any = jnp.float32) -> Decoder:
         """A `Decoder` with fresh parameters."""
@@ -59,6 +59,7 @@ class LanguageModel:
             param_dtype=param_dtype,
             scan_layers=self.scan_layers,
             attention_fn=self.attention_fn,
+            fused=self.fused,
         )
 
     def init(self, key: jax.Array, param_dtype: Any = jnp.float32) -> dict[str, Any]:
@@ -71,11 +72,41 @@ class LanguageModel:
         return jax.eval_shape(lambda: self.init(jax.random.key(0), param_dtype))
 
     def bind(self, params: dict[str, Any]) -> Decoder:
-        """The nnx module with these parameters."""
+        """The nnx module with these parameters.
+
+        Raises:
+          ValueError: a parameter is missing; says so if the tree is fused and the model
+            is not, or the other way round.
+        """
         graphdef, state = _skeleton(self)
         values = _leaves_by_path(params)
-        flat = [(p, v.replace(values.pop(p))) for p, v in nnx.to_flat_state(state)]
+        flat = []
+        for path, variable in nnx.to_flat_state(state):
+            if path not in values:
+                raise ValueError(self._missing(path, values))
+            flat.append((path, variable.replace(values.pop(path))))
         return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+    def _missing(self, path: tuple[Any, ...], values: dict[Any, Any]) -> str:
+        name = "/".join(map(str, path))
+        parts = {part for other in values for part in other}
+        if self.fused and {"q_proj", "gate_proj"} & parts and path[-2] in _FUSED:
+            return (
+                f"no {name} in the params: the model is fused and they are not; use "
+                "fuse_projections(params), or a model with fused=False"
+            )
+        if not self.fused and set(_FUSED) & parts and path[-2] not in parts:
+            return (
+                f"no {name} in the params: they are fused and the model is not; use "
+                "a model with fused=True, or split_projections(params, config)"
+            )
+        return f"no {name} in the params"
+
+    def init_cache(self, batch: int, slots: int) -> KVCache:
+        """An empty cache in the form that suits the layers, in `dtype`."""
+        return init_cache(
+            self.config, batch, slots, self.dtype, stacked=self.scan_layers
+        )
 
     def apply(
         self,
@@ -93,6 +124,9 @@ class LanguageModel:
     def logits(self, params: dict[str, Any], tokens: jax.Array) -> jax.Array:
         """float32 next-token logits `[B, T, V]` of int32 tokens `[B, T]`."""
         return self.apply(params, tokens)[0]
+
+
+_FUSED = ("qkv_proj", "gate_up_proj")
 
 
 @functools.lru_cache(maxsize=16)

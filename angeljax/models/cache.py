@@ -1,0 +1,112 @@
+"""`KVCache`: keys and values of what a decoder has read so far."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from angeljax.models.config import DecoderConfig
+
+# One array for each layer, or one for all of them with a leading layer axis.
+Layers = jax.Array | tuple[jax.Array, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of what was read so far; a pytree of static shapes.
+
+    A step writes one slot of each array and hands the rest on, so that XLA updates a
+    donated cache, and the one that a loop carries, in place.
+
+    Attributes:
+      k, v: a tuple with `[B, num_kv_heads, slots, head_dim]` for each layer, or one
+        array `[layers, B, num_kv_heads, slots, head_dim]`; keys after rotation. The
+        decoder takes both and gives back what it took. Unrolled layers are fastest with
+        the tuple, scanned ones with the array.
+      positions: int32 `[B, slots]`, position of each slot, -1 for padding and for
+        slots that are not filled.
+      length: int32 scalar, slots that are filled.
+    """
+
+    k: Layers
+    v: Layers
+    positions: jax.Array
+    length: jax.Array
+
+
+def init_cache(
+    config: DecoderConfig,
+    batch: int,
+    slots: int,
+    dtype: Any = jnp.bfloat16,
+    *,
+    stacked: bool = False,
+) -> KVCache:
+    """An empty cache.
+
+    Args:
+      config: of the model.
+      batch: rows.
+      slots: tokens that a row can hold, prompt and padding included.
+      dtype: of keys and values.
+      stacked: one array for all layers, for `scan_layers`.
+
+    Returns:
+      A `KVCache` of zeros, length 0.
+
+    Example:
+      >>> from angeljax.models import DecoderConfig, init_cache
+      >>> config = DecoderConfig(
+      ...     model_type="llama", vocab_size=32, hidden_size=16, num_layers=2,
+      ...     intermediate_size=32, num_heads=2, num_kv_heads=1, head_dim=8,
+      ... )
+      >>> cache = init_cache(config, batch=3, slots=64)
+      >>> len(cache.k), cache.k[0].shape
+      (2, (3, 1, 64, 8))
+      >>> init_cache(config, batch=3, slots=64, stacked=True).v.shape
+      (2, 3, 1, 64, 8)
+    """
+    # Slots beside the features: the products of attention are then batched over leading
+    # axes, which needs no transposed copy of the whole cache.
+    shape = (batch, config.num_kv_heads, slots, config.head_dim)
+
+    def empty() -> Layers:
+        if stacked:
+            return jnp.zeros((config.num_layers, *shape), dtype)
+        return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
+
+    return KVCache(
+        k=empty(),
+        v=empty(),
+        positions=jnp.full((batch, slots), -1, jnp.int32),
+        length=jnp.zeros((), jnp.int32),
+    )
+
+
+def write(
+    store: jax.Array, new: jax.Array, slot: jax.Array, layer: Any = None
+) -> tuple[jax.Array, jax.Array]:
+    """Writes the keys (or values) of new tokens.
+
+    Args:
+      store: `[B, num_kv_heads, slots, head_dim]`, or with a leading layer axis.
+      new: `[B, T, num_kv_heads, head_dim]`.
+      slot: int32 scalar, where the first of them goes.
+      layer: index of the layer if `store` holds all of them.
+
+    Returns:
+      The store, and what the layer now attends to, `[B, slots, num_kv_heads,
+      head_dim]`.
+    """
+    new = jnp.swapaxes(new, 1, 2).astype(store.dtype)
+    if layer is None:
+        store = seen = jax.lax.dynamic_update_slice(store, new, (0, 0, slot, 0))
+    else:
+        at = (layer, 0, 0, slot, 0)
+        store = jax.lax.dynamic_update_slice(store, new[None], at)
+        seen = jax.lax.dynamic_index_in_dim(store, layer, keepdims=False)
+    return store, jnp.swapaxes(seen, 1, 2)

@@ -1,0 +1,174 @@
+"""The parts of a decoder layer (nnx): products, norms, attention and the gated MLP."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from angeljax import ops
+from angeljax.models.cache import write
+from angeljax.models.config import DecoderConfig
+from angeljax.models.rope import rotate
+
+# (q [B,T,H,D], k [B,S,Hkv,D], v [B,S,Hkv,D], mask bool [B,1,T,S]) -> [B,T,H,D]
+AttentionFn = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+_INIT = nnx.initializers.normal(0.02)
+_ONES = nnx.initializers.ones_init()
+_ZEROS = nnx.initializers.zeros_init()
+
+
+def dense_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """Softmax attention with grouped queries; softmax in float32.
+
+    Args:
+      q: `[B, T, num_heads, head_dim]`.
+      k, v: `[B, S, num_kv_heads, head_dim]`.
+      mask: bool `[B, 1, T, S]`, True where a query sees a key.
+
+    Returns:
+      `[B, T, num_heads, head_dim]`.
+    """
+    return jax.nn.dot_product_attention(q, k, v, mask=mask)
+
+
+class Linear(nnx.Module):
+    """`x @ kernel (+ bias)`, kernel `[in, out]`."""
+
+    def __init__(
+        self, n_in: int, n_out: int, *, bias: bool, dtype: Any, rngs: nnx.Rngs
+    ) -> None:
+        self.kernel = nnx.Param(_INIT(rngs.params(), (n_in, n_out), dtype))
+        self.bias = nnx.Param(_ZEROS(rngs.params(), (n_out,), dtype)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = ops.dot(x, self.kernel[...])
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float, *, dtype: Any, rngs: nnx.Rngs) -> None:
+        self.scale = nnx.Param(_ONES(rngs.params(), (size,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = x.astype(jnp.float32)
+        h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.eps)
+        return self.scale[...].astype(x.dtype) * h.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions and an optional cache."""
+
+    def __init__(
+        self, c: DecoderConfig, *, fused: bool, dtype: Any, rngs: nnx.Rngs
+    ) -> None:
+        q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        make = functools.partial(Linear, dtype=dtype, rngs=rngs)
+        if fused:
+            self.qkv_proj = make(c.hidden_size, q + 2 * kv, bias=c.attention_bias)
+        else:
+            self.q_proj = make(c.hidden_size, q, bias=c.attention_bias)
+            self.k_proj = make(c.hidden_size, kv, bias=c.attention_bias)
+            self.v_proj = make(c.hidden_size, kv, bias=c.attention_bias)
+        self.fused, self.widths = fused, (q, kv)
+        self.o_proj = make(q, c.hidden_size, bias=c.output_bias)
+        norm = functools.partial(RMSNorm, c.head_dim, c.norm_eps, rngs=rngs)
+        self.q_norm = norm(dtype=dtype) if c.qk_norm else None
+        self.k_norm = norm(dtype=dtype) if c.qk_norm else None
+        self.heads, self.kv_heads, self.head_dim = (
+            c.num_heads,
+            c.num_kv_heads,
+            c.head_dim,
+        )
+
+    def __call__(
+        self,
+        x: jax.Array,
+        rotation: tuple[jax.Array, jax.Array],
+        mask: jax.Array,
+        cache: tuple[Any, Any, jax.Array, Any] | None,
+        attention_fn: AttentionFn,
+    ) -> tuple[jax.Array, Any]:
+        b, t, _ = x.shape
+        if self.fused:
+            n_q, n_kv = self.widths
+            q, k, v = jnp.split(self.qkv_proj(x), (n_q, n_q + n_kv), axis=-1)
+        else:
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q = q.reshape(b, t, self.heads, self.head_dim)
+        k = k.reshape(b, t, self.kv_heads, self.head_dim)
+        v = v.reshape(b, t, self.kv_heads, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        kv = None
+        if cache is not None:
+            k_store, v_store, slot, layer = cache
+            k_store, k = write(k_store, k, slot, layer)
+            v_store, v = write(v_store, v, slot, layer)
+            kv = k_store, v_store
+        y = attention_fn(q, k.astype(q.dtype), v.astype(q.dtype), mask)
+        return self.o_proj(y.reshape(b, t, -1)), kv
+
+
+class MLP(nnx.Module):
+    """Gated MLP: down(act(gate(x)) * up(x))."""
+
+    def __init__(
+        self, c: DecoderConfig, *, fused: bool, dtype: Any, rngs: nnx.Rngs
+    ) -> None:
+        make = functools.partial(Linear, bias=False, dtype=dtype, rngs=rngs)
+        if fused:
+            self.gate_up_proj = make(c.hidden_size, 2 * c.intermediate_size)
+        else:
+            self.gate_proj = make(c.hidden_size, c.intermediate_size)
+            self.up_proj = make(c.hidden_size, c.intermediate_size)
+        self.down_proj = make(c.intermediate_size, c.hidden_size)
+        self.activation, self.fused = c.activation, fused
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.fused:
+            gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.activation == "silu":
+            gate = jax.nn.silu(gate)
+        else:
+            gate = jax.nn.gelu(gate, approximate=self.activation != "gelu")
+        return self.down_proj(gate * up)
+
+
+class Block(nnx.Module):
+    """One layer: attention and MLP, each after a norm and beside a residual."""
+
+    def __init__(
+        self, c: DecoderConfig, *, fused: bool, dtype: Any, rngs: nnx.Rngs
+    ) -> None:
+        norm = functools.partial(
+            RMSNorm, c.hidden_size, c.norm_eps, dtype=dtype, rngs=rngs
+        )
+        self.attn_norm, self.mlp_norm = norm(), norm()
+        self.attn = Attention(c, fused=fused, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(c, fused=fused, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, *args: Any) -> tuple[jax.Array, Any]:
+        y, kv = self.attn(self.attn_norm(x), *args)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), kv
+
+
+class Embed(nnx.Module):
+    """Token embedding `[vocab, hidden]`, also the tied head."""
+
+    def __init__(self, c: DecoderConfig, *, dtype: Any, rngs: nnx.Rngs) -> None:
+        shape = (c.vocab_size, c.hidden_size)
+        self.embedding = nnx.Param(_INIT(rngs.params(), shape, dtype))
