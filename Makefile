@@ -8,13 +8,13 @@ EXTRAS := test,dev,report
 # Two processes: most of the time goes into tracing and compiling, which one process
 # does on one core. PYTEST_ARGS="-n 0 -k name" for a closer look.
 PYTEST_ARGS ?= -n 2 --dist worksteal
-MARKERS     ?= not gpu and not tpu_compile
+MARKERS     ?= not gpu and not gpu_compile and not tpu_compile
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-gpu test-tpu-compile demo lint format constraints clean
+.PHONY: help venv test test-gpu test-gpu-compile test-tpu-compile demo lint format constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) \
@@ -35,6 +35,9 @@ test: $(STAMP) ## run the tests that need no accelerator
 
 test-gpu: $(STAMP) ## run the tests that need a CUDA device
 	ANGELJAX_TEST_PLATFORM=cuda $(BIN)/python -m pytest -m gpu
+
+test-gpu-compile: $(STAMP) ## compile the kernels for an H100 (needs jax[cuda13], no GPU)
+	$(BIN)/python -m pytest -m gpu_compile
 
 test-tpu-compile: $(STAMP) ## compile the kernels for TPU on this host (needs libtpu)
 	$(BIN)/python -m pytest -m tpu_compile

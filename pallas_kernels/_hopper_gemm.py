@@ -28,6 +28,9 @@ from pallas_kernels._ptx import Int
 from pallas_kernels._weights import Planes, WeightLayout
 from pallas_kernels.ternary_matmul._decode import masks
 
+_tiling: Any = plgpu.TilingTransform  # for mypy they are abstract
+_swizzle: Any = plgpu.SwizzleTransform
+
 STAGE = 128  # activations along K in one copy: a row of the 128-byte swizzle
 # Words of a thread for a 64 x 256 tile, by loads.
 _LOADS = {"t2": (4, 4), "sherry": (4, 1), "int4": (4,) * 4, "int8": (4,) * 8}
@@ -84,12 +87,12 @@ def build(c: Gemm) -> Callable[..., jax.Array]:
     grid = (-(-c.n // c.rows), -(-c.m // c.tokens))
     out = jnp.dtype(c.out_dtype)
     swizzle = (
-        plgpu.TilingTransform((8, 128)),
-        plgpu.SwizzleTransform(128),
+        _tiling((8, 128)),
+        _swizzle(128),
     )
     out_swizzle = (
-        plgpu.TilingTransform((8, 128 // out.itemsize)),
-        plgpu.SwizzleTransform(128),
+        _tiling((8, 128 // out.itemsize)),
+        _swizzle(128),
     )
     return plgpu.kernel(
         functools.partial(_body, c),
@@ -128,7 +131,7 @@ def _body(c: Gemm, *refs: Any) -> None:
             slot = lax.rem(s, c.stages)
 
             @pl.when(s >= c.stages)
-            def _() -> None:
+            def _wait() -> None:
                 plgpu.barrier_wait(empty.at[slot])
 
             plgpu.copy_gmem_to_smem(

@@ -24,6 +24,11 @@ def _f32() -> Any:
     return ir.F32Type.get()
 
 
+def _constant(value: Any) -> Any:
+    make: Any = arith.constant  # its annotations know one of its two forms
+    return make(value.type, value)
+
+
 class Int:
     """A 32-bit integer register."""
 
@@ -36,7 +41,7 @@ class Int:
         if isinstance(x, Int):
             return x
         signed = struct.unpack("<i", struct.pack("<I", x & 0xFFFFFFFF))[0]
-        return Int(arith.constant(_i32(), ir.IntegerAttr.get(_i32(), signed)))
+        return Int(_constant(ir.IntegerAttr.get(_i32(), signed)))
 
     def _do(self, op: Callable[..., Any], other: Int | int) -> Int:
         return Int(op(self.value, Int.of(other).value))
@@ -103,7 +108,7 @@ class Float:
         """A constant, or the register itself."""
         if isinstance(x, Float):
             return x
-        return Float(arith.constant(_f32(), ir.FloatAttr.get(_f32(), float(x))))
+        return Float(_constant(ir.FloatAttr.get(_f32(), float(x))))
 
     def __add__(self, o: Float | float) -> Float:
         return Float(arith.addf(self.value, Float.of(o).value))
@@ -135,12 +140,13 @@ def ptx(
     convergent: bool = False,
 ) -> Any:
     """One PTX statement; `out` lists `Int` or `Float` for its results."""
-    types = [_f32() if t is Float else _i32() for t in out]
+    types: Any = [_f32() if t is Float else _i32() for t in out]
     raw = [a.value if isinstance(a, Int | Float) else a for a in args]
-    got = utils.inline_ptx(
+    emit: Any = utils.inline_ptx
+    got = emit(
         code,
         *raw,
-        result_types=types if types else None,
+        result_types=types or None,
         has_side_effects=not pure,
         convergent=convergent,
     )
@@ -196,7 +202,7 @@ def offset(base: Any, index: Int, item_bytes: int) -> Any:
     """`base + index * item_bytes`; 64-bit arithmetic in global memory."""
     i8 = ir.IntegerType.get_signless(8)
     wide = arith.extui(ir.IntegerType.get_signless(64), index.value)
-    size = arith.constant(wide.type, item_bytes)
+    size = _constant(ir.IntegerAttr.get(wide.type, item_bytes))
     return utils.getelementptr(base, [arith.muli(wide, size)], i8)
 
 
@@ -237,7 +243,8 @@ def loop(
         return values
     kinds = [type(v) for v in values]
     zero, one, bound = (Int.of(i).value for i in (0, 1, count))
-    op = scf.ForOp(zero, bound, one, [v.value for v in values])
+    make: Any = scf.ForOp
+    op = make(zero, bound, one, [v.value for v in values])
     with ir.InsertionPoint(op.body):
         inner = [k(v) for k, v in zip(kinds, op.inner_iter_args, strict=True)]
         new = body(Int(op.induction_variable), *inner)

@@ -62,8 +62,8 @@ class Blocks:
 def width(layout: WeightLayout) -> int | None:
     """Bytes in a run; None if scale groups are too short or ragged for any.
 
-    A tile of k must lie in one scale group. Wider runs mean longer loads, but never more
-    padding than the narrowest fit has.
+    A tile of k must lie in one scale group. Wider runs mean longer loads, but never
+    more padding than the narrowest fit has.
     """
     unit = _UNIT.get(layout.format, 1)
     fits = [

@@ -5,8 +5,8 @@ Planes are K-contiguous, [N, bytes], as the B operands of tensor cores want them
 each run of `FIELDS * WIDTH` weights byte r holds k = r + field * WIDTH, so that one
 field of a tile of bytes is a tile of consecutive k and needs no shuffle.
 
-Integer formats decode to int8 times `1 / FACTOR` (the field stays in the top bits of its
-byte). `no_type_check` keeps run-time checkers from wrapping what Triton compiles.
+Integer formats decode to int8 times `1 / FACTOR` (the field stays in the top bits of
+its byte). `no_type_check` keeps run-time checkers from wrapping what Triton compiles.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def _dot(
     """`part` plus one tile of x times the weights in one field of bytes.
 
     With DOT `part` is [BM, BN]; without it [BN, BK], not yet summed over k. `sums`
-    collects the rows of x where the integer dot takes code - 128: 128 - zero is missing.
+    collects the rows of x where the integer dot takes code - 128, lest 128 - zero be
+    missing.
     """
     if not DOT:
         if DTYPE == tl.int8:
@@ -192,9 +193,10 @@ def packed_matmul(
 ):
     """One tile [BM, BN] of y. Arrays that a format lacks are never read.
 
-    UNROLL decodes all fields of a tile of bytes at once (few rows: bytes are read once);
-    otherwise a step takes one field, and re-reads the tile from cache. DOT uses tensor
-    cores; without it BM is 1 and products are summed by the cores that every GPU has.
+    UNROLL decodes all fields of a tile of bytes at once (few rows: bytes are read
+    once); otherwise a step takes one field, and re-reads the tile from cache. DOT
+    uses tensor cores; without it BM is 1 and products are summed by the cores that
+    every GPU has.
     """
     pid = tl.program_id(0)
     blocks_m = tl.cdiv(M, BM)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from angeljax.models.cache import KVCache
 from angeljax.models.language_model import LanguageModel
 
 
@@ -50,7 +51,7 @@ def _generate(
 
     def choose(logits: jax.Array, key: jax.Array) -> jax.Array:
         if greedy:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            return _likeliest(logits)
         filtered = filter_logits(logits / temperature, top_k=top_k, top_p=top_p)
         return jax.random.categorical(key, filtered).astype(jnp.int32)
 
@@ -63,12 +64,18 @@ def _generate(
 
     def unfinished(carry: Any) -> jax.Array:
         step, _, _, done, _ = carry
-        return (step < max_new_tokens) & ~jnp.all(done)
+        more = step < max_new_tokens
+        # With nothing to stop at, the number of steps is known when compiling, and a
+        # GPU need not tell the host after each of them whether to go on.
+        return more & ~jnp.all(done) if eos_ids else more
 
     def step(carry: Any) -> Any:
         i, cache, token, done, out = carry
-        logits, cache = model.apply(params, token[:, None], cache=cache)
-        new = choose(logits[:, -1], jax.random.fold_in(key, i))
+        if greedy:
+            new, cache = decode_step(model, params, cache, token)
+        else:
+            logits, cache = model.apply(params, token[:, None], cache=cache)
+            new = choose(logits[:, -1], jax.random.fold_in(key, i))
         new = jnp.where(done, pad_id, new)
         out = jax.lax.dynamic_update_slice(out, new[:, None], (0, i))
         return i + 1, cache, new, done | ends(new), out
@@ -79,6 +86,48 @@ def _generate(
     stop = ends(out)
     lengths = jnp.where(stop.any(-1), jnp.argmax(stop, -1) + 1, max_new_tokens)
     return Generated(tokens=out, lengths=lengths.astype(jnp.int32))
+
+
+def decode_step(
+    model: LanguageModel, params: Any, cache: KVCache, token: jax.Array
+) -> tuple[jax.Array, KVCache]:
+    """One step of greedy decoding: reads a token of each row, gives the likeliest next.
+
+    Pure and not compiled. `jax.jit(decode_step, static_argnums=0, donate_argnums=2)`
+    updates the cache in place.
+
+    Args:
+      model: the architecture.
+      params: its param tree, compressed or not.
+      cache: what was read before; one slot must be free.
+      token: int32 `[B]`.
+
+    Returns:
+      The next tokens, int32 `[B]`, and the cache with `token` read.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from angeljax.models import DecoderConfig, LanguageModel, decode_step
+      >>> config = DecoderConfig(
+      ...     model_type="llama", vocab_size=32, hidden_size=16, num_layers=2,
+      ...     intermediate_size=32, num_heads=2, num_kv_heads=1, head_dim=8,
+      ... )
+      >>> model = LanguageModel(config)
+      >>> params = model.init(jax.random.key(0))
+      >>> prompt = jnp.zeros((1, 4), jnp.int32)
+      >>> logits, cache = model.apply(params, prompt, cache=model.init_cache(1, 8))
+      >>> step = jax.jit(decode_step, static_argnums=0, donate_argnums=2)
+      >>> token, cache = step(model, params, cache, jnp.argmax(logits[:, -1], -1))
+      >>> token.shape, int(cache.length)
+      ((1,), 5)
+    """
+    logits, after = model.apply(params, token[:, None], cache=cache)
+    assert after is not None, "a cache goes in"
+    return _likeliest(logits[:, -1]), after
+
+
+def _likeliest(logits: jax.Array) -> jax.Array:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
 def filter_logits(
@@ -155,11 +204,10 @@ def generate(
         raise ValueError(f"top_k must be at least 1, not {top_k}")
     if temperature > 0 and key is None:
         raise ValueError("sampling needs a key: pass key=jax.random.key(seed)")
-    mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
-    if mask.shape != tokens.shape:
-        raise ValueError(f"mask has shape {mask.shape}, tokens have {tokens.shape}")
-    if not bool(mask[:, -1].all()):
-        raise ValueError("prompts are padded on the left: the last token must be real")
+    if mask is None:
+        mask = jnp.ones(tokens.shape, bool)
+    else:
+        _check_mask(mask := jnp.asarray(mask, bool), tokens)
     config = model.config
     eos = config.eos_ids if eos_ids is None else tuple(eos_ids)
     pad = config.pad_id if config.pad_id is not None else (eos[0] if eos else 0)
@@ -177,3 +225,10 @@ def generate(
         eos_ids=eos,
         pad_id=pad,
     )
+
+
+def _check_mask(mask: jax.Array, tokens: jax.Array) -> None:
+    if mask.shape != tokens.shape:
+        raise ValueError(f"mask has shape {mask.shape}, tokens have {tokens.shape}")
+    if not bool(mask[:, -1].all()):
+        raise ValueError("prompts are padded on the left: the last token must be real")

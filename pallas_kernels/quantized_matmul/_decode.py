@@ -362,7 +362,7 @@ class _Sums:
 
     def __init__(self, c: Decode) -> None:
         self.c = c
-        self.kind: type = Float if c.format in FLOATS else Int
+        self.kind: Any = Float if c.format in FLOATS else Int
         self.cells = [self._zero() for _ in range(c.column_blocks)]
         width = 2 if c.pieces == 1 else 1
         self.floats = [[[Float.of(0.0)] * width for _ in range(2)] for _ in self.cells]

@@ -66,12 +66,12 @@ class Decode:
         return 8 * self.k_tiles
 
     @property
-    def planewords_of_unit(self) -> int:
+    def plane_words(self) -> int:
         """Shared memory for the bit planes, in words."""
         return self.tiles_of_warp * self.warps * self.tile_words
 
     @property
-    def tilewords_of_unit(self) -> int:
+    def tile_words(self) -> int:
         """Words of one tile, all tokens; 8 more to spread the stores over banks."""
         return self.m * 64 * self.x_bytes + 8
 
@@ -86,12 +86,12 @@ class Decode:
         return max(1, self.warps // self.m)
 
     @property
-    def partwords_of_unit(self) -> int:
+    def part_words(self) -> int:
         """Shared memory for the partial sums of the warps, in words."""
         return self.rows_per_block * self.m * ROWS * self.warps
 
     @property
-    def smemwords_of_unit(self) -> int:
+    def smem_words(self) -> int:
         """Shared memory of a block, in words."""
         return self.plane_words + self.part_words + 2 * self.m * self.warps
 
@@ -126,7 +126,6 @@ def build(c: Decode) -> Callable[..., jax.Array]:
 
 
 def _emit(c: Decode, _: Any, *refs: Any) -> None:
-    refs = list(refs)
     x, x_scale, codes = (asm.pointer(r) for r in refs[:3])
     high = asm.pointer(refs[3]) if c.format == "sherry" else None
     scale = asm.pointer(refs[3 + (c.format == "sherry")])
@@ -359,7 +358,7 @@ def _start(c: Decode, token: Int, unit: Int, j: int) -> Int:
 WORDS_OF_UNIT = {"int8": 8, "bfloat16": 16, "float16": 16, "float32": 32}
 
 
-def words_of_unit(c: Decode, x: Any, token: Int, unit: Int) -> list[Int]:
+def words_of_unit(c: Any, x: Any, token: Int, unit: Int) -> list[Int]:
     """The activations of a unit as they lie in memory, in the order (group, lane)."""
     words = WORDS_OF_UNIT[c.x_dtype] // 8
     out: list[Int] = []
@@ -369,7 +368,7 @@ def words_of_unit(c: Decode, x: Any, token: Int, unit: Int) -> list[Int]:
     return out
 
 
-def floats_of(c: Decode, words: list[Int]) -> list[Float]:
+def floats_of(c: Any, words: list[Int]) -> list[Float]:
     """The 32 float activations of a unit."""
     if c.x_dtype == "float32":
         return [w.as_float() for w in words]
@@ -594,17 +593,18 @@ def _finish(
         inside = asm.both(i.less(outputs), column.less(c.n))
         with asm.when(inside):
             words: list[Int] = []
-            for at in range(0, c.warps, 4):
+            for four in range(0, c.warps, 4):
                 words += asm.load(
-                    smem, i * c.warps + (parts + at), 4, words=4, hint="shared"
+                    smem, i * c.warps + (parts + four), 4, words=4, hint="shared"
                 )
             if c.groups == 1:
                 total = words[0]
                 for w in words[1:]:
                     total = total + w
-                at = token * c.warps + stats
-                for w in range(c.warps_per_token):
-                    total = total - asm.load(smem, at + w, 4, words=1, hint="shared")[0]
+                first = token * c.warps + stats
+                for warp in range(c.warps_per_token):
+                    count = asm.load(smem, first + warp, 4, words=1, hint="shared")[0]
+                    total = total - count
                 factor = asm.load(scale, column, 4, words=1, hint="global.nc")[0]
                 value = total.to_float() * factor.as_float()
             else:
@@ -627,7 +627,7 @@ def token_scale(
     return _amax(c, smem, stats, token).as_float() * (1 / top)
 
 
-def write_output(c: Decode, y: Any, at: Int, value: Float) -> None:
+def write_output(c: Any, y: Any, at: Int, value: Float) -> None:
     if c.out_dtype == "float32":
         asm.store(y, at, 4, value, "global.f32")
         return
