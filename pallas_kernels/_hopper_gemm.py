@@ -82,7 +82,7 @@ def build(c: Gemm) -> Callable[..., jax.Array]:
     """The kernel `(x, x_scale [M'], codes[, high], scale) -> y [M, N]`.
 
     `x` is int8 `[M, K']`, K' a multiple of 256; M' is M rounded up to `tokens`, N a
-    multiple of 8, the rows of the packed planes are padded to `rows`.
+    multiple of 64, the rows of the packed planes are padded to `rows`.
     """
     grid = (-(-c.n // c.rows), -(-c.m // c.tokens))
     out = jnp.dtype(c.out_dtype)
@@ -212,10 +212,10 @@ def _body(c: Gemm, *refs: Any) -> None:
         unit = 1 / _FACTOR[c.format]
         if not grouped:
             at = pl.ds(rows * 64, 64)
-            s_n = plgpu.load(scale, at, layout=row, optimized=False) * unit
+            s_n = plgpu.load(scale.at[at], layout=row, optimized=False) * unit
         for part in range(c.tokens // 64):
             at = pl.ds(m_block * c.tokens + part * 64, 64)
-            s_m = plgpu.load(x_scale, at, layout=column, optimized=False)
+            s_m = plgpu.load(x_scale.at[at], layout=column, optimized=False)
             piece = sums[:, part * 64 : (part + 1) * 64]
             if grouped:
                 piece = piece * unit
@@ -397,13 +397,13 @@ def product(
         low = x.astype(jnp.int32) - (high << 8)
         x = jnp.concatenate([high, low]).astype(jnp.int8)
         x_scale = jnp.concatenate([x_scale * 256, x_scale])
-    # Copies go by 8 tokens and 8 outputs.
+    # Copies go by 8 tokens and whole swizzled rows of outputs.
     x = jnp.pad(x, ((0, -x.shape[0] % 8), (0, 256 * k_tiles - x.shape[1])))
     inner = jnp.dtype(jnp.float32) if wide or bias is not None else out_dtype
     c = Gemm(
         format=layout.format,
         m=x.shape[0],
-        n=-(-layout.n // 8) * 8,
+        n=-(-layout.n // 64) * 64,
         k_tiles=k_tiles,
         groups=layout.groups,
         group_size=layout.group_size,

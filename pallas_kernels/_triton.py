@@ -104,7 +104,7 @@ def library() -> Any:
 def missing() -> str | None:
     """One clause if this process cannot run Triton kernels."""
     if importlib.util.find_spec("jax_triton") is None:
-        return "jax-triton is not installed (pip install 'angeljax[gpu]')"
+        return "jax-triton is not installed (pip install jax-triton)"
     if jax.default_backend() != "gpu":
         return "there is no GPU here"
     return None

@@ -140,8 +140,10 @@ def test_products_equal_the_reference(case: Any) -> None:
                 want = reference.matmul(x, planes, layout, **kwargs)
                 assert np.array_equal(y, again), "two runs differ"
                 error = jnp.max(jnp.abs(y - want)) / jnp.max(jnp.abs(want))
-                exact = kind != "bfloat16" and fmt in ("t2", "sherry", "int8", "int4")
-                limit = 1e-6 if exact else 1e-3
+                # int8 is exact; others are 16-bit fixed point, and int8 weights and
+                # the scales of groups meet in float32 sums.
+                exact = kind in ("int8", "bfloat16-a8")
+                limit = 1e-6 if exact else 5e-5 if kind == "float32" else 1e-3
                 if fmt in ("float8_e4m3", "float8_e5m2", "mxfp8", "nvfp4", "mxfp4"):
                     limit = 2e-2 if activation else 5e-3
                 assert error < limit, (k, n, m, kind, float(error))
