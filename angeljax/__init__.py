@@ -7,12 +7,14 @@ from angeljax.bind import bind
 from angeljax.compress import compress, plan
 from angeljax.export import load, save
 from angeljax.formats import QTensor, quantize
+from angeljax.prepare import PreparedTensor, prepare, restore
 from angeljax.recipe import Recipe, RecipeError, Rule
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CompressionReport",
+    "PreparedTensor",
     "QTensor",
     "Recipe",
     "RecipeError",
@@ -24,7 +26,9 @@ __all__ = [
     "ops",
     "partition",
     "plan",
+    "prepare",
     "quantize",
     "report",
+    "restore",
     "save",
 ]

@@ -12,11 +12,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from angeljax.formats import QTensor
 from angeljax.formats._blocks import GRANULE_PLANES
+from angeljax.prepare import PreparedTensor, has_kernel, kernel_view
+from pallas_kernels import packed_matmul
 
-__all__ = ["attend", "dot", "dot_general", "einsum", "embed"]
+__all__ = ["attend", "dot", "dot_general", "einsum", "embed", "packed_dot"]
 
 
 def dot(
@@ -81,6 +84,14 @@ def dot_general(
       Batch axes, free axes of `x`, free axes of `w`.
     """
     x = _activation(x, w)
+    if out_sharding is None and _takes(x, w, dimension_numbers):
+        assert isinstance(w, QTensor)
+        (from_x, from_w), _ = dimension_numbers
+        order = sorted(range(len(from_w)), key=lambda i: from_w[i] % w.ndim)
+        last = range(-len(order), 0)
+        x = jnp.moveaxis(x, [from_x[i] for i in order], list(last))
+        x = x.reshape(*x.shape[: x.ndim - len(order)], -1)
+        return packed_dot(x, w, preferred_element_type)
     return jax.lax.dot_general(
         x,
         _dense(w, x.dtype),
@@ -101,6 +112,15 @@ def einsum(
 ) -> jax.Array:
     """`jnp.einsum(equation, x, w)` with a weight that may be quantized."""
     x = _activation(x, w)
+    numbers = _as_dot(equation, x, w) if isinstance(w, QTensor) else None
+    if numbers is not None:
+        return dot_general(
+            x,
+            w,
+            numbers,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+        )
     return jnp.einsum(
         equation,
         x,
@@ -122,6 +142,8 @@ def embed(table: jax.Array | QTensor, ids: jax.Array, *, dtype: Any = None) -> A
       `[..., D]`.
     """
     dtype = table.dtype if dtype is None else dtype
+    if isinstance(table, PreparedTensor):
+        table = table.restored()
     if not isinstance(table, QTensor) or table.spec.axis != (-1,) or table.ndim != 2:
         return jnp.take(_dense(table, dtype), ids, axis=0, mode="clip").astype(dtype)
     rows = {}
@@ -151,6 +173,88 @@ def attend(
         precision=precision,
         preferred_element_type=preferred_element_type,
     )
+
+
+def packed_dot(x: jax.Array, w: QTensor, out_dtype: Any = None) -> jax.Array:
+    """`x [..., K]` times a packed weight by the kernels; see `pallas_kernels`.
+
+    Args:
+      x: float.
+      w: a QTensor without batch axes, of a format that has kernels. One that `prepare`
+        made runs on the kernel of its device, another on what XLA makes of it.
+      out_dtype: default that of `x`.
+
+    Returns:
+      `[..., *N]`, the output axes of `w`.
+    """
+    out_dtype = x.dtype if out_dtype is None else out_dtype
+    if isinstance(w, PreparedTensor):
+        y = _prepared_dot(x, w, out_dtype)
+    else:
+        y = packed_matmul(x, *kernel_view(w), out_dtype=out_dtype)
+    first = w.ndim + w.spec.axis[0]
+    outputs = (*w.shape[:first], *w.shape[first + len(w.spec.axis) :])
+    return y.reshape(*x.shape[:-1], *outputs)
+
+
+def _prepared_dot(x: jax.Array, w: PreparedTensor, out_dtype: Any) -> jax.Array:
+    shards = w.shards
+
+    def product(x: jax.Array, planes: Any, dtype: Any) -> jax.Array:
+        return packed_matmul(
+            x, planes, w.layout, activation=w.activation, out_dtype=dtype
+        )
+
+    if shards is None:
+        return product(x, w.planes, out_dtype)
+
+    def part(x: jax.Array, planes: Any) -> jax.Array:
+        planes = jax.tree.map(lambda p: p[0], planes)
+        if shards.side == "outputs":
+            return product(x, planes, out_dtype)
+        y = product(x, planes, jnp.float32)
+        return jax.lax.psum(y, shards.axis).astype(out_dtype)
+
+    lead = (None,) * (x.ndim - 1)
+    split = P(*lead, shards.axis)
+    inputs = shards.side == "inputs"
+    return jax.shard_map(
+        part,
+        mesh=shards.mesh,
+        in_specs=(split if inputs else P(), P(shards.axis)),
+        out_specs=P() if inputs else split,
+        check_vma=False,
+    )(x, w.planes)
+
+
+def _takes(x: jax.Array, w: jax.Array | QTensor, numbers: Any) -> bool:
+    """Whether a product is one of `packed_dot`: all contracted axes, no batch axes."""
+    if not isinstance(w, QTensor) or not has_kernel(w):
+        return False
+    (_, from_w), (batch, _) = numbers
+    axes = sorted(a % w.ndim - w.ndim for a in from_w)
+    flat = w.ndim == len(w.spec.shape) and not batch
+    return flat and tuple(axes) == w.spec.axis and x.dtype != jnp.float64
+
+
+def _as_dot(equation: str, x: jax.Array, w: QTensor) -> Any:
+    """Dimension numbers of an einsum that is a plain product in that order, or None."""
+    left, arrow, out = equation.replace(" ", "").partition("->")
+    names = left.split(",")
+    if not arrow or len(names) != 2:
+        return None
+    a, b = names
+    if a.startswith("...") and out.startswith("..."):
+        # Letters that neither side can hold stand for the axes that are not named.
+        extra = "".join(chr(0x3B1 + i) for i in range(x.ndim - len(a) + 3))
+        a, out = extra + a[3:], extra + out[3:]
+    if len(a) != x.ndim or len(b) != w.ndim or len(set(a)) + len(set(b)) != len(a + b):
+        return None
+    both = [c for c in b if c in a]
+    free = [c for c in a if c not in both] + [c for c in b if c not in both]
+    if list(out) != free:
+        return None
+    return ((tuple(map(a.index, both)), tuple(map(b.index, both))), ((), ()))
 
 
 def _activation(x: Any, w: jax.Array | QTensor) -> jax.Array:

@@ -1,7 +1,21 @@
 """Kernels over plain arrays, one folder for each operation. Imports jax only."""
 
-from pallas_kernels._weights import KernelError, WeightLayout
+from pallas_kernels._devices import implementation_for
+from pallas_kernels._dispatch import cannot_hold, packed_matmul, prepare, restore
+from pallas_kernels._weights import QUANTIZED, TERNARY, KernelError, WeightLayout
 from pallas_kernels.quantized_matmul.api import quantized_matmul
 from pallas_kernels.ternary_matmul.api import ternary_matmul
 
-__all__ = ["KernelError", "WeightLayout", "quantized_matmul", "ternary_matmul"]
+__all__ = [
+    "QUANTIZED",
+    "TERNARY",
+    "KernelError",
+    "WeightLayout",
+    "cannot_hold",
+    "implementation_for",
+    "packed_matmul",
+    "prepare",
+    "quantized_matmul",
+    "restore",
+    "ternary_matmul",
+]

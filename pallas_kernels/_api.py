@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import _implementation as impl
+from pallas_kernels._devices import elsewhere
 from pallas_kernels._weights import (
     CANONICAL,
     KernelError,
@@ -49,7 +50,9 @@ def matmul(
                 f"are in {layout.order!r}: prepare them with implementation={name!r}"
             )
         planes, layout = impl.canonical(package, planes, layout)
-    why = module.unsupported(rows, layout, activation)
+    # TPU kernels also run in Pallas' interpret mode, anywhere.
+    why = None if name == "tpu" else elsewhere(name)
+    why = why or module.unsupported(rows, layout, activation)
     if why is not None:
         raise KernelError(
             f"implementation {name!r} cannot run this: {why}; use implementation='xla'"
@@ -70,6 +73,12 @@ def matmul(
 def choose(package: str, x: Any, layout: WeightLayout, activation: str | None) -> str:
     """The implementation for `x [M, K]`: that of the planes' order, or "xla"."""
     name = impl.reader(package, layout.order)
+    why = elsewhere(name)
+    if why is not None:
+        raise KernelError(
+            f"the weight is prepared for implementation {name!r}, but {why}: restore "
+            "it and prepare it here, or use implementation='xla'"
+        )
     if impl.implementation(package, name).unsupported(x, layout, activation) is None:
         return name
     return "xla"

@@ -23,8 +23,8 @@ import angeljax, pallas_kernels
 
 for package in (angeljax, pallas_kernels):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-        # Running a module's __main__ is not importing it; the body of the Triton kernels
-        # is what a first call of them imports.
+        # Running a module's __main__ is not importing it; the body of the Triton
+        # kernels is what a first call of them imports.
         if not module.name.endswith(("__main__", "._triton_kernel")):
             importlib.import_module(module.name)
 heavy = {"torch", "tensorflow", "jax_triton", "triton", "datasets", "matplotlib"}

@@ -51,7 +51,12 @@ class QTensor:
     def shape(self) -> tuple[int, ...]:
         """Logical shape, batch axes included."""
         lead = self.planes["codes"].shape
-        return (*lead[: len(lead) - self.spec.rank], *self.spec.shape)
+        return (*lead[: len(lead) - self._code_rank], *self.spec.shape)
+
+    @property
+    def _code_rank(self) -> int:
+        """Axes of the plane `codes` without batch axes."""
+        return self.spec.rank
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -113,7 +118,7 @@ class QTensor:
         parts = index if isinstance(index, tuple) else (index,)
         if len(parts) <= n_batch and all(isinstance(i, _STATIC_INDEX) for i in parts):
             planes = {name: p[index] for name, p in self.planes.items()}
-            return QTensor(planes=planes, spec=self.spec)
+            return dataclasses.replace(self, planes=planes)
         return self.dequantize()[index]
 
     def __jax_array__(self) -> jax.Array:
@@ -156,12 +161,13 @@ class QTensor:
         return np.asarray(self.dequantize(), dtype)
 
     def __repr__(self) -> str:
+        name = type(self).__name__
         try:
             shape = ",".join(map(str, self.shape))
             bits = f"{self.bits_per_weight:.3f}"
         except (AttributeError, KeyError, TypeError):  # a tree_map put other leaves in
-            return f"QTensor({self.spec.label()}, planes={self.planes})"
-        return f"QTensor({self.spec.label()} [{shape}] {self.dtype}, {bits} bit/weight)"
+            return f"{name}({self.spec.label()}, planes={self.planes})"
+        return f"{name}({self.spec.label()} [{shape}] {self.dtype}, {bits} bit/weight)"
 
 
 # Compiled as one function also outside of `jit`, so that no step of the decoding is
@@ -187,7 +193,6 @@ for _name in ("add", "sub", "mul", "truediv", "matmul"):
     for _prefix in ("", "r"):
         setattr(QTensor, f"__{_prefix}{_name}__", _operator(f"__{_prefix}{_name}__"))
 setattr(QTensor, "__neg__", _operator("__neg__"))  # noqa: B010
-meta.AxisMetadata.register(QTensor)
 
 
 def _refuse(q: QTensor) -> Any:
@@ -197,11 +202,17 @@ def _refuse(q: QTensor) -> Any:
     )
 
 
-# `jax.numpy` converts a QTensor; a bare `lax` primitive does not, and what it says then
-# names neither the array nor the way out. Without this hook that message stands.
-try:
-    from jax._src.dtypes import register_canonicalize_value_handler
-except ImportError:
-    pass
-else:
-    register_canonicalize_value_handler(QTensor, _refuse)
+def register_type(cls: type[QTensor]) -> type[QTensor]:
+    """Makes a class known to Flax as a box, and to `jax.lax` as what it cannot take."""
+    meta.AxisMetadata.register(cls)
+    # `jax.numpy` converts a QTensor; a bare `lax` primitive does not, and what it says
+    # then names neither the array nor the way out. Without this hook that stands.
+    try:
+        from jax._src.dtypes import register_canonicalize_value_handler
+    except ImportError:
+        return cls
+    register_canonicalize_value_handler(cls, _refuse)
+    return cls
+
+
+register_type(QTensor)
