@@ -217,8 +217,11 @@ def generate(
     ids = tokenizer.encode(tokenizer.chat(prompt) if wrap else prompt, special=not wrap)
     if not ids:
         raise ValueError("the prompt is empty")
+    model = opened.model
+    if jax.default_backend() != "cpu":
+        model, params = models.prepare_decoder(model, params)
     out = models.generate(
-        opened.model,
+        model,
         params,
         jnp.asarray([ids], jnp.int32),
         max_new_tokens=max_new_tokens,

@@ -12,6 +12,7 @@ from typing import Any
 
 from angeljax.export._errors import CheckpointError
 from angeljax.formats import QTensor
+from angeljax.prepare import PreparedTensor
 
 Key = str | int
 
@@ -20,7 +21,8 @@ def describe(tree: Any) -> tuple[Any, dict[str, Any]]:
     """Splits a tree into its structure and its leaves by path.
 
     Args:
-      tree: nested dicts, lists and tuples of arrays, `QTensor`s and None.
+      tree: nested dicts, lists and tuples of arrays, `QTensor`s and None. What
+        `prepare` made is restored.
 
     Returns:
       The structure, and path -> leaf in the order of the tree.
@@ -69,7 +71,8 @@ def _describe(node: Any, path: str, leaves: dict[str, Any]) -> Any:
         )
     if path in leaves:
         raise CheckpointError(f"two leaves have the path {path!r}: rename one")
-    leaves[path] = node
+    # Checkpoints are canonical, whatever device the tree was prepared for.
+    leaves[path] = node.restored() if isinstance(node, PreparedTensor) else node
     return path
 
 

@@ -11,6 +11,7 @@ from angeljax.models.generate import Generated, decode_step, filter_logits, gene
 from angeljax.models.language_model import LanguageModel, stack_layers, unstack_layers
 from angeljax.models.layers import dense_attention
 from angeljax.models.loading import LoadedModel, load_config, load_model
+from angeljax.models.serving import prepare_decoder
 from angeljax.models.tokenizer import Tokenizer
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "init_cache",
     "load_config",
     "load_model",
+    "prepare_decoder",
     "split_projections",
     "stack_layers",
     "unstack_layers",

@@ -1,0 +1,61 @@
+"""A decoder made ready to generate: projections fused, weights in kernel order."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from angeljax.models.fusion import fuse_projections
+from angeljax.models.language_model import LanguageModel
+from angeljax.prepare import prepare
+
+
+def prepare_decoder(
+    model: LanguageModel,
+    params: dict[str, Any],
+    *,
+    device: Any = None,
+    implementation: str | None = None,
+    activation: str | None = None,
+) -> tuple[LanguageModel, dict[str, Any]]:
+    """Fuses projections and prepares packed weights; see `angeljax.prepare`.
+
+    One launch then serves queries, keys and values, and one gate and up. Where their
+    formats differ, or share a scale that no other kernel has, they stay apart.
+
+    Args:
+      model: the architecture.
+      params: its tree, compressed or not.
+      device: default the first one.
+      implementation: of `pallas_kernels`, instead of the device's own.
+      activation: "int8" quantizes activations for each token.
+
+    Returns:
+      The model and the tree to use from now on.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, angeljax as aj
+      >>> from angeljax.models import DecoderConfig, LanguageModel, prepare_decoder
+      >>> config = DecoderConfig(
+      ...     model_type="llama", vocab_size=32, hidden_size=64, num_layers=1,
+      ...     intermediate_size=64, num_heads=2, num_kv_heads=1, head_dim=32,
+      ... )
+      >>> model = LanguageModel(config)
+      >>> params = aj.compress(
+      ...     model.init(jax.random.key(0)), aj.Recipe(rules=[aj.Rule(format="int8")])
+      ... )
+      >>> model, params = prepare_decoder(model, params, activation="int8")
+      >>> model.fused, model.logits(params, jnp.zeros((1, 4), jnp.int32)).shape
+      (True, (1, 4, 32))
+    """
+    if not model.fused:
+        try:
+            fused = fuse_projections(params)
+        except ValueError:
+            pass  # formats that cannot be joined
+        else:
+            model, params = dataclasses.replace(model, fused=True), fused
+    ready = prepare(
+        params, device=device, implementation=implementation, activation=activation
+    )
+    return model, ready
