@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -52,6 +52,21 @@ def plan(m: int, layout: WeightLayout) -> dict[str, Any]:
     if m <= 128 or layout.groups > 1:
         return {"tokens": 128, "stages": 6}
     return {"tokens": 256, "stages": 4}
+
+
+def candidates(m: int, layout: WeightLayout) -> Iterator[dict[str, Any]]:
+    """Plans worth timing for `m` rows of int8 activations."""
+    most = 128 if layout.groups > 1 else 256
+    for tokens, stages in ((64, 4), (64, 6), (128, 4), (128, 6), (256, 3), (256, 4)):
+        if tokens > most or tokens >= 2 * max(m, 64):
+            continue
+        for first in (False, True) if m > tokens else (False,):
+            yield {
+                "kernel": "gemm",
+                "tokens": tokens,
+                "stages": stages,
+                "tokens_first": first,
+            }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,12 +8,14 @@ weights two e4m3 values (error 2^-8 of each activation, 2^-19 of the largest).
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _hopper_gemm
+from pallas_kernels import _hopper_gemm, _tuning
 from pallas_kernels._weights import Planes, WeightLayout
 from pallas_kernels.quantized_matmul import _decode
 from pallas_kernels.quantized_matmul._order import (
@@ -24,7 +26,7 @@ from pallas_kernels.quantized_matmul._order import (
     to_hopper,
 )
 
-__all__ = ["ORDER", "matmul", "prepare", "restore", "unsupported"]
+__all__ = ["ORDER", "candidates", "matmul", "prepare", "restore", "unsupported"]
 
 prepare = to_hopper
 restore = from_hopper
@@ -80,20 +82,51 @@ def matmul(
 
 
 def choose(m: int, layout: WeightLayout, wide: bool) -> dict[str, Any]:
-    """The kernel for `m` tokens and its parameters."""
+    """The kernel for `m` tokens and its parameters: as measured, else by rule."""
+    measured = _tuning.lookup(m, layout, wide)
+    if measured is not None and _possible(measured, m, layout, wide):
+        return measured
     if m <= 16:
-        plan = _decode_plan(m, layout)
-        if _decode_of(m, layout, wide, "float32", "float32", False, plan).fits:
-            return {"kernel": "decode", **plan}
+        blocks = tiles(layout)[0]
+        rows = 1 if blocks <= 264 else 2 if m == 1 else -(-blocks // 264)
+        plan = {
+            "kernel": "decode",
+            "warps": 8,
+            "rows_per_block": min(rows, 8),
+            "prefetch": 4,
+        }
+        if _possible(plan, m, layout, wide):
+            return plan
     if _hopper_gemm.takes(layout):
         return {"kernel": "gemm", **_hopper_gemm.plan(m * (1 + wide), layout)}
     return {"kernel": "expand"}
 
 
-def _decode_plan(m: int, layout: WeightLayout) -> dict[str, Any]:
-    blocks = tiles(layout)[0]
-    rows = 1 if blocks <= 264 else 2 if m == 1 else -(-blocks // 264)
-    return {"warps": 8, "rows_per_block": min(rows, 8), "prefetch": 4}
+def candidates(m: int, layout: WeightLayout, wide: bool) -> Iterator[dict[str, Any]]:
+    """Plans worth timing, what `choose` gives by rule among them."""
+    blocks, _ = tiles(layout)
+    if m <= 32:
+        shared = sorted({1, 2, 4, -(-blocks // 264)} - {0})
+        for warps, rows, ahead in itertools.product((4, 8, 16), shared, (2, 4, 8)):
+            plan = {
+                "kernel": "decode",
+                "warps": warps,
+                "rows_per_block": rows,
+                "prefetch": ahead,
+            }
+            if rows * 132 <= 2 * blocks and _possible(plan, m, layout, wide):
+                yield plan
+    if m >= 8 and _hopper_gemm.takes(layout):
+        yield from _hopper_gemm.candidates(m * (1 + wide), layout)
+    if m >= 8:
+        yield {"kernel": "expand"}
+
+
+def _possible(plan: dict[str, Any], m: int, layout: WeightLayout, wide: bool) -> bool:
+    if plan["kernel"] != "decode":
+        return plan["kernel"] == "expand" or _hopper_gemm.takes(layout)
+    sizes = {key: value for key, value in plan.items() if key != "kernel"}
+    return _decode_of(m, layout, wide, "float32", "float32", False, sizes).fits
 
 
 def _decode_of(

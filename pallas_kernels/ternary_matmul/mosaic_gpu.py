@@ -7,12 +7,14 @@ error of the latter is 2^-16 of the largest activation of the token.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _hopper_gemm
+from pallas_kernels import _hopper_gemm, _tuning
 from pallas_kernels._weights import Planes, WeightLayout
 from pallas_kernels.ternary_matmul import _decode
 from pallas_kernels.ternary_matmul._order import (
@@ -23,7 +25,7 @@ from pallas_kernels.ternary_matmul._order import (
     to_hopper,
 )
 
-__all__ = ["ORDER", "matmul", "prepare", "restore", "unsupported"]
+__all__ = ["ORDER", "candidates", "matmul", "prepare", "restore", "unsupported"]
 
 prepare = to_hopper
 restore = from_hopper
@@ -71,15 +73,48 @@ def matmul(
 
 
 def choose(m: int, layout: WeightLayout, wide: bool) -> dict[str, Any]:
-    """The kernel for `m` tokens and its parameters."""
-    blocks, k_tiles = tiles(layout)
+    """The kernel for `m` tokens and its parameters: as measured, else by rule."""
+    measured = _tuning.lookup(m, layout, wide)
+    if measured is not None and _possible(measured, m, layout, wide):
+        return measured
+    blocks, _ = tiles(layout)
     if m <= 16:
         warps = 8 if m == 1 else 16
         rows = -(-blocks // 132) if m > 1 else min(4, max(1, blocks // 200))
-        plan = {"warps": warps, "rows_per_block": rows, "prefetch": 4}
-        if _decode_of(m, layout, wide, "float32", "float32", False, plan).fits:
-            return {"kernel": "decode", **plan}
+        plan = {
+            "kernel": "decode",
+            "warps": warps,
+            "rows_per_block": rows,
+            "prefetch": 4,
+        }
+        if _possible(plan, m, layout, wide):
+            return plan
     return {"kernel": "gemm", **_hopper_gemm.plan(m * (1 + wide), layout)}
+
+
+def candidates(m: int, layout: WeightLayout, wide: bool) -> Iterator[dict[str, Any]]:
+    """Plans worth timing, what `choose` gives by rule among them."""
+    blocks, _ = tiles(layout)
+    if m <= 16:
+        shared = sorted({1, 2, 4, -(-blocks // 264), -(-blocks // 132)} - {0})
+        for warps, rows, ahead in itertools.product((8, 16), shared, (2, 4, 8)):
+            plan = {
+                "kernel": "decode",
+                "warps": warps,
+                "rows_per_block": rows,
+                "prefetch": ahead,
+            }
+            if rows * 132 <= 2 * blocks and _possible(plan, m, layout, wide):
+                yield plan
+    if m >= 8:
+        yield from _hopper_gemm.candidates(m * (1 + wide), layout)
+
+
+def _possible(plan: dict[str, Any], m: int, layout: WeightLayout, wide: bool) -> bool:
+    if plan["kernel"] != "decode":
+        return True
+    sizes = {key: value for key, value in plan.items() if key != "kernel"}
+    return _decode_of(m, layout, wide, "float32", "float32", False, sizes).fits
 
 
 def _decode_of(

@@ -10,29 +10,26 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+# Rotating weights must not fit in the last-level cache; H100 and H200 have 50 MB.
+CACHE = 150e6
 
-def microseconds(
-    f: Callable[[jax.Array, Any], jax.Array],
-    x: jax.Array,
-    weights: Sequence[Any],
-    *,
-    seconds: float = 0.02,
-) -> float:
-    """Time of one `f(x, w)` in a loop over all `weights` within one program.
+
+def compile_loop(
+    f: Callable[[jax.Array, Any], jax.Array], x: jax.Array, weights: Sequence[Any]
+) -> Callable[[int], float]:
+    """A program that runs `f(x, w)` over all weights, again and again.
 
     Launches from Python cost more than what is timed here, so the loop is compiled; the
     weights rotate, so that together they must not fit in the cache; every result is
-    kept alive, or XLA would drop the others. The time of an empty call cancels in the
-    difference of two lengths.
+    kept alive, or XLA would drop the others.
 
     Args:
       f: the operation.
       x: its first argument.
       weights: second arguments, more bytes than the last-level cache holds.
-      seconds: length of one measurement.
 
     Returns:
-      Microseconds, the best of three measurements.
+      Rounds over all weights -> seconds by the wall clock.
     """
 
     def run(x: jax.Array, weights: Any, count: jax.Array) -> Any:
@@ -56,11 +53,29 @@ def microseconds(
         jax.block_until_ready(compiled(x, weights, n))
         return time.perf_counter() - start
 
+    return once
+
+
+def microseconds(
+    once: Callable[[int], float], n_weights: int, *, seconds: float = 0.02
+) -> float:
+    """Time of one operation of what `compile_loop` gives.
+
+    The time of an empty call cancels in the difference of two lengths.
+
+    Args:
+      once: rounds -> seconds.
+      n_weights: operations in a round.
+      seconds: length of one measurement.
+
+    Returns:
+      Microseconds, the best of three measurements.
+    """
     once(2)
     short = min(once(2) for _ in range(3))
     more = max(4, int(seconds / max(short / 2, 1e-5)))
     best = float("inf")
     for _ in range(3):
         short = min(once(2) for _ in range(2))
-        best = min(best, (once(2 + more) - short) / more / len(weights))
+        best = min(best, (once(2 + more) - short) / more / n_weights)
     return best * 1e6
