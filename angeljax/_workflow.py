@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -307,3 +308,84 @@ def manifest_table(manifest: Manifest, *, leaves: bool) -> Any:
         + ", ".join(f"{k} {v}" for k, v in manifest.versions.items()),
     ]
     return Group(*lines, report if leaves else summary_table(report))
+
+
+def tune(
+    out: Path,
+    *,
+    model: str | None,
+    shapes: list[str],
+    formats: list[str],
+    tokens: str,
+    activations: str,
+    seconds: float,
+    report: Callable[[str], None],
+) -> None:
+    """Writes or extends a tuning table; see `pallas_kernels.tune`."""
+    from pallas_kernels import _tuning
+    from pallas_kernels.tune import ACTIVATIONS
+    from pallas_kernels.tune import tune as run
+
+    if (model is None) == (not shapes):
+        raise ValueError("pass --model, or --shape with --format")
+    layouts = [_layout(s, f) for s in shapes for f in formats]
+    if model is not None:
+        layouts = _layouts(model)
+    if not layouts:
+        raise ValueError("nothing to tune: pass --format, or a compressed --model")
+    counts = [int(t) if t.strip().isdigit() else 0 for t in tokens.split(",")]
+    if min(counts) < 1:
+        raise ValueError(f"--tokens takes numbers from 1 with commas, not {tokens!r}")
+    kinds = activations.split(",")
+    if set(kinds) - set(ACTIVATIONS):
+        raise ValueError(
+            f"--activations takes {', '.join(ACTIVATIONS)}, not {activations!r}"
+        )
+    # A table that cannot be extended is refused before the work, not after it.
+    device = jax.devices()[0].device_kind
+    old = {}
+    if out.exists():
+        before = _tuning.read(str(out))
+        old = before["plans"]
+        if before["device"] != device:
+            raise ValueError(
+                f"{out} is a table of {before['device']}, and this is {device}: "
+                "choose another --out"
+            )
+    table = run(layouts, counts, kinds, report=report, seconds=seconds)
+    plans = {case: {**old.get(case, {}), **new} for case, new in table["plans"].items()}
+    _tuning.write(out, {**table, "plans": {**old, **plans}})
+
+
+def _layout(shape: str, fmt: str) -> Any:
+    from pallas_kernels import QUANTIZED, TERNARY, WeightLayout
+
+    name, _, group = fmt.partition(":")
+    sides = shape.lower().split("x")
+    if len(sides) != 2 or not all(side.isdigit() and int(side) for side in sides):
+        raise ValueError(f"--shape takes in x out, such as 4096x14336, not {shape!r}")
+    if name not in TERNARY + QUANTIZED or (group and not group.isdigit()):
+        raise ValueError(
+            f"--format takes one of {', '.join(TERNARY + QUANTIZED)}, with :group "
+            f"where it has groups, not {fmt!r}"
+        )
+    k, n = map(int, sides)
+    fixed = {"nvfp4": 16, "mxfp4": 32, "mxfp8": 32}.get(name, k)
+    size = int(group) if group else fixed
+    return WeightLayout(format=name, k=k, n=n, group_size=size)
+
+
+def _layouts(model: str) -> list[Any]:
+    """Layouts of the packed matrices of a checkpoint, fused as they are served."""
+    from angeljax import models
+    from angeljax._leaves import flatten
+    from angeljax.prepare import PreparedTensor
+
+    opened = open_model(model)
+    _, params = models.prepare_decoder(opened.model, opened.params)
+    found = []
+    for leaf in flatten(params)[0]:
+        if isinstance(leaf.value, PreparedTensor):
+            layout = leaf.value.layout.replace(order="canonical", scale_dtype="")
+            found.append(layout)
+    return list(dict.fromkeys(found))

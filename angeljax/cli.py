@@ -210,6 +210,52 @@ def generate(
 
 @app.command()
 @one_line_errors
+def tune(
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="Table to write; an old one is extended."),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Tune the packed weights of a checkpoint."),
+    ] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(help="Weight to tune, in x out: 4096x14336.")
+    ] = None,
+    format: Annotated[
+        list[str] | None,
+        typer.Option(help="Format of --shape, with its group: sherry, int4:128."),
+    ] = None,
+    tokens: Annotated[
+        str, typer.Option(help="Rows of activations, with commas.")
+    ] = "1,2,4,8,16,64,256,2048",
+    activations: Annotated[
+        str,
+        typer.Option(help="int8, int8-from-bfloat16 or bfloat16, with commas."),
+    ] = "int8,bfloat16",
+    seconds: Annotated[float, typer.Option(help="Length of a measurement.")] = 0.01,
+) -> None:
+    """Time the kernels' parameters on this device, and keep the fastest in a table.
+
+    Set PALLAS_KERNELS_TUNING to the table to have it used.
+    """
+    from angeljax import _workflow
+
+    _workflow.tune(
+        out,
+        model=model,
+        shapes=shape or [],
+        formats=format or [],
+        tokens=tokens,
+        activations=activations,
+        seconds=seconds,
+        report=_print,
+    )
+    _print(f"written to {out}; use it with PALLAS_KERNELS_TUNING={out}")
+
+
+@app.command()
+@one_line_errors
 def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of angeljax.")],
     leaves: Annotated[bool, typer.Option(help="One row for each leaf.")] = False,

@@ -16,6 +16,7 @@ from pallas_kernels import _timing, _tuning
 from pallas_kernels._devices import current_device, implementation_for
 from pallas_kernels._weights import TERNARY, KernelError, WeightLayout
 
+ACTIVATIONS = ("int8", "int8-from-bfloat16", "bfloat16")
 _DTYPES = {
     "int8": jnp.int8,
     "float8_e4m3": jnp.float8_e4m3fn,
