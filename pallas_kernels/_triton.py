@@ -112,7 +112,6 @@ def missing() -> str | None:
 
 def unsupported(x: Any, layout: WeightLayout, activation: str | None) -> str | None:
     """One clause if this product is left out; see `_implementation`."""
-    del activation
     if width(layout) is None:
         least = 16 * _UNIT.get(layout.format, 1)
         return (
@@ -123,8 +122,9 @@ def unsupported(x: Any, layout: WeightLayout, activation: str | None) -> str | N
         return "K is over 131072, where int32 sums may overflow"
     if x is None:
         return None
-    if jnp.dtype(x.dtype) not in (jnp.bfloat16, jnp.float16, jnp.int8):
-        return f"{jnp.dtype(x.dtype)} activations (it takes bfloat16, float16 and int8)"
+    dtype = jnp.dtype(x.dtype)
+    if activation is None and dtype not in (jnp.bfloat16, jnp.float16, jnp.int8):
+        return f"{dtype} activations (it takes bfloat16, float16 and int8)"
     if not x.shape[0] or not layout.n or not layout.k:
         return "an empty product"
     return missing()
