@@ -145,14 +145,14 @@ def blocks(
         return Blocks(1, 16, min(wide, 64), 4, 1, True)
     if m <= 16:
         # Latency of the loads binds: small tiles, so that every processor has some.
-        k = min(wide, 64 if sherry else 128)
+        k = min(wide, 32 if sherry else 128)
         return Blocks(16, 64 if n >= 8192 else 32, k, 4, 3, True)
     if sherry:
         return Blocks(32 if m <= 32 else 64, 64, min(wide, 32), 4, 2, False)
     k = min(wide, 64)
     if m <= 64:
         return Blocks(32 if m <= 32 else 64, 64, k, 4, 3, False)
-    return Blocks(64 if m <= 128 else 128, 128, k, 4 if m <= 128 else 8, 3, False)
+    return Blocks(64 if m <= 128 else 128, 128, k, 8, 3, False)
 
 
 def prepare(planes: Planes, layout: WeightLayout) -> tuple[Planes, WeightLayout]:
