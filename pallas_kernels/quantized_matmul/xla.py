@@ -1,5 +1,5 @@
-"""The product in plain `jax.numpy`: the path for CPUs and for everything unmeasured."""
+"""The product as XLA compiles it; the same code for all formats, see `_xla`."""
 
-from pallas_kernels.ternary_matmul.reference import ORDER, matmul, unsupported
+from pallas_kernels._xla import ORDER, matmul, unsupported
 
 __all__ = ["ORDER", "matmul", "unsupported"]
