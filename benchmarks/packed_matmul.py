@@ -148,11 +148,11 @@ def main() -> None:
         if time.time() - start > args.seconds:
             return None
         planes, ready = weights(c)
-        x = jnp.ones((c.m, c.shape[0]), jnp.bfloat16)
+        x = jax.random.normal(jax.random.key(c.m), (c.m, c.shape[0]), jnp.bfloat16)
         if ready is None:
             return [compile_loop(jnp.matmul, x, planes)], len(planes)
         if c.activations == "int8":
-            x = x.astype(jnp.int8)
+            x = jnp.round(jnp.clip(42 * x, -127, 127)).astype(jnp.int8)
         module = module_of(ready, implementation_for())
         f = product(module, ready, ACTIVATIONS[c.activations], {})
         return [compile_loop(f, x, planes)], len(planes)
