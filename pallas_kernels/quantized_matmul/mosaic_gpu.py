@@ -107,7 +107,7 @@ def candidates(m: int, layout: WeightLayout, wide: bool) -> Iterator[dict[str, A
     blocks, _ = tiles(layout)
     if m <= 32:
         rows = _tuning.rows_per_block(blocks)
-        for each in itertools.product((4, 8, 16), rows, (2, 4, 6)):
+        for each in itertools.product((4, 8, 16), rows, (2, 4)):
             keys = ("warps", "rows_per_block", "prefetch")
             plan = {"kernel": "bytes", **dict(zip(keys, each, strict=True))}
             if _possible(plan, m, layout, wide):
