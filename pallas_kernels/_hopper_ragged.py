@@ -36,7 +36,9 @@ class Visit:
 
         @pl.when(jnp.logical_not(inside))
         def _some() -> None:
-            _store(self.c, y, rows, self.first + start, self._rows(part), y_smem, swizzle)
+            _store(
+                self.c, y, rows, self.first + start, self._rows(part), y_smem, swizzle
+            )
 
     def zeros(self, y: Any, rows: Any) -> None:
         """Zeros for 64 outputs of rows that have no expert."""

@@ -1,4 +1,4 @@
-"""Packed weights of experts times many int8 rows: `_hopper_gemm` over windows of rows."""
+"""Packed weights of experts times many rows: `_hopper_gemm` by windows of rows."""
 
 from __future__ import annotations
 

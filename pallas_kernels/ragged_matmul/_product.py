@@ -1,4 +1,4 @@
-"""Differentiation and batching of a ragged product, the same for all implementations."""
+"""Derivatives and batches of a ragged product, the same for all implementations."""
 
 from __future__ import annotations
 
@@ -73,7 +73,8 @@ def product(name: str, layout: WeightLayout, activation: str | None, dtype: Any)
         return dx.astype(x.dtype), *others
 
     ragged.defvjp(fwd, bwd)
-    return ragged
+    # Outside of a `jit`, one program instead of many small ones.
+    return jax.jit(ragged)
 
 
 def _no_gradient(x: jax.Array) -> Any:

@@ -98,7 +98,11 @@ def ragged_matmul(
 
 def _group_sizes(group_sizes: Any) -> jax.Array:
     sizes = jnp.asarray(group_sizes)
-    if sizes.ndim != 1 or not sizes.size or not jnp.issubdtype(sizes.dtype, jnp.integer):
+    if (
+        sizes.ndim != 1
+        or not sizes.size
+        or not jnp.issubdtype(sizes.dtype, jnp.integer)
+    ):
         raise KernelError(
             "group_sizes must be an int32 array [E] with one entry for each expert, "
             f"not {sizes.dtype} {list(sizes.shape)}"

@@ -42,7 +42,7 @@ def matmul(
     out_dtype: Any,
     **tuning: Any,
 ) -> jax.Array:
-    """`x [T, K]` times the prepared weights; `tuning` overrides the choice of a plan."""
+    """`x [T, K]` times the prepared weights; `tuning` overrides the chosen plan."""
     if x.dtype not in (jnp.int8, jnp.float32, jnp.bfloat16, jnp.float16):
         x = x.astype(jnp.bfloat16)
     wide = x.dtype != jnp.int8 and activation is None
@@ -118,12 +118,12 @@ def _decode_of(
 ) -> _decode.Decode:
     sizes = {key: v for key, v in plan.items() if key not in ("kernel", "m")}
     module: Any = ternary if layout.format in TERNARY else quantized
-    return module._decode_of(plan["m"], layout, wide, x_dtype, out_dtype, False, sizes)
+    return module.decode_of(plan["m"], layout, wide, x_dtype, out_dtype, False, sizes)
 
 
 def _arranged(x: jax.Array, layout: WeightLayout) -> jax.Array:
-    """Activations padded to whole tiles, in the order in which the kernels read them."""
+    """Activations padded to whole tiles, in the order that the kernels read."""
     if layout.format in TERNARY:
-        return ternary._arranged(x, layout, 256 * ternary.tiles(layout)[1])
+        return ternary.arranged(x, layout, 256 * ternary.tiles(layout)[1])
     k = 128 * quantized.tiles(layout)[1]
     return jnp.pad(x, ((0, 0), (0, k - x.shape[1])))

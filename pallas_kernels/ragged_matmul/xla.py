@@ -55,19 +55,21 @@ def matmul(
             out_dtype=out_dtype,
         )
 
-    return _by_expert(product, (x, x_scale), planes, layout, group_sizes, layout.n)
+    y = jax.ShapeDtypeStruct((x.shape[0], layout.n), out_dtype)
+    return _by_expert(product, (x, x_scale), planes, layout, group_sizes, y)
 
 
 def transposed(
     g: jax.Array, planes: Planes, layout: WeightLayout, group_sizes: jax.Array
 ) -> jax.Array:
-    """`g [T, N]` times the transposed weights: the gradient of `x`, in the dtype of g."""
+    """`g [T, N]` times the transposed weights, in the dtype of `g`."""
 
     def product(g: jax.Array, weight: Planes, plain: WeightLayout) -> jax.Array:
         w = _dense.dense(weight, plain, g.dtype)
         return lax.dot_general(g, w, (((1,), (1,)), ((), ())))
 
-    return _by_expert(product, g, planes, layout, group_sizes, layout.k)
+    x = jax.ShapeDtypeStruct((g.shape[0], layout.k), g.dtype)
+    return _by_expert(product, g, planes, layout, group_sizes, x)
 
 
 def _by_expert(
@@ -76,10 +78,10 @@ def _by_expert(
     planes: Planes,
     layout: WeightLayout,
     group_sizes: jax.Array,
-    width: int,
+    out: jax.ShapeDtypeStruct,
 ) -> jax.Array:
-    """`product(rows of the inputs, weight)` for each expert, `[T, width]`."""
-    rows = jax.tree.leaves(inputs)[0].shape[0]
+    """`product(rows of the inputs, weight)` for each expert, of the type `out`."""
+    rows = out.shape[0]
     block = _window(rows, group_sizes.shape[0])
     table, count = visits(group_sizes, rows, block)
 
@@ -92,9 +94,7 @@ def _by_expert(
             for name, p in planes.items()
         }
         weight, plain = _implementation.canonical(package_of(layout), stored, layout)
-        return product(
-            jax.tree.map(lambda a: part(a, visit[1]), inputs), weight, plain
-        )
+        return product(jax.tree.map(lambda a: part(a, visit[1]), inputs), weight, plain)
 
     def step(i: jax.Array, y: jax.Array) -> jax.Array:
         visit = table[i]
@@ -103,8 +103,7 @@ def _by_expert(
         new = jnp.where(own, one(visit), part(y, visit[1]))
         return lax.dynamic_update_slice_in_dim(y, new, visit[1], 0)
 
-    dtype = jax.eval_shape(one, table[0]).dtype
-    return lax.fori_loop(0, count, step, jnp.zeros((rows, width), dtype))
+    return lax.fori_loop(0, count, step, jnp.zeros(out.shape, out.dtype))
 
 
 def _window(rows: int, experts: int) -> int:

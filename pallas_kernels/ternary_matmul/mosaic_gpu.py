@@ -56,7 +56,7 @@ def matmul(
         x = x.astype(jnp.bfloat16)
     wide = x.dtype != jnp.int8 and activation is None
     plan = dict(tuning) or choose(x.shape[0], layout, wide)
-    x = _arranged(x, layout, tiles(layout)[1] * TILE)
+    x = arranged(x, layout, tiles(layout)[1] * TILE)
     if plan.pop("kernel") == "decode":
         return _few(x, planes, layout, x_scale, bias, wide, jnp.dtype(out_dtype), plan)
     return _hopper_gemm.product(
@@ -114,10 +114,10 @@ def _possible(plan: dict[str, Any], m: int, layout: WeightLayout, wide: bool) ->
     if plan["kernel"] != "decode":
         return True
     sizes = {key: value for key, value in plan.items() if key != "kernel"}
-    return _decode_of(m, layout, wide, "float32", "float32", False, sizes).fits
+    return decode_of(m, layout, wide, "float32", "float32", False, sizes).fits
 
 
-def _decode_of(
+def decode_of(
     m: int,
     layout: WeightLayout,
     wide: bool,
@@ -166,14 +166,12 @@ def _few(
     if bias is not None:
         args.append(bias.astype(jnp.float32))
     kernel = _decode.build(
-        _decode_of(
-            m, layout, wide, x.dtype.name, out_dtype.name, bias is not None, plan
-        )
+        decode_of(m, layout, wide, x.dtype.name, out_dtype.name, bias is not None, plan)
     )
     return kernel(*args)
 
 
-def _arranged(x: jax.Array, layout: WeightLayout, k: int) -> jax.Array:
+def arranged(x: jax.Array, layout: WeightLayout, k: int) -> jax.Array:
     """Activations padded to whole tiles, in the order of the groups of four."""
     if x.shape[1] != k:
         x = jnp.pad(x, ((0, 0), (0, k - x.shape[1])))
