@@ -36,7 +36,9 @@ def product(x, planes):
 
 compiled = compile_for_h100(product, x, ready)
 dense = 1024 * 256
-assert compiled.memory_analysis().temp_size_in_bytes < dense, "a dense weight"
+copies = 2 * m * 1024 * x.dtype.itemsize  # of activations, padded
+temporary = compiled.memory_analysis().temp_size_in_bytes
+assert temporary < dense + copies, "a dense weight"
 """
 
 CASES = [
