@@ -47,12 +47,14 @@ def product(
       `[T, N]`.
     """
     rows, experts = x.shape[0], group_sizes.shape[0]
-    if x_scale is None:
-        x_scale = jnp.ones((rows, 1), jnp.float32)
     table, _ = visits(group_sizes, rows, c.m)
+    if x.dtype != jnp.int8:
+        x_scale = table  # is not read
+    elif x_scale is None:
+        x_scale = jnp.ones((rows, 1), jnp.float32)
     strides = tuple(math.prod(p.shape[1:]) * p.dtype.itemsize for p in planes)
     kernel = build(c, rows, experts, strides)
-    return kernel(table, x, x_scale.reshape(rows), *planes)
+    return kernel(table, x, x_scale, *planes)
 
 
 @functools.cache
