@@ -17,9 +17,17 @@ from jax.sharding import PartitionSpec as P
 from angeljax.formats import QTensor
 from angeljax.formats._blocks import GRANULE_PLANES
 from angeljax.prepare import PreparedTensor, has_kernel, kernel_view
-from pallas_kernels import packed_matmul
+from pallas_kernels import packed_matmul, ragged_matmul
 
-__all__ = ["attend", "dot", "dot_general", "einsum", "embed", "packed_dot"]
+__all__ = [
+    "attend",
+    "dot",
+    "dot_general",
+    "einsum",
+    "embed",
+    "packed_dot",
+    "ragged_dot",
+]
 
 
 def dot(
@@ -173,6 +181,73 @@ def attend(
         precision=precision,
         preferred_element_type=preferred_element_type,
     )
+
+
+def ragged_dot(
+    x: jax.Array,
+    w: jax.Array | QTensor,
+    group_sizes: jax.Array,
+    *,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+) -> jax.Array:
+    """`jax.lax.ragged_dot` with weights of experts that may be quantized.
+
+    The first `group_sizes[0]` rows are multiplied by `w[0]`, the next `group_sizes[1]`
+    by `w[1]`, and so on; rows past the sum give zeros. Packed weights are expanded one
+    expert at a time, if at all; formats without a kernel are dequantized first.
+
+    Args:
+      x: float `[T, K]`, rows sorted by expert.
+      w: `[E, K, N]`, an array or a QTensor.
+      group_sizes: integers `[E]`.
+      precision: as in `jax.lax.ragged_dot`.
+      preferred_element_type: accumulation and result dtype.
+
+    Returns:
+      `[T, N]`.
+
+    Raises:
+      ValueError: shapes that do not go together.
+
+    Example:
+      >>> import jax.numpy as jnp, angeljax as aj
+      >>> experts = aj.quantize(jnp.ones((4, 128, 8)), format="int8")
+      >>> sizes = jnp.asarray([2, 0, 1, 3])
+      >>> aj.ops.ragged_dot(jnp.ones((6, 128)), experts, sizes).shape
+      (6, 8)
+    """
+    if x.ndim != 2 or w.ndim != 3 or x.shape[1] != w.shape[1]:
+        raise ValueError(
+            f"ragged_dot: x {list(x.shape)} and weights of experts {list(w.shape)} "
+            "are not [T, K] and [E, K, N]"
+        )
+    x = _activation(x, w)
+    if not isinstance(w, QTensor) or not _ragged(x, w):
+        return jax.lax.ragged_dot(
+            x,
+            _dense(w, x.dtype),
+            group_sizes,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+        )
+    out_dtype = x.dtype if preferred_element_type is None else preferred_element_type
+    if not isinstance(w, PreparedTensor):
+        return ragged_matmul(x, *kernel_view(w), group_sizes, out_dtype=out_dtype)
+    return ragged_matmul(
+        x,
+        w.planes,
+        w.layout,
+        group_sizes,
+        activation=w.activation,
+        out_dtype=out_dtype,
+    )
+
+
+def _ragged(x: jax.Array, w: QTensor) -> bool:
+    """Whether a stack of weights is one that `ragged_matmul` takes."""
+    matrix = len(w.spec.shape) == 2 and w.spec.axis == (-2,)
+    return matrix and has_kernel(w) and x.dtype != jnp.float64
 
 
 def packed_dot(x: jax.Array, w: QTensor, out_dtype: Any = None) -> jax.Array:

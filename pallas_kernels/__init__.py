@@ -4,6 +4,7 @@ from pallas_kernels._devices import implementation_for
 from pallas_kernels._dispatch import cannot_hold, packed_matmul, prepare, restore
 from pallas_kernels._weights import QUANTIZED, TERNARY, KernelError, WeightLayout
 from pallas_kernels.quantized_matmul.api import quantized_matmul
+from pallas_kernels.ragged_matmul.api import ragged_matmul
 from pallas_kernels.ternary_matmul.api import ternary_matmul
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "packed_matmul",
     "prepare",
     "quantized_matmul",
+    "ragged_matmul",
     "restore",
     "ternary_matmul",
 ]

@@ -9,23 +9,18 @@ import jax
 
 from pallas_kernels import _devices, _implementation
 from pallas_kernels._weights import (
-    QUANTIZED,
     TERNARY,
     KernelError,
     Planes,
     WeightLayout,
+    package_of,
 )
 from pallas_kernels.quantized_matmul import api as _quantized
 from pallas_kernels.ternary_matmul import api as _ternary
 
 
 def _api_of(layout: WeightLayout) -> ModuleType:
-    if layout.format not in TERNARY + QUANTIZED:
-        raise KernelError(
-            f"no kernel for the format {layout.format!r}: there are some for "
-            f"{', '.join(TERNARY + QUANTIZED)}"
-        )
-    return _ternary if layout.format in TERNARY else _quantized
+    return _ternary if package_of(layout).endswith("ternary_matmul") else _quantized
 
 
 def packed_matmul(
@@ -95,9 +90,8 @@ def restore(planes: Planes, layout: WeightLayout) -> tuple[Planes, WeightLayout]
 
 def cannot_hold(implementation: str, layout: WeightLayout) -> str | None:
     """One clause if an implementation has no place for a weight, else None."""
-    package = _api_of(layout).__name__.rpartition(".")[0]
     try:
-        module = _implementation.implementation(package, implementation)
+        module = _implementation.implementation(package_of(layout), implementation)
     except KernelError as e:
         return str(e)
     return None if module.ORDER is None else module.unsupported(None, layout, None)

@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import _hopper_ragged as ragged
 from pallas_kernels import _ptx as asm
 from pallas_kernels._implementation import quantize_activation
 from pallas_kernels._ptx import Int
@@ -85,6 +86,8 @@ class Gemm:
     warpgroups: int = 2  # that compute; 64 outputs each
     stages: int = 4
     tokens_first: bool = False  # neighbouring blocks share activations
+    experts: int = 0  # weights of experts, in windows of rows: see `ragged_matmul`
+    visits: int = 0
 
     @property
     def rows(self) -> int:
@@ -94,19 +97,15 @@ class Gemm:
 
 @functools.cache
 def build(c: Gemm) -> Callable[..., jax.Array]:
-    """The kernel `(x, x_scale [M'], codes[, high], scale) -> y [M, N]`.
+    """The kernel `([visits,] x, x_scale [M'], codes[, high], scale) -> y [M, N]`.
 
     `x` is int8 `[M, K']`, K' a multiple of 256; M' is M rounded up to `tokens`, N a
     multiple of 64, the rows of the packed planes are padded to `rows`.
     """
-    grid = (-(-c.n // c.rows), -(-c.m // c.tokens))
+    grid = (-(-c.n // c.rows), c.visits or -(-c.m // c.tokens))
     out = jnp.dtype(c.out_dtype)
     swizzle = (
         _tiling((8, 128)),
-        _swizzle(128),
-    )
-    out_swizzle = (
-        _tiling((8, 128 // out.itemsize)),
         _swizzle(128),
     )
     return plgpu.kernel(
@@ -118,7 +117,7 @@ def build(c: Gemm) -> Callable[..., jax.Array]:
         thread_name="group",
         scratch_types=(
             plgpu.SMEM((c.stages, c.tokens, STAGE), jnp.int8, transforms=swizzle),
-            plgpu.SMEM((c.warpgroups, 64, 64), out, transforms=out_swizzle),
+            plgpu.SMEM((c.warpgroups, 64, 64), out, transforms=_out_transforms(c)),
             plgpu.Barrier(num_barriers=c.stages),
             plgpu.Barrier(num_arrivals=c.warpgroups, num_barriers=c.stages),
         ),
@@ -129,16 +128,24 @@ def build(c: Gemm) -> Callable[..., jax.Array]:
     )
 
 
+def _out_transforms(c: Gemm) -> Any:
+    return _tiling((8, 128 // jnp.dtype(c.out_dtype).itemsize)), _swizzle(128)
+
+
 def _body(c: Gemm, *refs: Any) -> None:
     *ins, y, x_smem, y_smem, full, empty = refs
+    table = ins.pop(0) if c.visits else None
     x, x_scale, *weights, scale = ins
     grouped = c.groups > 1
     group = lax.axis_index("group")
     first, second = lax.axis_index("a"), lax.axis_index("b")
     n_block, m_block = (first, second) if c.tokens_first else (second, first)
+    visit = ragged.Visit(c, table, m_block) if c.visits else None
+    first_row = visit.first if visit else m_block * c.tokens
+    work = visit.work if visit else True
     steps = 2 * c.k_tiles
 
-    @pl.when(group == c.warpgroups)
+    @pl.when(work & (group == c.warpgroups))
     def _copy() -> None:
         plgpu.set_max_registers(40, action="decrease")
 
@@ -150,17 +157,24 @@ def _body(c: Gemm, *refs: Any) -> None:
                 plgpu.barrier_wait(empty.at[slot])
 
             plgpu.copy_gmem_to_smem(
-                x.at[pl.ds(m_block * c.tokens, c.tokens), pl.ds(s * STAGE, STAGE)],
+                x.at[pl.ds(first_row, c.tokens), pl.ds(s * STAGE, STAGE)],
                 x_smem.at[slot],
                 full.at[slot],
             )
 
         lax.fori_loop(0, steps, step, None)
 
-    @pl.when(group < c.warpgroups)
+    rows = n_block * c.warpgroups + group  # in blocks of 64 outputs
+    if visit:
+
+        @pl.when(visit.clear & (group < c.warpgroups))
+        def _clear() -> None:
+            visit.zeros(y, rows)
+
+    @pl.when(work & (group < c.warpgroups))
     def _multiply() -> None:
         plgpu.set_max_registers(232, action="increase")
-        rows = n_block * c.warpgroups + group  # in blocks of 64 outputs
+        held = rows + (visit.expert * (-(-c.n // 128) * 2) if visit else 0)
 
         def half(acc: Any, words: Any, t: Any, part: int) -> None:
             s = 2 * t + part
@@ -179,7 +193,7 @@ def _body(c: Gemm, *refs: Any) -> None:
                 plgpu.barrier_arrive(empty.at[lax.rem(s - late, c.stages)])
 
         def ahead(t: Any) -> Any:
-            return _fetch(c, weights, rows, jnp.minimum(t + 1, c.k_tiles - 1))
+            return _fetch(c, weights, held, jnp.minimum(t + 1, c.k_tiles - 1))
 
         def product(acc: Any) -> Any:
             def tile(t: Any, words: Any) -> Any:
@@ -188,7 +202,7 @@ def _body(c: Gemm, *refs: Any) -> None:
                     half(acc, words, t, part)
                 return following
 
-            lax.fori_loop(0, c.k_tiles, tile, _fetch(c, weights, rows, 0))
+            lax.fori_loop(0, c.k_tiles, tile, _fetch(c, weights, held, 0))
             plgpu.wgmma_wait(0)
             return acc[...].astype(jnp.float32)
 
@@ -200,7 +214,7 @@ def _body(c: Gemm, *refs: Any) -> None:
                 following = ahead(t)
                 for parts in pieces:
                     group = (2 * t + parts[0]) * STAGE // c.group_size
-                    s_g = _group_scale(c, scale, rows, group)
+                    s_g = _group_scale(c, scale, held, group)
 
                     def one(acc: Any, parts: Any = parts) -> Any:
                         for part in parts:
@@ -215,7 +229,7 @@ def _body(c: Gemm, *refs: Any) -> None:
             zero = plgpu.layout_cast(
                 jnp.zeros((64, c.tokens), jnp.float32), plgpu.Layout.WGMMA
             )
-            first = _fetch(c, weights, rows, 0)
+            first = _fetch(c, weights, held, 0)
             return lax.fori_loop(0, c.k_tiles, tile, (first, zero))[1]
 
         if grouped:
@@ -226,10 +240,10 @@ def _body(c: Gemm, *refs: Any) -> None:
         column = plgpu.Layout.WGMMA.reduce(0)
         unit = 1 / _FACTOR[c.format]
         if not grouped:
-            at = pl.ds(rows * 64, 64)
+            at = pl.ds(held * 64, 64)
             s_n = plgpu.load(scale.at[at], layout=row, optimized=False) * unit
         for part in range(c.tokens // 64):
-            at = pl.ds(m_block * c.tokens + part * 64, 64)
+            at = pl.ds(first_row + part * 64, 64)
             s_m = plgpu.load(x_scale.at[at], layout=column, optimized=False)
             piece = sums[:, part * 64 : (part + 1) * 64]
             if grouped:
@@ -243,6 +257,9 @@ def _body(c: Gemm, *refs: Any) -> None:
                 piece, plgpu.Layout.WGMMA_TRANSPOSED
             )
             plgpu.commit_smem()
+            if visit:
+                visit.write(y_smem.at[group], y, part, rows, _out_transforms(c))
+                continue
             plgpu.copy_smem_to_gmem(y_smem.at[group], y.at[at, pl.ds(rows * 64, 64)])
         plgpu.wait_smem_to_gmem(0)
 

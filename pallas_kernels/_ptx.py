@@ -199,8 +199,10 @@ def barrier() -> None:
 
 
 def pointer(ref: Any) -> Any:
-    """Start of a memref."""
-    return utils.memref_ptr(ref)
+    """Start of a memref; a pointer comes back as it is."""
+    if isinstance(ref.type, ir.MemRefType):
+        return utils.memref_ptr(ref)
+    return ref
 
 
 def offset(base: Any, index: Int, item_bytes: int) -> Any:

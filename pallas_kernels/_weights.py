@@ -102,6 +102,21 @@ class WeightLayout:
         return dataclasses.replace(self, **changes)
 
 
+def package_of(layout: WeightLayout) -> str:
+    """The package of the product of one weight of that format.
+
+    Raises:
+      KernelError: no kernel reads the format.
+    """
+    if layout.format not in TERNARY + QUANTIZED:
+        raise KernelError(
+            f"no kernel for the format {layout.format!r}: there are some for "
+            f"{', '.join(TERNARY + QUANTIZED)}"
+        )
+    op = "ternary" if layout.format in TERNARY else "quantized"
+    return f"pallas_kernels.{op}_matmul"
+
+
 def check_planes(planes: Planes, layout: WeightLayout) -> None:
     """Refuses canonical planes `[..., *, N]` that do not fit their layout.
 

@@ -143,7 +143,7 @@ def build(c: Decode) -> Callable[..., jax.Array]:
 
     def body(*refs: Any) -> None:
         plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (n_in + 2))(
-            functools.partial(_emit, c)
+            functools.partial(emit, c)
         )(*refs)
         if c.pdl:  # tells the launcher; the kernel itself has said it before
             plgpu.griddepcontrol_launch_dependents()
@@ -162,7 +162,8 @@ def build(c: Decode) -> Callable[..., jax.Array]:
     )
 
 
-def _emit(c: Decode, _: Any, *refs: Any) -> None:
+def emit(c: Decode, _: Any, *refs: Any, rows: tuple[Int, Int] | None = None) -> None:
+    """The kernel; of the tokens only those from `rows[0]` to `rows[1]` are written."""
     pointers = [asm.pointer(r) for r in refs]
     smem, y = pointers.pop(), pointers.pop()
     bias = pointers.pop() if c.bias else None
@@ -222,7 +223,8 @@ def _emit(c: Decode, _: Any, *refs: Any) -> None:
     if c.pdl:
         asm.ptx("griddepcontrol.launch_dependents;")
     asm.barrier()
-    _finish(c, smem, parts, stats, x_scale, scale, channel, bias, y, block, thread)
+    ends = (x_scale, scale, channel, bias, y)
+    _finish(c, smem, parts, stats, *ends, block, thread, rows)
 
 
 def _fetch_codes(
@@ -634,6 +636,7 @@ def _finish(
     y: Any,
     block: Int,
     thread: Int,
+    rows: tuple[Int, Int] | None = None,
 ) -> None:
     """Sums over the warps, scales, bias; one thread for each output."""
     threads = 32 * c.warps
@@ -642,7 +645,8 @@ def _finish(
         i = thread + step * threads
         row_block, token = i // (c.m * ROWS), (i // ROWS) % c.m
         column = (block + row_block) * ROWS + i % ROWS
-        with asm.when(asm.both(i.less(outputs), column.less(c.n))):
+        inside = asm.both(i.less(outputs), column.less(c.n))
+        with asm.when(tokens.among(rows, token, inside)):
             words: list[Int] = []
             for at in range(0, c.warps, 4):
                 words += asm.load(

@@ -122,10 +122,10 @@ def _possible(plan: dict[str, Any], m: int, layout: WeightLayout, wide: bool) ->
     if plan["kernel"] != "bytes":
         return plan["kernel"] == "expand" or _hopper_gemm.takes(layout)
     sizes = {key: value for key, value in plan.items() if key != "kernel"}
-    return _decode_of(m, layout, wide, "float32", "float32", False, sizes).fits
+    return decode_of(m, layout, wide, "float32", "float32", False, sizes).fits
 
 
-def _decode_of(
+def decode_of(
     m: int,
     layout: WeightLayout,
     wide: bool,
@@ -175,9 +175,7 @@ def _few(
     args += [planes[name] for name in ("zero", "scale2") if name in planes]
     if bias is not None:
         args.append(bias.astype(jnp.float32))
-    c = _decode_of(
-        m, layout, wide, x.dtype.name, out_dtype.name, bias is not None, plan
-    )
+    c = decode_of(m, layout, wide, x.dtype.name, out_dtype.name, bias is not None, plan)
     return _decode.build(c)(*args)
 
 

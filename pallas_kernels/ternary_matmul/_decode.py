@@ -109,7 +109,7 @@ def build(c: Decode) -> Callable[..., jax.Array]:
 
     def body(*refs: Any) -> None:
         plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (n_in + 2))(
-            functools.partial(_emit, c)
+            functools.partial(emit, c)
         )(*refs)
         if c.pdl:  # tells the launcher; the kernel itself has said it before
             plgpu.griddepcontrol_launch_dependents()
@@ -128,7 +128,8 @@ def build(c: Decode) -> Callable[..., jax.Array]:
     )
 
 
-def _emit(c: Decode, _: Any, *refs: Any) -> None:
+def emit(c: Decode, _: Any, *refs: Any, rows: tuple[Int, Int] | None = None) -> None:
+    """The kernel; of the tokens only those from `rows[0]` to `rows[1]` are written."""
     x, x_scale, codes = (asm.pointer(r) for r in refs[:3])
     high = asm.pointer(refs[3]) if c.format == "sherry" else None
     scale = asm.pointer(refs[3 + (c.format == "sherry")])
@@ -172,12 +173,19 @@ def _emit(c: Decode, _: Any, *refs: Any) -> None:
     if c.pdl:
         asm.ptx("griddepcontrol.launch_dependents;")
     asm.barrier()
-    _finish(c, smem, parts, stats, x_scale, scale, bias, y, block, thread)
+    _finish(c, smem, parts, stats, x_scale, scale, bias, y, block, thread, rows)
 
 
 def clamp(i: Int, count: int) -> Int:
     """A tile past the end reads the last one again; its activations are 0."""
     return asm.select(i.less(count), i, Int.of(count - 1))
+
+
+def among(rows: tuple[Int, Int] | None, token: Int, inside: Any) -> Any:
+    """`inside`, for the tokens of `rows` only."""
+    if rows is None:
+        return inside
+    return asm.both(inside, asm.both((rows[0] - 1).less(token), token.less(rows[1])))
 
 
 def _fetch_codes(c: Decode, codes: Any, high: Any, tile: Int, lane: Int) -> list[Int]:
@@ -636,6 +644,7 @@ def _finish(
     y: Any,
     block: Int,
     thread: Int,
+    rows: tuple[Int, Int] | None = None,
 ) -> None:
     """Sums over the warps, scales, bias; one thread for each output."""
     threads = 32 * c.warps
@@ -645,7 +654,7 @@ def _finish(
         row_block, token = i // (c.m * ROWS), (i // ROWS) % c.m
         column = (block + row_block) * ROWS + i % ROWS
         inside = asm.both(i.less(outputs), column.less(c.n))
-        with asm.when(inside):
+        with asm.when(among(rows, token, inside)):
             words: list[Int] = []
             for four in range(0, c.warps, 4):
                 words += asm.load(

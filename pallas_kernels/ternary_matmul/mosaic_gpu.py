@@ -61,7 +61,7 @@ def matmul(
     kernel = plan.pop("kernel")
     if kernel == "expand":
         return _expanded(x, planes, layout, x_scale, bias, activation, out_dtype)
-    x = _arranged(x, layout, tiles(layout)[1] * TILE)
+    x = arranged(x, layout, tiles(layout)[1] * TILE)
     out_dtype = jnp.dtype(out_dtype)
     if kernel in ("bits", "bytes"):
         return _few(kernel, x, planes, layout, x_scale, bias, wide, out_dtype, plan)
@@ -119,11 +119,11 @@ def _possible(plan: dict[str, Any], m: int, layout: WeightLayout, wide: bool) ->
     if kernel not in ("bits", "bytes"):
         return kernel == "expand" or _hopper_gemm.takes(layout)
     sizes = {key: value for key, value in plan.items() if key != "kernel"}
-    make = _bits_of if kernel == "bits" else _bytes_of
+    make = bits_of if kernel == "bits" else bytes_of
     return make(m, layout, wide, "float32", "float32", False, sizes).fits
 
 
-def _bits_of(
+def bits_of(
     m: int,
     layout: WeightLayout,
     wide: bool,
@@ -150,7 +150,7 @@ def _bits_of(
     )
 
 
-def _bytes_of(
+def bytes_of(
     m: int,
     layout: WeightLayout,
     wide: bool,
@@ -204,8 +204,8 @@ def _few(
         args.append(bias.astype(jnp.float32))
     sizes = (m, layout, wide, x.dtype.name, out_dtype.name, bias is not None, plan)
     if kernel == "bits":
-        return _decode.build(_bits_of(*sizes))(*args)
-    return _bytes.build(_bytes_of(*sizes))(*args)
+        return _decode.build(bits_of(*sizes))(*args)
+    return _bytes.build(bytes_of(*sizes))(*args)
 
 
 def _expanded(
@@ -232,7 +232,7 @@ def _expanded(
     )
 
 
-def _arranged(x: jax.Array, layout: WeightLayout, k: int) -> jax.Array:
+def arranged(x: jax.Array, layout: WeightLayout, k: int) -> jax.Array:
     """Activations padded to whole tiles, in the order of the groups of four."""
     if x.shape[1] != k:
         x = jnp.pad(x, ((0, 0), (0, k - x.shape[1])))

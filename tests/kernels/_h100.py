@@ -6,7 +6,14 @@ Needs the wheels of `jax[cuda13]`; runs the whole pipeline of XLA, Mosaic and pt
 from __future__ import annotations
 
 import functools
+import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -68,3 +75,43 @@ def compile_for_h100(f: Callable[..., Any], *args: Any, **options: Any) -> Any:
     with jax.sharding.use_abstract_mesh(abstract):
         traced = jax.jit(f, in_shardings=sharding).trace(*shapes)
         return traced.lower(lowering_platforms=("cuda",)).compile(options or None)
+
+
+def has_plugin() -> bool:
+    """Whether the wheels are here."""
+    try:
+        return bool(metadata.version("jax-cuda13-plugin"))
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def check_no_spills(script: str, case: Any, folder: Path) -> None:
+    """Runs a script that compiles one kernel and reads what ptxas says of it.
+
+    Args:
+      script: Python; finds the case as JSON in `sys.argv[1]`.
+      case: of the script.
+      folder: an empty one.
+    """
+    path = os.environ.get("PYTHONPATH", "")
+    env = {
+        "MOSAIC_GPU_DUMP_TO": str(folder),
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "JAX_PLATFORMS": "cpu",
+        "PATH": "/usr/bin:/bin",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), path]),
+    }
+    # A process of its own: the dump directory is read once, and so is the platform.
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(case)],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (log,) = (p.read_text() for p in folder.glob("*.ptxas"))
+    assert " 0 bytes spill stores, 0 bytes spill loads" in log
+    assert "C75" not in log, "ptxas serializes wgmma: " + log
+    found = re.search(r"Used (\d+) registers", log)
+    assert found is not None and int(found[1]) <= 168
