@@ -24,7 +24,12 @@ _DTYPES = {
     "float8_e5m2": jnp.float8_e5m2,
 }
 # Bits of a byte that keep random codes valid and finite.
-_MASKS = {"t2": 0b01010101, "float8_e4m3": 0b10110111, "float8_e5m2": 0b10110111}
+_MASKS = {
+    "t2": 0b01010101,
+    "float8_e4m3": 0b10110111,
+    "mxfp8": 0b10110111,
+    "float8_e5m2": 0b10110111,
+}
 
 
 def random_weights(

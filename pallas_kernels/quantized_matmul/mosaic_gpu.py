@@ -87,12 +87,10 @@ def choose(m: int, layout: WeightLayout, wide: bool) -> dict[str, Any]:
     if measured is not None and _possible(measured, m, layout, wide):
         return measured
     if m <= 16:
-        blocks = tiles(layout)[0]
-        rows = 1 if blocks <= 264 else 2 if m == 1 else -(-blocks // 264)
         plan = {
             "kernel": "decode",
             "warps": 8,
-            "rows_per_block": min(rows, 8),
+            "rows_per_block": _rows(m, tiles(layout)[0]),
             "prefetch": 4,
         }
         if _possible(plan, m, layout, wide):
@@ -102,11 +100,17 @@ def choose(m: int, layout: WeightLayout, wide: bool) -> dict[str, Any]:
     return {"kernel": "expand"}
 
 
+def _rows(m: int, blocks: int) -> int:
+    """Row blocks of a thread block, by rule."""
+    return 1 if blocks <= 264 else 2 if m == 1 else min(8, -(-blocks // 264))
+
+
 def candidates(m: int, layout: WeightLayout, wide: bool) -> Iterator[dict[str, Any]]:
     """Plans worth timing, what `choose` gives by rule among them."""
     blocks, _ = tiles(layout)
     if m <= 32:
-        shared = sorted({1, 2, 4, -(-blocks // 264)} - {0})
+        rule = _rows(m, blocks)
+        shared = sorted({1, 2, 4, -(-blocks // 264), rule})
         for warps, rows, ahead in itertools.product((4, 8, 16), shared, (2, 4, 8)):
             plan = {
                 "kernel": "decode",
@@ -114,7 +118,8 @@ def candidates(m: int, layout: WeightLayout, wide: bool) -> Iterator[dict[str, A
                 "rows_per_block": rows,
                 "prefetch": ahead,
             }
-            if rows * 132 <= 2 * blocks and _possible(plan, m, layout, wide):
+            few = rows in (1, rule) or rows * 132 <= 2 * blocks
+            if few and _possible(plan, m, layout, wide):
                 yield plan
     if m >= 8 and _hopper_gemm.takes(layout):
         yield from _hopper_gemm.candidates(m * (1 + wide), layout)

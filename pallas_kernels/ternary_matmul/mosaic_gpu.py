@@ -79,12 +79,10 @@ def choose(m: int, layout: WeightLayout, wide: bool) -> dict[str, Any]:
         return measured
     blocks, _ = tiles(layout)
     if m <= 16:
-        warps = 8 if m == 1 else 16
-        rows = -(-blocks // 132) if m > 1 else min(4, max(1, blocks // 200))
         plan = {
             "kernel": "decode",
-            "warps": warps,
-            "rows_per_block": rows,
+            "warps": 8 if m == 1 else 16,
+            "rows_per_block": _rows(m, blocks),
             "prefetch": 4,
         }
         if _possible(plan, m, layout, wide):
@@ -92,11 +90,17 @@ def choose(m: int, layout: WeightLayout, wide: bool) -> dict[str, Any]:
     return {"kernel": "gemm", **_hopper_gemm.plan(m * (1 + wide), layout)}
 
 
+def _rows(m: int, blocks: int) -> int:
+    """Row blocks of a thread block, by rule."""
+    return -(-blocks // 132) if m > 1 else min(4, max(1, blocks // 200))
+
+
 def candidates(m: int, layout: WeightLayout, wide: bool) -> Iterator[dict[str, Any]]:
     """Plans worth timing, what `choose` gives by rule among them."""
     blocks, _ = tiles(layout)
     if m <= 16:
-        shared = sorted({1, 2, 4, -(-blocks // 264), -(-blocks // 132)} - {0})
+        rule = _rows(m, blocks)
+        shared = sorted({1, 2, 4, -(-blocks // 264), -(-blocks // 132), rule})
         for warps, rows, ahead in itertools.product((8, 16), shared, (2, 4, 8)):
             plan = {
                 "kernel": "decode",
@@ -104,7 +108,8 @@ def candidates(m: int, layout: WeightLayout, wide: bool) -> Iterator[dict[str, A
                 "rows_per_block": rows,
                 "prefetch": ahead,
             }
-            if rows * 132 <= 2 * blocks and _possible(plan, m, layout, wide):
+            few = rows in (1, rule) or rows * 132 <= 2 * blocks
+            if few and _possible(plan, m, layout, wide):
                 yield plan
     if m >= 8:
         yield from _hopper_gemm.candidates(m * (1 + wide), layout)
