@@ -6,6 +6,7 @@ Needs the wheels of `jax[cuda13]` (`JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1`), else sk
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -71,12 +72,13 @@ def _has_plugin() -> bool:
 @pytest.mark.skipif(not _has_plugin(), reason="needs jax[cuda13]")
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[1]}-m{c[2]}-{c[3]}")
 def test_compiles_for_an_h100_without_spills(case: tuple, tmp_path: Path) -> None:
+    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     env = {
         "MOSAIC_GPU_DUMP_TO": str(tmp_path),
         "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
         "JAX_PLATFORMS": "cpu",
         "PATH": "/usr/bin:/bin",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
     # A process of its own: the dump directory is read once, and so is the platform.
     done = subprocess.run(
