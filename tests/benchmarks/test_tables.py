@@ -49,7 +49,7 @@ def test_claims_about_speed_have_a_page_of_their_own(tmp_path: Path) -> None:
         "| bfloat16 | 5 |  |  |  |  |",
     ]
     assert "n: 8." in pages["results_kernels.md"]
-    assert _lines(pages["results.md"])[-1] == "| 8 | t2 | 0.25 |"
+    assert _lines(pages["results.md"])[-1] == "| 8 | t2 | 0.2500 |"
     assert "## unheard" in pages["results.md"]
 
 
