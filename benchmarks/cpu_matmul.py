@@ -60,7 +60,8 @@ def measure(layout: WeightLayout, m: int, kind: str, seconds: float) -> list[Row
         jax.jit(f(layout)).lower(x, planes).compile() for f in (packed, dequantized)
     ]
     ms, dense_ms = milliseconds(calls, (x, planes), seconds)
-    held = [c.memory_analysis().temp_size_in_bytes / 1e6 for c in calls]
+    memory: list[Any] = [c.memory_analysis() for c in calls]
+    held = [m.temp_size_in_bytes / 1e6 for m in memory]
     case = {
         "k": layout.k,
         "n": layout.n,

@@ -120,7 +120,7 @@ def _by_blocks(x: jax.Array, planes: Planes, layout: WeightLayout) -> jax.Array:
         if layout.groups > 1:
             w = w * jnp.repeat(_scales(fixed | here, piece), piece.group_size, axis=0)
         part = lax.dynamic_index_in_dim(x, i, 2, keepdims=False)
-        part = part.reshape(x.shape[0], -1).astype(jnp.float32)
+        part = part.reshape(-1, cut.rows).astype(jnp.float32)
         new = jnp.dot(part, w, precision=_HIGHEST)
         return y + (new.astype(jnp.int32) if integer else new)
 
@@ -178,7 +178,8 @@ def _by_bytes(x: jax.Array, layout: WeightLayout) -> tuple[jax.Array, WeightLayo
     runs = -(-layout.k // layout.run)
     k = runs * layout.run
     x = jnp.pad(x, ((0, 0), (0, k - layout.k)))
-    x = x.reshape(-1, runs, 4, layout.run // 4).swapaxes(2, 3).reshape(-1, k)
+    m = x.shape[0]
+    x = x.reshape(m, runs, 4, layout.run // 4).swapaxes(2, 3).reshape(m, k)
     group = k if layout.groups == 1 else layout.group_size
     return x, layout.replace(k=k, group_size=group)
 
@@ -222,9 +223,10 @@ def _split(
     p = lax.slice_in_dim(p, 0, min(p.shape[axis], kept), axis=axis)
     p = _pad(p, axis, -(-whole // each))
     shape, rest = p.shape[:axis], p.shape[axis + 1 :]
-    p = p.reshape(*shape, cut.parts, -1, *rest)
-    p = _pad(p, axis + 1, cut.blocks * cut.size // each)
-    return p.reshape(*shape, cut.parts, cut.blocks, -1, *rest)
+    p = p.reshape(*shape, cut.parts, whole // each // cut.parts, *rest)
+    size = cut.size // each
+    p = _pad(p, axis + 1, cut.blocks * size)
+    return p.reshape(*shape, cut.parts, cut.blocks, size, *rest)
 
 
 def _pad(p: jax.Array, axis: int, size: int) -> jax.Array:

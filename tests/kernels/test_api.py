@@ -180,6 +180,24 @@ def test_planes_that_do_not_fit(
         prepare(change(planes), layout, implementation="xla")
 
 
+def test_planes_hold_whole_units() -> None:
+    x = jnp.ones((1, 200))
+    for options, rows in (({}, 28), ({"group_stride": 16}, 32)):
+        planes, layout, _ = packed("sherry", 200, N, 64, **options)
+        assert planes["codes"].shape == (rows, N), "words of 32, runs of 64"
+        short = {**planes, "codes": planes["codes"][:-1]}
+        message = f"has shape [{rows}, 24], not [{rows - 1}, 24]"
+        with pytest.raises(KernelError, match=re.escape(message)):
+            ternary_matmul(x, short, layout)
+    planes, layout, w = packed("t2", 200, N)
+    assert layout.run == 8 and planes["codes"].shape == (50, N)
+    np.testing.assert_allclose(
+        ternary_matmul(x, planes, layout), w.sum(0)[None], rtol=1e-5, atol=1e-4
+    )
+    with pytest.raises(KernelError, match=re.escape("[64, 24], not [50, 24]")):
+        ternary_matmul(x, planes, layout.replace(run=128))
+
+
 def test_planes_may_hold_the_padding_of_the_last_group() -> None:
     planes, layout, w = packed("t2", 200, N, 64)
     more = jnp.pad(planes["codes"], ((0, 32), (0, 0)), constant_values=0xFF)

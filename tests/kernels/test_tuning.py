@@ -189,7 +189,7 @@ def test_a_measured_plan_is_taken_if_it_can_run(
 
 @pytest.mark.parametrize("fmt", ["t2", "sherry", "int8", "int4", "float8_e4m3"])
 def test_random_weights_are_finite(fmt: str) -> None:
-    layout = WeightLayout(format=fmt, k=256, n=32, group_size=256)
+    layout = WeightLayout(format=fmt, k=208, n=32, group_size=208)
     weights, there = tune.random_weights(layout, 2, "xla")
     assert there == layout and len(weights) == 2
     for planes in weights:
