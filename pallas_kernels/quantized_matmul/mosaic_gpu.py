@@ -87,12 +87,10 @@ def choose(m: int, layout: WeightLayout, wide: bool) -> dict[str, Any]:
     if measured is not None and _possible(measured, m, layout, wide):
         return measured
     if m <= 16:
-        blocks = tiles(layout)[0]
-        rows = 1 if blocks <= 264 else 2 if m == 1 else -(-blocks // 264)
         plan = {
             "kernel": "bytes",
             "warps": 8,
-            "rows_per_block": min(rows, 8),
+            "rows_per_block": -(-tiles(layout)[0] // 264),
             "prefetch": 4,
         }
         if _possible(plan, m, layout, wide):

@@ -88,7 +88,7 @@ def choose(m: int, layout: WeightLayout, wide: bool) -> dict[str, Any]:
         plan = {
             "kernel": "bits" if m <= 2 else "bytes",
             "warps": 8,
-            "rows_per_block": min(8, -(-blocks // 264)),
+            "rows_per_block": -(-blocks // 264),
             "prefetch": 4,
         }
         if _possible(plan, m, layout, wide):
