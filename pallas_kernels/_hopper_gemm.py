@@ -27,7 +27,7 @@ from pallas_kernels import _ptx as asm
 from pallas_kernels._implementation import quantize_activation
 from pallas_kernels._ptx import Int
 from pallas_kernels._weights import Planes, WeightLayout
-from pallas_kernels.ternary_matmul._decode import masks
+from pallas_kernels.ternary_matmul._decode import signed_bytes
 
 _tiling: Any = plgpu.TilingTransform  # for mypy they are abstract
 _swizzle: Any = plgpu.SwizzleTransform
@@ -372,23 +372,8 @@ def _operand(format: str, words: list[Int], half: int) -> list[Int]:
             out += [(w << 4) & 0xF0F0F0F0 for w in packed]
             out += [w & 0xF0F0F0F0 for w in packed]
         return out
-    pos, keep = masks(format, words)
-    rows = [_bytes(pos[h + 2 * half], keep[h + 2 * half]) for h in range(2)]
+    rows = [signed_bytes(format, words, h + 2 * half) for h in range(2)]
     return [rows[h][j] for j in range(8) for h in range(2)]
-
-
-def _bytes(pos: Int, keep: Int) -> list[Int]:
-    """The eight groups of a word, each as four bytes: bit 7 negative, bit 6 not 0."""
-    odd, even = 0xAAAAAAAA, 0x55555555
-    negative = ~keep
-    present = pos | negative
-    upper = (negative & odd) | ((present >> 1) & even)  # groups 1, 3, 5, 7
-    lower = ((negative << 1) & odd) | (present & even)  # groups 0, 2, 4, 6
-    out = []
-    for j in range(8):
-        word, shift = (upper, 7 - j) if j & 1 else (lower, 6 - j)
-        out.append((word << shift if shift else word) & 0xC0C0C0C0)
-    return out
 
 
 def product(

@@ -10,6 +10,7 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import arith, scf
 from jax._src.lib.mlir.dialects import vector as mlir_vector
@@ -70,6 +71,10 @@ class Int:
     def __rshift__(self, o: Int | int) -> Int:
         """Logical shift."""
         return self._do(arith.shrui, o)
+
+    def divided(self, bits: int) -> Int:
+        """Arithmetic shift right."""
+        return self._do(arith.shrsi, bits) if bits else self
 
     def __invert__(self) -> Int:
         return self ^ 0xFFFFFFFF
@@ -254,6 +259,18 @@ def loop(
     return [k(v) for k, v in zip(kinds, op.results, strict=True)]
 
 
+def loop_tree(
+    count: int, body: Callable[[Int, Any], Any], carry: Any, unroll: int = 1
+) -> Any:
+    """`loop` over a tree of lists: `for i in range(count): carry = body(i, carry)`."""
+    flat, tree = jax.tree.flatten(carry)
+
+    def step(i: Int, *values: Any) -> list[Any]:
+        return jax.tree.leaves(body(i, jax.tree.unflatten(tree, values)))
+
+    return jax.tree.unflatten(tree, loop(count, step, flat, unroll))
+
+
 def both(a: Any, b: Any) -> Any:
     """Both predicates."""
     return arith.andi(a, b)
@@ -283,6 +300,7 @@ __all__ = [
     "both",
     "load",
     "loop",
+    "loop_tree",
     "offset",
     "pointer",
     "ptx",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,25 +15,45 @@ from jax import lax
 CACHE = 150e6
 
 
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """A compiled program that runs an operation many times.
+
+    Attributes:
+      run: calls the program so many times, waits, and gives the seconds by the wall
+        clock.
+      operations: in one call.
+    """
+
+    run: Callable[[int], float]
+    operations: int
+
+
 def compile_loop(
-    f: Callable[[jax.Array, Any], jax.Array], x: jax.Array, weights: Sequence[Any]
-) -> Callable[[int], float]:
+    f: Callable[[jax.Array, Any], jax.Array],
+    x: jax.Array,
+    weights: Sequence[Any],
+    guess: float = 10.0,
+) -> Loop:
     """A program that runs `f(x, w)` over all weights, again and again.
 
-    Launches from Python cost more than what is timed here, so the loop is compiled; the
-    weights rotate, so that together they must not fit in the cache; every result is
-    kept alive, or XLA would drop the others.
+    Launches from Python cost more than what is timed here, so the loop is compiled; its
+    length is a constant, or a GPU would tell the host after each round whether to go
+    on. The weights rotate, so that together they must not fit in the cache; every
+    result is kept alive, or XLA would drop the others.
 
     Args:
       f: the operation.
       x: its first argument.
       weights: second arguments, more bytes than the last-level cache holds.
+      guess: microseconds of one operation, roughly; a call takes some milliseconds.
 
     Returns:
-      Rounds over all weights -> seconds by the wall clock.
+      The program.
     """
+    rounds = max(2, int(4000 / (guess * len(weights))))
 
-    def run(x: jax.Array, weights: Any, count: jax.Array) -> Any:
+    def run(x: jax.Array, weights: Any) -> Any:
         def body(_: Any, carry: Any) -> Any:
             x, _ = carry
             out = []
@@ -43,39 +64,37 @@ def compile_loop(
 
         shapes = [jax.eval_shape(f, x, w) for w in weights]
         empty = tuple(jnp.zeros(s.shape, s.dtype) for s in shapes)
-        return lax.fori_loop(0, count, body, (x, empty))
+        return lax.fori_loop(0, rounds, body, (x, empty))
 
-    compiled = jax.jit(run).lower(x, weights, jnp.int32(1)).compile()
+    compiled = jax.jit(run).lower(x, weights).compile()
 
-    def once(count: int) -> float:
-        n = jnp.int32(count)
+    def once(calls: int) -> float:
         start = time.perf_counter()
-        jax.block_until_ready(compiled(x, weights, n))
+        for _ in range(calls):
+            out = compiled(x, weights)
+        jax.block_until_ready(out)
         return time.perf_counter() - start
 
-    return once
+    return Loop(once, rounds * len(weights))
 
 
-def microseconds(
-    once: Callable[[int], float], n_weights: int, *, seconds: float = 0.02
-) -> float:
-    """Time of one operation of what `compile_loop` gives.
+def microseconds(loop: Loop, *, seconds: float = 0.02) -> float:
+    """Time of one operation.
 
-    The time of an empty call cancels in the difference of two lengths.
+    What a call costs beside its operations cancels in the difference of two lengths.
 
     Args:
-      once: rounds -> seconds.
-      n_weights: operations in a round.
+      loop: of `compile_loop`.
       seconds: length of one measurement.
 
     Returns:
       Microseconds, the best of three measurements.
     """
-    once(2)
-    short = min(once(2) for _ in range(3))
-    more = max(4, int(seconds / max(short / 2, 1e-5)))
+    loop.run(2)
+    one = min(loop.run(1) for _ in range(3))
+    more = max(1, round(seconds / one))
     best = float("inf")
     for _ in range(3):
-        short = min(once(2) for _ in range(2))
-        best = min(best, (once(2 + more) - short) / more / n_weights)
-    return best * 1e6
+        short = loop.run(1)
+        best = min(best, (loop.run(1 + more) - short) / more)
+    return best / loop.operations * 1e6

@@ -30,6 +30,7 @@ _KEYS = {
     "warpgroups": int,
     "stages": int,
     "tokens_first": bool,
+    "pdl": bool,
 }
 
 Plan = dict[str, Any]
@@ -46,6 +47,11 @@ def case_of(layout: WeightLayout, wide: bool) -> str:
 def bucket(m: int) -> int:
     """The power of two at or above `m`."""
     return 1 << max(m - 1, 0).bit_length()
+
+
+def rows_per_block(blocks: int) -> list[int]:
+    """Row blocks for a thread block, so that whole waves fill 132 processors."""
+    return sorted({-(-blocks // (132 * n)) for n in (1, 2, 3, 4, 6)} - {0})
 
 
 def lookup(m: int, layout: WeightLayout, wide: bool) -> Plan | None:

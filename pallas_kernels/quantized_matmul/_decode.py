@@ -1,8 +1,11 @@
-"""Weights of 8 or 4 bits times a few tokens: one pass over the packed weights.
+"""Packed weights times some tokens, by `mma.m16n8k32` on bytes: one pass over them.
 
-All of it is `mma.m16n8k32` on bytes. Integer codes are left operands as they are
-(int8), after two masks (int4, held as 16 q), or after a table of eight magnitudes
-(E2M1, held as 2 q). FP8 codes are operands of the FP8 instruction. The activations of
+Integer codes are left operands as they are (int8), after two masks (int4, held as
+16 q), or after a table of eight magnitudes (E2M1, held as 2 q). FP8 codes are operands
+of the FP8 instruction. Ternary weights w are held as w + 1 in a field of two bits,
+which one mask cuts out of four bytes: field s of a byte counts 4^s, so that each s has
+sums of its own, and the sum of the activations is subtracted in the end; with scales of
+groups, or many tokens, they are shifted into 64 w instead. The activations of
 a token take one column as int8, or two: 16-bit fixed point as 256 h + l, or for FP8
 weights an e4m3 value and the e4m3 of 16 times what it leaves. Weights are thus never
 expanded to 16 bits, and integer sums are exact inside a scale group.
@@ -30,8 +33,12 @@ TILE = 128  # weights along K of one tile
 ROWS = 16
 FLOATS = {"float8_e4m3": "e4m3", "float8_e5m2": "e5m2", "mxfp8": "e4m3"}
 # What the integer operand is times the code.
-FACTOR = {"int8": 1, "int4": 16, "nvfp4": 2, "mxfp4": 2}
+FACTOR = {"int8": 1, "int4": 16, "nvfp4": 2, "mxfp4": 2, "t2": 64, "sherry": 64}
+TERNARY = ("t2", "sherry")
 _E4M3_TOP = 448.0
+# Operands of eight columns, in words: two halves of [lane, 4], four words apart.
+HALF_WORDS = 32 * 4 + 4
+BLOCK_WORDS = 2 * HALF_WORDS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +63,18 @@ class Decode:
     warps: int = 8
     rows_per_block: int = 1
     prefetch: int = 4
+    pdl: bool = False
+
+    @property
+    def span(self) -> int:
+        """Tiles of 128 in one tile of weights as they lie in memory."""
+        return 2 if self.format in TERNARY else 1
+
+    @property
+    def biased(self) -> bool:
+        """Ternary weights as w + 1."""
+        few = self.column_blocks <= 2
+        return self.format in TERNARY and not self.grouped and few
 
     @property
     def k(self) -> int:
@@ -64,13 +83,10 @@ class Decode:
 
     @property
     def vectors(self) -> int:
-        """16-byte loads of a lane for one tile."""
+        """16-byte loads of a lane for one tile of weights."""
+        if self.format == "sherry":
+            return 1
         return 4 if self.format in ("int8", *FLOATS) else 2
-
-    @property
-    def units(self) -> int:
-        """Pieces of 32 activations in one token."""
-        return 4 * self.k_tiles
 
     @property
     def column_blocks(self) -> int:
@@ -79,8 +95,8 @@ class Decode:
 
     @property
     def tiles_of_warp(self) -> int:
-        """Tiles along K that one warp takes."""
-        return -(-self.k_tiles // self.warps)
+        """Tiles of weights along K that one warp takes."""
+        return -(-self.k_tiles // (self.span * self.warps))
 
     @property
     def warps_per_token(self) -> int:
@@ -90,12 +106,12 @@ class Decode:
     @property
     def tile_words(self) -> int:
         """Shared memory of the operands of one tile, in words."""
-        return self.column_blocks * 256
+        return self.column_blocks * BLOCK_WORDS
 
     @property
     def plane_words(self) -> int:
         """Shared memory of all operands, in words."""
-        return self.tiles_of_warp * self.warps * self.tile_words
+        return self.tiles_of_warp * self.warps * self.span * self.tile_words
 
     @property
     def part_words(self) -> int:
@@ -115,18 +131,22 @@ class Decode:
     @property
     def exact(self) -> bool:
         """Whether integers are summed to the end."""
-        return not self.grouped and self.pieces == 1 and self.format not in FLOATS
+        if self.grouped or self.format in FLOATS:
+            return False
+        return self.pieces == 1 or self.biased
 
 
 @functools.cache
 def build(c: Decode) -> Callable[..., jax.Array]:
-    """The kernel `(x, x_scale, codes, scale[, zero][, scale2][, bias]) -> y [M, N]`."""
-    n_in = 4 + c.asymmetric + c.channel_scale + c.bias
+    """`(x, x_scale, codes[, high], scale[, zero][, scale2][, bias]) -> y [M, N]`."""
+    n_in = 4 + (c.format == "sherry") + c.asymmetric + c.channel_scale + c.bias
 
     def body(*refs: Any) -> None:
         plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (n_in + 2))(
             functools.partial(emit, c)
         )(*refs)
+        if c.pdl:  # tells the launcher; the kernel itself has said it before
+            plgpu.griddepcontrol_launch_dependents()
 
     return plgpu.kernel(
         body,
@@ -149,45 +169,76 @@ def emit(c: Decode, _: Any, *refs: Any, rows: tuple[Int, Int] | None = None) -> 
     bias = pointers.pop() if c.bias else None
     channel = pointers.pop() if c.channel_scale else None
     zero = pointers.pop() if c.asymmetric else None
-    x, x_scale, codes, scale = pointers
+    scale = pointers.pop()
+    x, x_scale, *codes = pointers
     thread = asm.special("tid.x")
     lane, warp = thread & 31, thread >> 5
     block = asm.special("ctaid.x") * c.rows_per_block
-    plan = [(r, i) for r in range(c.rows_per_block) for i in range(c.tiles_of_warp)]
-
-    def fetch(r: int, i: int) -> tuple[list[Int], list[Int], list[Int]]:
-        row = clamp(block + r, c.row_blocks)
-        tile = clamp(warp + c.warps * i, c.k_tiles)
-        at = (row * c.k_tiles + tile) * (c.vectors * 32) + lane
-        words: list[Int] = []
-        for v in range(c.vectors):
-            hint = "global.nc.L1::no_allocate.L2::128B"
-            words += asm.load(codes, at + 32 * v, 16, words=4, hint=hint)
-        if not c.grouped:
-            return words, [], []
-        return (
-            words,
-            _pairs(c, scale, row, tile, lane, c.wide_scales),
-            _pairs(c, zero, row, tile, lane, True) if c.asymmetric else [],
-        )
-
-    pending = [fetch(*at) for at in plan[: c.prefetch]]
     parts = c.plane_words
     stats = parts + c.part_words
+    if c.pdl:
+        asm.ptx("griddepcontrol.wait;")
+
+    def fetch(r: Int, i: Int) -> list[list[Int]]:
+        """Tile i of this warp; past the end of a row block, of the next one."""
+        over = i.less(c.tiles_of_warp)
+        r = asm.select(over, r, r + 1)
+        i = asm.select(over, i, i - c.tiles_of_warp)
+        row = clamp(block + clamp(r, c.rows_per_block), c.row_blocks)
+        tile = clamp(warp + i * c.warps, c.k_tiles // c.span)
+        words = _fetch_codes(c, codes, row, tile, lane)
+        if not c.grouped:
+            return [words, [], []]
+        zeros = _pairs(c, zero, row, tile, lane, True) if c.asymmetric else []
+        return [words, _pairs(c, scale, row, tile, lane, c.wide_scales), zeros]
+
+    ahead = min(c.prefetch, c.tiles_of_warp)
+    whole = c.tiles_of_warp % ahead == 0
+
+    def row_block(r: Int, pending: list[Any]) -> list[Any]:
+        """Multiplies one row block, and fetches the beginning of the next."""
+        sums = _Sums(c)
+
+        def some(n: Int, carry: Any) -> Any:
+            sums.cells, sums.floats, pending = carry
+            for j in range(ahead if whole else c.tiles_of_warp):
+                i = n * ahead + j
+                # Past the last row block: read what is in the cache.
+                pending = [*pending, fetch(r, i + ahead)]
+                words, scales, zeros = pending.pop(0)
+                sums.add(words, scales, zeros, smem, warp + i * c.warps, lane)
+            return [sums.cells, sums.floats, pending]
+
+        carry = [sums.cells, sums.floats, pending]
+        times = c.tiles_of_warp // ahead if whole else 1
+        sums.cells, sums.floats, pending = asm.loop_tree(times, some, carry)
+        sums.write(smem, parts, r, warp, lane)
+        return pending
+
+    pending = [fetch(Int.of(0), Int.of(i)) for i in range(ahead)]
     _columns(c, x, smem, stats, thread)
-    for at, (r, i) in enumerate(plan):
-        words, scales, zeros = pending.pop(0)
-        if at + c.prefetch < len(plan):
-            pending.append(fetch(*plan[at + c.prefetch]))
-        if i == 0:
-            sums = _Sums(c)
-        tile = warp + c.warps * i
-        sums.add(words, scales, zeros, smem, tile, lane)
-        if i == c.tiles_of_warp - 1:
-            sums.write(smem, parts, r, warp, lane)
+    # Code that outgrows the instruction cache costs more than loops do.
+    in_line = max(1, 8 // c.tiles_of_warp)
+    asm.loop_tree(c.rows_per_block, row_block, pending, unroll=in_line)
+    if c.pdl:
+        asm.ptx("griddepcontrol.launch_dependents;")
     asm.barrier()
     ends = (x_scale, scale, channel, bias, y)
     _finish(c, smem, parts, stats, *ends, block, thread, rows)
+
+
+def _fetch_codes(
+    c: Decode, codes: list[Any], row: Int, tile: Int, lane: Int
+) -> list[Int]:
+    hint = "global.nc.L1::no_allocate.L2::128B"
+    at = row * (c.k_tiles // c.span) + tile
+    words: list[Int] = []
+    for v in range(c.vectors):
+        item = at * (c.vectors * 32) + (lane + 32 * v)
+        words += asm.load(codes[0], item, 16, words=4, hint=hint)
+    if c.format == "sherry":
+        words += asm.load(codes[1], at * 32 + lane, 4, words=1, hint=hint)
+    return words
 
 
 clamp = tokens.clamp
@@ -196,66 +247,138 @@ clamp = tokens.clamp
 def _pairs(
     c: Decode, array: Any, row: Int, tile: Int, lane: Int, wide: bool
 ) -> list[Int]:
-    """Float32 bits for outputs g and g + 8 of each group in a tile."""
-    per_tile = max(1, TILE // c.group_size)
-    out: list[Int] = []
-    for s in range(per_tile):
-        group = tile * per_tile + s
-        if c.group_size >= TILE:
-            group = tile // (c.group_size // TILE)
-        at = (row * c.groups + clamp(group, c.groups)) * 8 + (lane >> 2)
-        words = 2 if wide else 1
-        pair = asm.load(array, at, 4 * words, words=words, hint="global.nc")
-        out += pair if wide else [pair[0] << 16, pair[0] & 0xFFFF0000]
+    """For outputs g and g + 8 of each group in a tile: two float32, or bfloat16s in
+    one word."""
+    width = TILE * c.span
+    per_tile = max(1, width // c.group_size)
+    words = 2 if wide else 1
+    if c.span == 2:  # [N/16, G, 8]
+        out: list[Int] = []
+        for s in range(per_tile):
+            group = tile * per_tile + s
+            if c.group_size >= width:
+                group = tile // (c.group_size // width)
+            at = (row * c.groups + clamp(group, c.groups)) * 8 + (lane >> 2)
+            out += asm.load(array, at, 4 * words, words=words, hint="global.nc")
+        return out
+    # [N/16, K/128 or G, 8, groups of a tile]
+    held = c.k_tiles if per_tile > 1 else c.groups
+    if c.group_size > width:
+        tile = clamp(tile // (c.group_size // width), c.groups)
+    at = (row * held + tile) * 8 + (lane >> 2)
+    count = per_tile * words
+    step = min(count, 4)
+    out = []
+    for part in range(count // step):
+        item = at * (count // step) + part
+        out += asm.load(array, item, 4 * step, words=step, hint="global.nc")
     return out
 
 
+def _pair(words: list[Int], group: int, wide: bool) -> list[Float]:
+    if wide:
+        return [w.as_float() for w in words[2 * group : 2 * group + 2]]
+    both = words[group]
+    return [(both << 16).as_float(), (both & 0xFFFF0000).as_float()]
+
+
 def _columns(c: Decode, x: Any, smem: Any, stats: int, thread: Int) -> None:
-    """Quantizes the tokens into right operands: [tile, column block, lane, 8 words]."""
+    """Quantizes the tokens into right operands, `[tile, column block, half, lane, 4]`.
+
+    A thread takes 16 consecutive activations at a time: group j of a tile. Its words
+    belong to the four lanes of a column.
+    """
     lane, warp = thread & 31, thread >> 5
-    team = c.warps_per_token
-    at_once = c.warps // team
-    units = 4 * c.tiles_of_warp * c.warps
-    steps = -(-units // (32 * team))
-    rows = [clamp(warp // team + r * at_once, c.m) for r in range(-(-c.m // at_once))]
-    member = (warp % team) * 32 + lane
+    team = 32 * c.warps_per_token
+    at_once = c.warps // c.warps_per_token
+    rows = [
+        clamp(warp // c.warps_per_token + r * at_once, c.m)
+        for r in range(-(-c.m // at_once))
+    ]
+    member = (warp % c.warps_per_token) * 32 + lane
+    padded = 8 * c.tiles_of_warp * c.warps * c.span
+    steps = -(-padded // team)
+    each = _WORDS_OF_16[c.x_dtype]
+    chunk = min(steps, max(1, (16 if c.vectors == 4 else 32) // each))
 
     def read(token: Int, i: Int) -> list[Int]:
-        unit = clamp(i * (32 * team) + member, c.units)
-        return tokens.words_of_unit(c, x, token, unit)
+        at = token * (c.k // 16) + clamp(i * team + member, c.k // 16)
+        words: list[Int] = []
+        for v in range(each // 4):
+            item = at * (each // 4) + v
+            words += asm.load(x, item, 16, words=4, hint="global")
+        return words
 
     held: list[list[list[Int]]] = []
-    if len(rows) * steps * tokens.WORDS_OF_UNIT[c.x_dtype] <= 32:
+    if len(rows) * steps <= chunk:
         held = [[read(t, Int.of(i)) for i in range(steps)] for t in rows]
-    inverse = [Float.of(1.0)] * len(rows)
-    if c.x_dtype != "int8":
-        inverse = tokens.inverse_scales(
-            c, smem, stats, rows, held, read, steps, warp % team, lane, _top(c)
-        )
-    for r, token in enumerate(rows):
 
-        def cut(i: Int, words: list[Int], token: Int = token, r: int = r) -> None:
-            unit = clamp(i * (32 * team) + member, units)
-            inside = unit.less(c.units)
-            for piece, regs in enumerate(_split(c, words, inverse[r], inside)):
-                column = token * c.pieces + piece
-                tile, q = unit >> 2, unit & 3
-                at = tile * c.tile_words + (column >> 3) * 256
-                at = at + ((column & 7) * 4 + q) * 8
-                asm.store_words(smem, at, regs[:4])
-                asm.store_words(smem, at + 4, regs[4:])
-
+    def over(r: int, body: Any, carry: list[Int]) -> list[Int]:
+        """`carry = body(i, words, *carry)` for each step of token r."""
         if held:
             for i, words in enumerate(held[r]):
-                cut(Int.of(i), words)
-        else:
+                carry = body(Int.of(i), words, *carry)
+            return carry
 
-            def step(i: Int, token: Int = token, cut: Any = cut) -> list[Any]:
-                cut(i, read(token, i))
+        def some(n: Int, *carry: Int) -> list[Int]:
+            indices = [n * chunk + i for i in range(chunk)]
+            values = list(carry)
+            for i, words in [(i, read(rows[r], i)) for i in indices]:
+                values = body(i, words, *values)
+            return values
+
+        return asm.loop(-(-steps // chunk), some, carry, unroll=1)
+
+    inverse = [Float.of(1.0)] * len(rows)
+    if c.x_dtype != "int8":
+
+        def biggest(i: Int, words: list[Int], seen: Int) -> list[Int]:
+            for v in tokens.floats_of(c, words):
+                seen = tokens.larger(seen, v.as_int() & 0x7FFFFFFF)
+            return [seen]
+
+        for r, token in enumerate(rows):
+            (seen,) = over(r, biggest, [Int.of(0)])
+            at = token * c.warps + warp % c.warps_per_token + stats + c.m * c.warps
+            asm.store(smem, at, 4, tokens.across("max", seen), "shared.u32")
+        asm.barrier()
+        inverse = [tokens.inverse_scale(c, smem, stats, t, _top(c)) for t in rows]
+
+    for r, token in enumerate(rows):
+
+        def cut(
+            i: Int, words: list[Int], *total: Int, token: Int = token, r: int = r
+        ) -> list[Int]:
+            at = i * team + member
+            part = clamp(at, padded)
+            values = _split(c, words, inverse[r], part.less(c.k // 16))
+            for piece, four in enumerate(values):
+                column = token * c.pieces + piece
+                to = (part >> 3) * c.tile_words + (column >> 3) * BLOCK_WORDS
+                to = (
+                    to + ((part >> 2) & 1) * HALF_WORDS + (column & 7) * 16 + (part & 3)
+                )
+                for q, word in enumerate(four):
+                    asm.store(smem, to + 4 * q, 4, word, "shared.u32")
+            if not total:
                 return []
+            new = Int.of(0)
+            for piece, four in enumerate(values):
+                count = Int.of(0)
+                for word in four:
+                    count = tokens.dot4(word, count, signed=True)
+                new = new + (count << (8 * (c.pieces - 1 - piece)))
+            return [total[0] + asm.select(at.less(padded), new, Int.of(0))]
 
-            asm.loop(steps, step, unroll=2)
+        total = over(r, cut, [Int.of(0)] if c.biased else [])
+        if c.biased:
+            at = token * c.warps + warp % c.warps_per_token + stats
+            asm.store(smem, at, 4, tokens.across("add", total[0]), "shared.u32")
     asm.barrier()
+
+
+# 32-bit words that hold 16 activations.
+_WORDS_OF_16 = {"int8": 4, "bfloat16": 8, "float16": 8, "float32": 16}
 
 
 def _top(c: Decode) -> float:
@@ -265,13 +388,13 @@ def _top(c: Decode) -> float:
 
 
 def _split(c: Decode, words: list[Int], inverse: Float, inside: Any) -> list[list[Int]]:
-    """Eight words for each piece of a unit."""
+    """Four words for each piece of 16 activations."""
     if c.x_dtype == "int8":
         return [[asm.select(inside, w, Int.of(0)) for w in words]]
     inverse = asm.select(inside, inverse, Float.of(0.0))
     scaled = [v * inverse for v in tokens.floats_of(c, words)]
     if c.format in FLOATS:
-        first = [_to_e4m3(scaled[4 * j : 4 * j + 4]) for j in range(8)]
+        first = [_to_e4m3(scaled[4 * j : 4 * j + 4]) for j in range(4)]
         rest = []
         for j, word in enumerate(first):
             back = _from_e4m3(word)
@@ -287,11 +410,11 @@ def _split(c: Decode, words: list[Int], inverse: Float, inside: Any) -> list[lis
     # Adding 1.5 * 2^23 rounds to nearest even and leaves the integer in the low bits.
     ints = [(v + 12582912.0).as_int() for v in scaled]
     if c.pieces == 1:
-        return [[tokens.gather_bytes(ints[4 * j : 4 * j + 4], 0) for j in range(8)]]
+        return [[tokens.gather_bytes(ints[4 * j : 4 * j + 4], 0) for j in range(4)]]
     upper = [i + 128 for i in ints]
     return [
-        [tokens.gather_bytes(upper[4 * j : 4 * j + 4], 1) for j in range(8)],
-        [tokens.gather_bytes(ints[4 * j : 4 * j + 4], 0) for j in range(8)],
+        [tokens.gather_bytes(upper[4 * j : 4 * j + 4], 1) for j in range(4)],
+        [tokens.gather_bytes(ints[4 * j : 4 * j + 4], 0) for j in range(4)],
     ]
 
 
@@ -318,7 +441,15 @@ def _from_e4m3(word: Int) -> list[Float]:
 
 
 def operands(c: Decode, words: list[Int]) -> list[list[Int]]:
-    """Left operands of the four steps of a tile, four words each."""
+    """Left operands of the steps of a tile of weights, four words each."""
+    if c.format in TERNARY:
+        fields = tokens.fields if c.biased else tokens.signed_bytes
+        rows = [fields(c.format, words, w) for w in range(4)]
+        return [
+            [rows[2 * b + h][2 * s + j] for j in range(2) for h in range(2)]
+            for b in range(2)
+            for s in range(4)
+        ]
     if c.vectors == 4:
         return [words[4 * s : 4 * s + 4] for s in range(4)]
     out = []
@@ -365,7 +496,8 @@ class _Sums:
     def __init__(self, c: Decode) -> None:
         self.c = c
         self.kind: Any = Float if c.format in FLOATS else Int
-        self.cells = [self._zero() for _ in range(c.column_blocks)]
+        fields = 4 if c.biased else 1
+        self.cells = [[self._zero()] * fields for _ in range(c.column_blocks)]
         width = 2 if c.pieces == 1 else 1
         self.floats = [[[Float.of(0.0)] * width for _ in range(2)] for _ in self.cells]
 
@@ -381,42 +513,67 @@ class _Sums:
         tile: Int,
         lane: Int,
     ) -> None:
-        """One tile."""
+        """One tile of weights."""
         c = self.c
         steps = operands(c, words)
-        ones = [Int.of(0x01010101)] * 4
         for block in range(c.column_blocks):
-            at = tile * c.tile_words + (lane * 8 + block * 256)
-            b = asm.load(smem, at, 4, words=4, hint="shared")
-            b += asm.load(smem, at + 4, 4, words=4, hint="shared")
-            if not c.grouped:
-                for s, a in enumerate(steps):
-                    pair = b[2 * s : 2 * s + 2]
-                    self.cells[block] = self._mma(self.cells[block], a, pair)
+            b: list[Int] = []
+            for part in range(c.span):
+                at = (tile * c.span + part) * c.tile_words
+                at = at + (lane * 4 + block * BLOCK_WORDS)
+                b += asm.load(smem, at, 4, words=4, hint="shared")
+                b += asm.load(smem, at + HALF_WORDS, 4, words=4, hint="shared")
+            if c.grouped:
+                self._add_groups(block, steps, b, scales, zeros)
                 continue
-            for group, pieces in enumerate(_pieces(c)):
-                cells, total = self._zero(), self._zero()
-                for s, half in pieces:
-                    a, pair = steps[s], b[2 * s : 2 * s + 2]
-                    if half is not None:
-                        none = Int.of(0)
-                        a = [*a[:2], none, none] if half == 0 else [none, none, *a[2:]]
-                    cells = self._mma(cells, a, pair)
-                    if c.asymmetric:
-                        total = self._mma(total, ones, pair)
-                for h in range(2):
-                    factor = scales[2 * group + h].as_float()
-                    values = self._values(cells[2 * h : 2 * h + 2])
-                    if c.asymmetric:
-                        shift = zeros[2 * group + h].as_float()
-                        less = self._values(total[2 * h : 2 * h + 2])
-                        values = [
-                            v - t * shift for v, t in zip(values, less, strict=True)
-                        ]
-                    sums = self.floats[block][h]
-                    self.floats[block][h] = [
-                        f + v * factor for f, v in zip(sums, values, strict=True)
-                    ]
+            cells = self.cells[block]
+            for s, a in enumerate(steps):
+                i = s % len(cells)
+                cells[i] = self._mma(cells[i], a, b[2 * s : 2 * s + 2])
+
+    def _add_groups(
+        self,
+        block: int,
+        steps: list[list[Int]],
+        b: list[Int],
+        scales: list[Int],
+        zeros: list[Int],
+    ) -> None:
+        c = self.c
+        ones, none = [Int.of(0x01010101)] * 4, Int.of(0)
+        for group, pieces in enumerate(_pieces(c)):
+            cells, total = self._zero(), self._zero()
+            for s, half in pieces:
+                a, pair = steps[s], b[2 * s : 2 * s + 2]
+                if half is not None:
+                    a = [*a[:2], none, none] if half == 0 else [none, none, *a[2:]]
+                cells = self._mma(cells, a, pair)
+                if c.asymmetric:
+                    total = self._mma(total, ones, pair)
+            factors = _pair(scales, group, c.wide_scales)
+            for h, factor in enumerate(factors):
+                values = self._values(cells[2 * h : 2 * h + 2])
+                if c.asymmetric:
+                    shift = _pair(zeros, group, True)[h]
+                    less = self._values(total[2 * h : 2 * h + 2])
+                    values = [v - t * shift for v, t in zip(values, less, strict=True)]
+                sums = self.floats[block][h]
+                self.floats[block][h] = [
+                    f + v * factor for f, v in zip(sums, values, strict=True)
+                ]
+
+    def _results(self, block: int, h: int) -> list[Any]:
+        """Of outputs g + 8 h, for each token of this lane."""
+        if self.c.grouped:
+            return list(self.floats[block][h])
+        if not self.c.biased:
+            two = self.cells[block][0][2 * h : 2 * h + 2]
+            return two if self.c.exact else self._values(two)
+        two = [Int.of(0)] * 2
+        for s, cells in enumerate(self.cells[block]):
+            fields = cells[2 * h : 2 * h + 2]
+            two = [t + f.divided(2 * s) for t, f in zip(two, fields, strict=True)]
+        return two if self.c.pieces == 1 else [(two[0] << 8) + two[1]]
 
     def _values(self, two: list[Any]) -> list[Float]:
         """Columns as float32; the two pieces of one token together."""
@@ -430,6 +587,8 @@ class _Sums:
     def _mma(self, cells: list[Any], a: list[Int], b: list[Int]) -> list[Any]:
         kind = FLOATS.get(self.c.format)
         types = f"f32.{kind}.e4m3.f32" if kind else "s32.s8.s8.s32"
+        if self.c.biased:
+            types = "s32.u8.s8.s32"
         return asm.ptx(
             f"mma.sync.aligned.m16n8k32.row.col.{types} "
             "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
@@ -441,20 +600,15 @@ class _Sums:
             convergent=True,
         )
 
-    def write(self, smem: Any, parts: int, r: int, warp: Int, lane: Int) -> None:
+    def write(self, smem: Any, parts: int, r: Int, warp: Int, lane: Int) -> None:
         """Leaves the sums of this warp to the others."""
         c, q = self.c, lane & 3
-        for block, cells in enumerate(self.cells):
+        for block in range(c.column_blocks):
             for h in range(2):
-                if c.grouped:
-                    values: list[Any] = self.floats[block][h]
-                elif c.exact:
-                    values = cells[2 * h : 2 * h + 2]
-                else:
-                    values = self._values(cells[2 * h : 2 * h + 2])
+                values = self._results(block, h)
                 for i, value in enumerate(values):
                     token = q * len(values) + (block * 4 * len(values) + i)
-                    row = (token + r * c.m) * ROWS + (lane >> 2) + 8 * h
+                    row = (r * c.m + token) * ROWS + (lane >> 2) + 8 * h
                     with asm.when(token.less(c.m)):
                         at = row * c.warps + warp + parts
                         bits = value if isinstance(value, Int) else value.as_int()
@@ -462,13 +616,12 @@ class _Sums:
 
 
 def _pieces(c: Decode) -> list[list[tuple[int, int | None]]]:
-    """Steps (and halves of steps) of each scale group of a tile."""
-    if c.group_size >= TILE:
-        return [[(s, None) for s in range(4)]]
-    if c.group_size >= 32:
-        per = c.group_size // 32
-        return [[(s, None) for s in range(g, g + per)] for g in range(0, 4, per)]
-    return [[(s, half)] for s in range(4) for half in range(2)]
+    """Steps (and halves of steps) of each scale group of a tile of weights."""
+    steps = 4 * c.span
+    per = min(steps, c.group_size // 32)
+    if per:
+        return [[(s, None) for s in range(g, g + per)] for g in range(0, steps, per)]
+    return [[(s, half)] for s in range(steps) for half in range(2)]
 
 
 def _finish(
@@ -503,12 +656,17 @@ def _finish(
             total = numbers[0]
             for w in numbers[1:]:
                 total = total + w
+            if c.biased:
+                first = token * c.warps + stats
+                for w in range(c.warps_per_token):
+                    (n,) = asm.load(smem, first + w, 4, words=1, hint="shared")
+                    total = total - n
             value = total.to_float() if c.exact else total
             for factors in (None if c.grouped else scale, channel):
                 if factors is not None:
                     (f,) = asm.load(factors, column, 4, words=1, hint="global.nc")
                     value = value * f.as_float()
-            if FACTOR.get(c.format, 1) != 1:
+            if FACTOR.get(c.format, 1) != 1 and not c.biased:
                 value = value * (1 / FACTOR[c.format])
             factor = tokens.token_scale(c, smem, stats, x_scale, token, _top(c))
             value = value * factor

@@ -6,9 +6,10 @@ words of a step: word h + 2b has outputs g + 8h and k = 16 b + 4 q + p in byte p
 
   plane   shape                                holds
   codes   int32 [N/16, K/128, 4 or 2, 32, 4]   integers signed
-  scale   one for each output: float32 [N']; for groups: int32 [N/16, G, 8] of bfloat16
-          pairs or float32 [N/16, G, 8, 2], outputs g and g + 8
-  zero    float32 [N/16, G, 8, 2], as the operand counts it
+  scale   one for each output: float32 [N']; for groups: int32 [N/16, T, 8, P] of
+          bfloat16 pairs or float32 [N/16, T, 8, P, 2], outputs g and g + 8; P groups in
+          a tile and T tiles, or P = 1 and T groups of a tile or more
+  zero    float32 [N/16, T, 8, P, 2], as the operand counts it
   scale2  float32 [N'] (nvfp4)
 """
 
@@ -126,14 +127,18 @@ def _from_nibble_words(words: jax.Array, layout: WeightLayout) -> jax.Array:
 
 
 def _pairs(wide: jax.Array, layout: WeightLayout) -> jax.Array:
-    """float32 `[G, N]` -> `[N/16, G, 8, 2]`."""
+    """float32 `[G, N]` -> `[N/16, T, 8, P, 2]`."""
     blocks = tiles(layout)[0]
-    wide = jnp.pad(wide, ((0, 0), (0, blocks * ROWS - layout.n)))
-    return wide.reshape(layout.groups, blocks, 2, 8).transpose(1, 0, 3, 2)
+    per = max(1, TILE // layout.group_size)
+    count = tiles(layout)[1] if per > 1 else layout.groups
+    more = (count * per - layout.groups, blocks * ROWS - layout.n)
+    wide = jnp.pad(wide, ((0, more[0]), (0, more[1])))
+    return wide.reshape(count, per, blocks, 2, 8).transpose(2, 0, 4, 1, 3)
 
 
 def _unpairs(pairs: jax.Array, layout: WeightLayout) -> jax.Array:
-    return pairs.transpose(1, 0, 3, 2).reshape(layout.groups, -1)[:, : layout.n]
+    wide = pairs.transpose(1, 3, 0, 4, 2).reshape(-1, pairs.shape[0] * ROWS)
+    return wide[: layout.groups, : layout.n]
 
 
 def _scales_to(scale: jax.Array, layout: WeightLayout) -> jax.Array:

@@ -64,7 +64,7 @@ def matmul(
     out_dtype = jnp.dtype(out_dtype)
     plan = dict(tuning) or choose(x.shape[0], layout, wide)
     kernel = plan.pop("kernel")
-    if kernel == "decode":
+    if kernel == "bytes":
         return _few(x, planes, layout, x_scale, bias, wide, out_dtype, plan)
     if kernel == "gemm":
         return _hopper_gemm.product(
@@ -90,7 +90,7 @@ def choose(m: int, layout: WeightLayout, wide: bool) -> dict[str, Any]:
         blocks = tiles(layout)[0]
         rows = 1 if blocks <= 264 else 2 if m == 1 else -(-blocks // 264)
         plan = {
-            "kernel": "decode",
+            "kernel": "bytes",
             "warps": 8,
             "rows_per_block": min(rows, 8),
             "prefetch": 4,
@@ -106,15 +106,11 @@ def candidates(m: int, layout: WeightLayout, wide: bool) -> Iterator[dict[str, A
     """Plans worth timing, what `choose` gives by rule among them."""
     blocks, _ = tiles(layout)
     if m <= 32:
-        shared = sorted({1, 2, 4, -(-blocks // 264)} - {0})
-        for warps, rows, ahead in itertools.product((4, 8, 16), shared, (2, 4, 8)):
-            plan = {
-                "kernel": "decode",
-                "warps": warps,
-                "rows_per_block": rows,
-                "prefetch": ahead,
-            }
-            if rows * 132 <= 2 * blocks and _possible(plan, m, layout, wide):
+        rows = _tuning.rows_per_block(blocks)
+        for each in itertools.product((4, 8, 16), rows, (2, 4, 6)):
+            keys = ("warps", "rows_per_block", "prefetch")
+            plan = {"kernel": "bytes", **dict(zip(keys, each, strict=True))}
+            if _possible(plan, m, layout, wide):
                 yield plan
     if m >= 8 and _hopper_gemm.takes(layout):
         yield from _hopper_gemm.candidates(m * (1 + wide), layout)
@@ -123,7 +119,7 @@ def candidates(m: int, layout: WeightLayout, wide: bool) -> Iterator[dict[str, A
 
 
 def _possible(plan: dict[str, Any], m: int, layout: WeightLayout, wide: bool) -> bool:
-    if plan["kernel"] != "decode":
+    if plan["kernel"] != "bytes":
         return plan["kernel"] == "expand" or _hopper_gemm.takes(layout)
     sizes = {key: value for key, value in plan.items() if key != "kernel"}
     return decode_of(m, layout, wide, "float32", "float32", False, sizes).fits

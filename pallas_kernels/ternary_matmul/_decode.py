@@ -54,6 +54,7 @@ class Decode:
     warps: int = 8
     rows_per_block: int = 1  # row blocks of 16 outputs that a thread block takes
     prefetch: int = 4  # tiles in flight
+    pdl: bool = False  # the next kernel may start before this one ends
 
     @property
     def k(self) -> int:
@@ -110,6 +111,8 @@ def build(c: Decode) -> Callable[..., jax.Array]:
         plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (n_in + 2))(
             functools.partial(emit, c)
         )(*refs)
+        if c.pdl:  # tells the launcher; the kernel itself has said it before
+            plgpu.griddepcontrol_launch_dependents()
 
     return plgpu.kernel(
         body,
@@ -135,30 +138,40 @@ def emit(c: Decode, _: Any, *refs: Any, rows: tuple[Int, Int] | None = None) -> 
     thread = asm.special("tid.x")
     lane, warp = thread & 31, thread >> 5
     block = asm.special("ctaid.x") * c.rows_per_block
-    plan = [(r, i) for r in range(c.rows_per_block) for i in range(c.tiles_of_warp)]
+    parts = c.plane_words
+    stats = parts + c.part_words
+    if c.pdl:
+        asm.ptx("griddepcontrol.wait;")
 
-    def fetch(r: int, i: int) -> tuple[list[Int], list[Int]]:
-        row = clamp(block + r, c.row_blocks)
+    def fetch(r: Int, i: int) -> list[list[Int]]:
+        row = clamp(block + clamp(r, c.rows_per_block), c.row_blocks)
         tile = row * c.k_tiles + clamp(warp + c.warps * i, c.k_tiles)
         weights = _fetch_codes(c, codes, high, tile, lane)
         factors: list[Int] = []
         if c.groups > 1:
             factors = _fetch_scales(c, scale, row, warp + c.warps * i, lane)
-        return weights, factors
+        return [weights, factors]
 
-    pending = [fetch(*at) for at in plan[: c.prefetch]]
-    parts = c.plane_words
-    stats = parts + c.part_words
+    def row_block(r: Int, pending: list[Any]) -> list[Any]:
+        """Multiplies one row block, and fetches as much of the next."""
+        sums = _Sums(c)
+        for i in range(c.tiles_of_warp):
+            over, inner = divmod(i + c.prefetch, c.tiles_of_warp)
+            # Past the last row block: read what is in the cache.
+            pending.append(fetch(r + over, inner))
+            weights, factors = pending.pop(0)
+            _multiply(c, sums, weights, factors, smem, warp + c.warps * i, lane)
+        sums.write(smem, parts, r, warp, lane)
+        return pending
+
+    first = [divmod(i, c.tiles_of_warp) for i in range(c.prefetch)]
+    pending = [fetch(Int.of(r), i) for r, i in first]
     _planes(c, x, smem, stats, thread)
-    for at, (r, i) in enumerate(plan):
-        weights, factors = pending.pop(0)
-        if at + c.prefetch < len(plan):
-            pending.append(fetch(*plan[at + c.prefetch]))
-        if i == 0:
-            sums = _Sums(c)
-        _multiply(c, sums, weights, factors, smem, warp + c.warps * i, lane)
-        if i == c.tiles_of_warp - 1:
-            sums.write(smem, parts, r, warp, lane)
+    # Code that outgrows the instruction cache costs more than loops do.
+    in_line = max(1, 8 // c.tiles_of_warp)
+    asm.loop_tree(c.rows_per_block, row_block, pending, unroll=in_line)
+    if c.pdl:
+        asm.ptx("griddepcontrol.launch_dependents;")
     asm.barrier()
     _finish(c, smem, parts, stats, x_scale, scale, bias, y, block, thread, rows)
 
@@ -207,18 +220,57 @@ def masks(format: str, weights: list[Int]) -> tuple[list[Int], list[Int]]:
     """Four words each of `pos` and `keep` bits of a tile."""
     if format == "t2":
         return weights[:4], weights[4:]
-    signs, high = weights[:4], weights[4]
-    low = ~high
-    pos, keep = [], []
-    for i, s in enumerate(signs):
-        # Parity of each group in all four bytes, then which lane of it is zero.
-        t = s ^ _permute(s, s, 0x1032)
-        parity = t ^ _permute(t, t, 0x2301) ^ 0x00FF00FF
-        upper = _permute(high, low, (i << 12) | (i << 8) | ((4 + i) << 4) | (4 + i))
-        zero = parity & upper
-        pos.append(~(s | zero))
-        keep.append(~s | zero)
+    zeros = [_zeros(weights[:4], weights[4], i) for i in range(4)]
+    pos = [~(s | z) for s, z in zip(weights, zeros, strict=False)]
+    keep = [~s | z for s, z in zip(weights, zeros, strict=False)]
     return pos, keep
+
+
+def _zeros(signs: list[Int], high: Int, i: int) -> Int:
+    """Which bits of word i of the parity code stand for a zero weight."""
+    s = signs[i]
+    # Parity of each group in all four bytes, then which lane of it is zero.
+    t = s ^ _permute(s, s, 0x1032)
+    parity = t ^ _permute(t, t, 0x2301) ^ 0x00FF00FF
+    upper = _permute(high, ~high, (i << 12) | (i << 8) | ((4 + i) << 4) | (4 + i))
+    return parity & upper
+
+
+_ODD, _EVEN = 0xAAAAAAAA, 0x55555555
+
+
+def _paired(high: Int, low: Int) -> tuple[Int, Int]:
+    """Fields (high, low) of two bits: groups 0, 2, 4, 6, and groups 1, 3, 5, 7."""
+    odd = (high & _ODD) | ((low >> 1) & _EVEN)
+    even = ((high << 1) & _ODD) | (low & _EVEN)
+    return even, odd
+
+
+def fields(format: str, words: list[Int], i: int) -> list[Int]:
+    """The eight groups of word i: group j holds w + 1 times 4^(j // 2) in each byte."""
+    if format == "t2":
+        pos, zero = words[i], words[4 + i] & ~words[i]
+    else:
+        zero = _zeros(words[:4], words[4], i)
+        pos = ~(words[i] | zero)
+    pair = _paired(pos, zero)
+    return [pair[j & 1] & (0x03030303 << (j & 6)) for j in range(8)]
+
+
+def signed_bytes(format: str, words: list[Int], i: int) -> list[Int]:
+    """The eight groups of word i, each as four bytes of 64 w."""
+    if format == "t2":
+        negative = ~words[4 + i]
+        present = words[i] | negative
+    else:
+        present = ~_zeros(words[:4], words[4], i)
+        negative = words[i] & present
+    pair = _paired(negative, present)
+    shifts = [(6 - (j & 6)) for j in range(8)]
+    return [
+        ((pair[j & 1] << s) if s else pair[j & 1]) & 0xC0C0C0C0
+        for j, s in enumerate(shifts)
+    ]
 
 
 def _permute(a: Int, b: Int, selector: int) -> Int:
@@ -266,7 +318,7 @@ def _planes(c: Decode, x: Any, smem: Any, stats: int, thread: Int) -> None:
             for byte, regs in enumerate(_quantized(c, words, inverse[r], inside)):
                 part = Int.of(0)
                 for w in regs:
-                    part = _dot4(w, part, signed=byte == c.x_bytes - 1)
+                    part = dot4(w, part, signed=byte == c.x_bytes - 1)
                 part = asm.select(fresh, part, Int.of(0))
                 total = total + (part << (8 * byte))
                 _write_planes(c, smem, _transposed(regs), unit, token, byte)
@@ -284,7 +336,7 @@ def _planes(c: Decode, x: Any, smem: Any, stats: int, thread: Int) -> None:
                 unroll=2,
             )
         at = token * c.warps + warp % team + stats
-        asm.store(smem, at, 4, _across("add", total), "shared.u32")
+        asm.store(smem, at, 4, across("add", total), "shared.u32")
     asm.barrier()
 
 
@@ -304,7 +356,7 @@ def inverse_scales(
 
     def biggest(words: list[Int], seen: Int) -> Int:
         for v in floats_of(c, words):
-            seen = _max(seen, v.as_int() & 0x7FFFFFFF)
+            seen = larger(seen, v.as_int() & 0x7FFFFFFF)
         return seen
 
     for r, token in enumerate(tokens):
@@ -319,28 +371,30 @@ def inverse_scales(
                 [seen],
             )
         at = token * c.warps + member + stats + c.m * c.warps
-        asm.store(smem, at, 4, _across("max", seen), "shared.u32")
+        asm.store(smem, at, 4, across("max", seen), "shared.u32")
     asm.barrier()
-    out = []
-    for token in tokens:
-        amax = _amax(c, smem, stats, token)
-        safe = asm.select(amax.equals(0), Float.of(1.0), amax.as_float())
-        out.append(Float.of(top) / safe)
-    return out
+    return [inverse_scale(c, smem, stats, token, top) for token in tokens]
+
+
+def inverse_scale(c: Any, smem: Any, stats: int, token: Int, top: float) -> Float:
+    """`top / amax` of a token, from the maxima in shared memory."""
+    amax = _amax(c, smem, stats, token)
+    safe = asm.select(amax.equals(0), Float.of(1.0), amax.as_float())
+    return Float.of(top) / safe
 
 
 def _top(c: Decode) -> float:
     return 127.0 if c.x_bytes == 1 else float(WIDE_TOP)
 
 
-def _across(op: str, value: Int) -> Int:
+def across(op: str, value: Int) -> Int:
     """Maximum or sum over the lanes of a warp."""
     return asm.ptx(
         f"redux.sync.{op}.s32 $0, $1, 0xffffffff;", value, out=(Int,), convergent=True
     )
 
 
-def _max(a: Int, b: Int) -> Int:
+def larger(a: Int, b: Int) -> Int:
     return asm.select(a.less(b), b, a)
 
 
@@ -349,7 +403,7 @@ def _amax(c: Decode, smem: Any, stats: int, token: Int) -> Int:
     at = token * c.warps + stats + c.m * c.warps
     top = Int.of(0)
     for w in range(c.warps_per_token):
-        top = _max(top, asm.load(smem, at + w, 4, words=1, hint="shared")[0])
+        top = larger(top, asm.load(smem, at + w, 4, words=1, hint="shared")[0])
     return top
 
 
@@ -418,7 +472,7 @@ def gather_bytes(four: list[Int], byte: int) -> Int:
     return _permute(low, high, 0x5410)
 
 
-def _dot4(w: Int, total: Int, signed: bool) -> Int:
+def dot4(w: Int, total: Int, signed: bool) -> Int:
     kind = "s32.s32" if signed else "u32.u32"
     return asm.ptx(
         f"dp4a.{kind} $0, $1, 0x01010101, $2;", w, total, out=(Int,), pure=True
@@ -469,7 +523,7 @@ class _Sums:
                 out[h] = out[h] + (value << (8 * byte))
         return out
 
-    def write(self, smem: Any, parts: int, r: int, warp: Int, lane: Int) -> None:
+    def write(self, smem: Any, parts: int, r: Int, warp: Int, lane: Int) -> None:
         """Sums over the four lanes of a quad and leaves them to the other warps."""
         c, q = self.c, lane & 3
         for token in range(c.m):
@@ -481,7 +535,7 @@ class _Sums:
             for h, value in enumerate(values):
                 value = value + asm.shuffle_xor(value, 1)
                 value = value + asm.shuffle_xor(value, 2)
-                row = (lane >> 2) + (8 * h + (r * c.m + token) * ROWS)
+                row = (r * c.m + token) * ROWS + (lane >> 2) + 8 * h
                 with asm.when(q.equals(0)):
                     bits = value if c.groups == 1 else value.as_int()
                     asm.store(smem, row * c.warps + warp + parts, 4, bits, "shared.u32")

@@ -1,8 +1,9 @@
 """Ternary products on Hopper GPUs (H100, H200), by Pallas' Mosaic backend.
 
-A few tokens run on the binary tensor cores (`_decode`). Float activations become 8-bit
-(`activation="int8"`) or else 16-bit fixed point with one scale for each token: the
-error of the latter is 2^-16 of the largest activation of the token.
+One or two tokens run on the binary tensor cores (`_decode`, the kernel "bits"), some on
+the small products of bytes ("bytes"), many on `wgmma` ("gemm"). Float activations
+become 8-bit (`activation="int8"`) or else 16-bit fixed point with one scale for each
+token: the error of the latter is 2^-16 of the largest activation of the token.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import _hopper_gemm, _tuning
 from pallas_kernels._weights import Planes, WeightLayout
+from pallas_kernels.quantized_matmul import _decode as _bytes
 from pallas_kernels.ternary_matmul import _decode
 from pallas_kernels.ternary_matmul._order import (
     ORDER,
@@ -56,9 +58,13 @@ def matmul(
         x = x.astype(jnp.bfloat16)
     wide = x.dtype != jnp.int8 and activation is None
     plan = dict(tuning) or choose(x.shape[0], layout, wide)
+    kernel = plan.pop("kernel")
+    if kernel == "expand":
+        return _expanded(x, planes, layout, x_scale, bias, activation, out_dtype)
     x = arranged(x, layout, tiles(layout)[1] * TILE)
-    if plan.pop("kernel") == "decode":
-        return _few(x, planes, layout, x_scale, bias, wide, jnp.dtype(out_dtype), plan)
+    out_dtype = jnp.dtype(out_dtype)
+    if kernel in ("bits", "bytes"):
+        return _few(kernel, x, planes, layout, x_scale, bias, wide, out_dtype, plan)
     return _hopper_gemm.product(
         x,
         x_scale,
@@ -66,7 +72,7 @@ def matmul(
         layout,
         bias=bias,
         wide=wide,
-        out_dtype=jnp.dtype(out_dtype),
+        out_dtype=out_dtype,
         k_tiles=tiles(layout)[1],
         **plan,
     )
@@ -78,46 +84,48 @@ def choose(m: int, layout: WeightLayout, wide: bool) -> dict[str, Any]:
     if measured is not None and _possible(measured, m, layout, wide):
         return measured
     blocks, _ = tiles(layout)
-    if m <= 16:
-        warps = 8 if m == 1 else 16
-        rows = -(-blocks // 132) if m > 1 else min(4, max(1, blocks // 200))
+    if m <= 32:
         plan = {
-            "kernel": "decode",
-            "warps": warps,
-            "rows_per_block": rows,
+            "kernel": "bits" if m <= 2 else "bytes",
+            "warps": 8,
+            "rows_per_block": min(8, -(-blocks // 264)),
             "prefetch": 4,
         }
         if _possible(plan, m, layout, wide):
             return plan
-    return {"kernel": "gemm", **_hopper_gemm.plan(m * (1 + wide), layout)}
+    if _hopper_gemm.takes(layout):
+        return {"kernel": "gemm", **_hopper_gemm.plan(m * (1 + wide), layout)}
+    return {"kernel": "expand"}
 
 
 def candidates(m: int, layout: WeightLayout, wide: bool) -> Iterator[dict[str, Any]]:
     """Plans worth timing, what `choose` gives by rule among them."""
     blocks, _ = tiles(layout)
-    if m <= 16:
-        shared = sorted({1, 2, 4, -(-blocks // 264), -(-blocks // 132)} - {0})
-        for warps, rows, ahead in itertools.product((8, 16), shared, (2, 4, 8)):
-            plan = {
-                "kernel": "decode",
-                "warps": warps,
-                "rows_per_block": rows,
-                "prefetch": ahead,
-            }
-            if rows * 132 <= 2 * blocks and _possible(plan, m, layout, wide):
-                yield plan
-    if m >= 8:
+    kernels = [k for k, most in (("bits", 4), ("bytes", 32)) if m <= most]
+    if m == 1 and not wide:
+        kernels.remove("bytes")
+    rows = _tuning.rows_per_block(blocks)
+    for each in itertools.product(kernels, (8, 16), rows, (2, 4, 6)):
+        keys = ("kernel", "warps", "rows_per_block", "prefetch")
+        plan = dict(zip(keys, each, strict=True))
+        if _possible(plan, m, layout, wide):
+            yield plan
+    if m >= 8 and _hopper_gemm.takes(layout):
         yield from _hopper_gemm.candidates(m * (1 + wide), layout)
+    if m >= 64:
+        yield {"kernel": "expand"}
 
 
 def _possible(plan: dict[str, Any], m: int, layout: WeightLayout, wide: bool) -> bool:
-    if plan["kernel"] != "decode":
-        return True
+    kernel = plan["kernel"]
+    if kernel not in ("bits", "bytes"):
+        return kernel == "expand" or _hopper_gemm.takes(layout)
     sizes = {key: value for key, value in plan.items() if key != "kernel"}
-    return decode_of(m, layout, wide, "float32", "float32", False, sizes).fits
+    make = bits_of if kernel == "bits" else bytes_of
+    return make(m, layout, wide, "float32", "float32", False, sizes).fits
 
 
-def decode_of(
+def bits_of(
     m: int,
     layout: WeightLayout,
     wide: bool,
@@ -144,12 +152,43 @@ def decode_of(
     )
 
 
+def bytes_of(
+    m: int,
+    layout: WeightLayout,
+    wide: bool,
+    x_dtype: str,
+    out_dtype: str,
+    bias: bool,
+    plan: dict[str, Any],
+) -> _bytes.Decode:
+    blocks, k_tiles = tiles(layout)
+    return _bytes.Decode(
+        format=layout.format,
+        m=m,
+        k_tiles=2 * k_tiles,
+        row_blocks=blocks,
+        n=layout.n,
+        grouped=layout.groups > 1,
+        groups=layout.groups,
+        group_size=layout.group_size if layout.groups > 1 else k_tiles * TILE,
+        asymmetric=False,
+        wide_scales=layout.groups > 1 and layout.scale_dtype != "bfloat16",
+        channel_scale=False,
+        x_dtype=x_dtype,
+        out_dtype=out_dtype,
+        pieces=2 if wide else 1,
+        bias=bias,
+        **plan,
+    )
+
+
 def _weights(planes: Planes, layout: WeightLayout) -> list[jax.Array]:
     names = ("codes", "high") if layout.format == "sherry" else ("codes",)
     return [planes[name] for name in names]
 
 
 def _few(
+    kernel: str,
     x: jax.Array,
     planes: Planes,
     layout: WeightLayout,
@@ -165,10 +204,34 @@ def _few(
     args = [x, x_scale.reshape(m), *_weights(planes, layout), planes["scale"]]
     if bias is not None:
         args.append(bias.astype(jnp.float32))
-    kernel = _decode.build(
-        decode_of(m, layout, wide, x.dtype.name, out_dtype.name, bias is not None, plan)
+    sizes = (m, layout, wide, x.dtype.name, out_dtype.name, bias is not None, plan)
+    if kernel == "bits":
+        return _decode.build(bits_of(*sizes))(*args)
+    return _bytes.build(bytes_of(*sizes))(*args)
+
+
+def _expanded(
+    x: jax.Array,
+    planes: Planes,
+    layout: WeightLayout,
+    x_scale: jax.Array | None,
+    bias: jax.Array | None,
+    activation: str | None,
+    out_dtype: Any,
+) -> jax.Array:
+    """One dense copy of the weight and a product by XLA."""
+    from pallas_kernels.ternary_matmul import xla
+
+    canonical, plain = from_hopper(planes, layout)
+    return xla.matmul(
+        x,
+        canonical,
+        plain,
+        x_scale=x_scale,
+        bias=bias,
+        activation=activation,
+        out_dtype=out_dtype,
     )
-    return kernel(*args)
 
 
 def arranged(x: jax.Array, layout: WeightLayout, k: int) -> jax.Array:

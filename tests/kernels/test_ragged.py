@@ -309,13 +309,13 @@ def test_plans() -> None:
         plan = mosaic_gpu.choose(*args)
         return plan["kernel"], plan.get("m") or plan.get("tokens")
 
-    assert kernel(2, 8, layout, False) == ("decode", 1)
-    assert kernel(16, 8, layout, True) == ("decode", 4)
+    assert kernel(2, 8, layout, False) == ("bits", 1)
+    assert kernel(16, 8, layout, True) == ("bytes", 4)
     assert kernel(2048, 8, layout, False) == ("gemm", 256)
-    assert kernel(8, 128, small, True) == ("decode", 1)
-    assert kernel(512, 128, small, True) == ("decode", 8)
+    assert kernel(8, 128, small, True) == ("bytes", 1)
+    assert kernel(512, 128, small, True) == ("bytes", 8)
     assert kernel(2048, 8, small, True) == ("gemm", 128)
-    assert kernel(128, 8, odd, True) == ("decode", 16)
+    assert kernel(128, 8, odd, True) == ("bytes", 16)
     assert kernel(2048, 8, odd, True) == ("expand", None)
 
 
@@ -332,13 +332,25 @@ GPU_CASES: list[tuple[str, int | None, dict[str, Any]]] = [
     ("float8_e4m3", None, {}),
     ("nvfp4", None, {}),
 ]
+
+
+def _plan(kernel: str, m: int, *sizes: int) -> tuple[int, dict[str, Any]]:
+    names = ("warps", "rows_per_block", "prefetch")
+    return m, {"kernel": kernel, "m": m, **dict(zip(names, sizes, strict=True))}
+
+
 # Plans by name, each with its least number of rows.
 GPU_PLANS: dict[str, tuple[int, dict[str, Any]]] = {
-    "one row": (1, {"m": 1, "warps": 8, "rows_per_block": 1, "prefetch": 4}),
-    "some rows": (4, {"m": 4, "warps": 8, "rows_per_block": 2, "prefetch": 2}),
-    "many rows": (16, {"m": 16, "warps": 16, "rows_per_block": 1, "prefetch": 4}),
-    "64 tokens": (1, {"tokens": 64, "stages": 4}),
-    "128 tokens": (1, {"tokens": 128, "stages": 6, "tokens_first": True}),
+    "bits, one row": _plan("bits", 1, 8, 1, 4),
+    "bits, two rows": _plan("bits", 2, 16, 2, 4),
+    "bytes, one row": _plan("bytes", 1, 8, 1, 4),
+    "bytes, some rows": _plan("bytes", 4, 8, 2, 2),
+    "bytes, many rows": _plan("bytes", 16, 16, 1, 4),
+    "64 tokens": (1, {"kernel": "gemm", "tokens": 64, "stages": 4}),
+    "128 tokens": (
+        1,
+        {"kernel": "gemm", "tokens": 128, "stages": 6, "tokens_first": True},
+    ),
 }
 
 
@@ -367,10 +379,12 @@ def test_kernels_equal_the_reference(case: Any) -> None:
     kernel, plain = jax.jit(run, **statics), jax.jit(reference.matmul, **statics)
     floats = fmt.startswith("float8")
     for name, (least, plan) in GPU_PLANS.items():
-        gemm = "tokens" in plan
+        gemm = plan["kernel"] == "gemm"
         if gemm and not _hopper_gemm.takes(layout):
             continue
-        tuning = tuple({"kernel": "gemm" if gemm else "decode", **plan}.items())
+        if plan["kernel"] == "bits" and fmt not in ("t2", "sherry"):
+            continue
+        tuning = tuple(plan.items())
         for rows in (1, 7, 37, 333) if gemm else (1, 7, 37):
             if rows < least:
                 continue

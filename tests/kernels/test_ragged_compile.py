@@ -45,18 +45,18 @@ assert compiled.memory_analysis().temp_size_in_bytes < dense + inputs_and_output
 """
 
 CASES = [
-    ("t2", None, 1, "bfloat16", "int8", "decode"),
-    ("t2", 64, 64, "int8", None, "decode"),
+    ("t2", None, 1, "bfloat16", "int8", "bits"),
+    ("t2", 64, 64, "int8", None, "bytes"),
     ("t2", None, 300, "int8", None, "gemm"),
-    ("sherry", None, 16, "bfloat16", None, "decode"),
+    ("sherry", None, 5, "bfloat16", None, "bits"),
     ("sherry", 128, 300, "float32", None, "gemm"),
     ("int8", None, 2000, "int8", None, "gemm"),
-    ("int8", None, 3, "bfloat16", None, "decode"),
-    ("int4", 128, 2, "bfloat16", None, "decode"),
+    ("int8", None, 3, "bfloat16", None, "bytes"),
+    ("int4", 128, 2, "bfloat16", None, "bytes"),
     ("int4", 128, 300, "bfloat16", "int8", "gemm"),
-    ("int4", 32, 64, "bfloat16", "int8", "decode"),
-    ("float8_e4m3", None, 8, "bfloat16", None, "decode"),
-    ("nvfp4", None, 64, "bfloat16", None, "decode"),
+    ("int4", 32, 64, "bfloat16", "int8", "bytes"),
+    ("float8_e4m3", None, 8, "bfloat16", None, "bytes"),
+    ("nvfp4", None, 64, "bfloat16", None, "bytes"),
 ]
 
 
