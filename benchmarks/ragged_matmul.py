@@ -181,8 +181,8 @@ def main() -> None:
             "activations": c.activations,
         }
         try:
-            guess = 3 + 2 * c.floor(busy, *limits)
-            us = microseconds(compile_loop(product(c, layout), x, pairs, guess))
+            floor = 5 + c.floor(busy, *limits)
+            us = microseconds(compile_loop(product(c, layout), x, pairs, floor))
         except Exception as e:  # a baseline that does not fit must not end the run
             print(f"{case}: {str(e).splitlines()[0][:200]}", flush=True)
             continue

@@ -1,8 +1,8 @@
-"""Writes docs/results.md from benchmarks/results/*.json.
+"""Writes docs/results.md and docs/results_kernels.md from benchmarks/results/*.json.
 
     python -m benchmarks.tables [--check]
 
-`--check` fails if the page is out of date, and writes nothing.
+`--check` fails if a page is out of date, and writes nothing.
 """
 
 from __future__ import annotations
@@ -14,13 +14,33 @@ from typing import Any
 
 from benchmarks._results import RESULTS, ROOT
 
-PAGE = ROOT / "docs" / "results.md"
-HEAD = """# Results
+DOCS = ROOT / "docs"
+HEAD = """# {title}
 
 Made from `benchmarks/results/*.json` by `python -m benchmarks.tables`. Each section
 names the device and the command that measured it.
 """
-TITLES = {"formats": "Quality of the data-free recipes"}
+KERNELS_HEAD = (
+    HEAD
+    + """
+`times faster` is the baseline over the product, in one run; `roofline` the share of
+what the device allows. [What the kernels do](guides/kernels.md).
+"""
+)
+# Claims about speed; every other one is about quality.
+KERNELS = {
+    "packed_matmul": "Packed products on a GPU",
+    "decode_step": "A token of a whole decoder",
+    "ragged_matmul": "Products of experts",
+    "cpu_matmul": "Packed products on a CPU",
+    "tpu_bundles": "Instruction bundles of the TPU kernels",
+}
+BASELINES = {
+    "packed_matmul": "bfloat16 by XLA",
+    "decode_step": "bfloat16",
+    "cpu_matmul": "dequantized first",
+}
+TITLES = {"formats": "Quality of the data-free recipes", **KERNELS}
 COLUMNS = {
     "perplexity": ("perplexity", ".2f"),
     "kl": ("KL (nats)", ".4f"),
@@ -47,10 +67,11 @@ def render_file(file: Path) -> str:
     constant = {
         k: v
         for k, v in data["rows"][0]["case"].items()
-        if all(c["case"].get(k) == v for c in cases.values())
+        if len(cases) > 1 and all(c["case"].get(k) == v for c in cases.values())
     }
     varying = [k for k in data["rows"][0]["case"] if k not in constant]
-    names = [*varying, *(COLUMNS.get(m, (m, ""))[0] for m in metrics)]
+    columns = [c for m in metrics for c in columns_of(data, m)]
+    names = [*varying, *(name for name, *_ in columns)]
     lines = [
         f"## {TITLES.get(data['claim'], data['claim'])}",
         "",
@@ -58,35 +79,70 @@ def render_file(file: Path) -> str:
         + ", ".join(f"{k} {v}" for k, v in data["versions"].items())
         + f". `{data['command']}`",
         "",
-        ", ".join(f"{k}: {v}" for k, v in constant.items()) + ".",
-        "",
+    ]
+    shown = [f"{k}: {v}" for k, v in constant.items() if v != ""]
+    lines += [", ".join(shown) + ".", ""] if shown else []
+    lines += [
         "| " + " | ".join(names) + " |",
-        "| " + " | ".join(["---"] * len(varying) + ["---:"] * len(metrics)) + " |",
+        "| " + " | ".join(["---"] * len(varying) + ["---:"] * len(columns)) + " |",
     ]
     for entry in cases.values():
-        cells = [str(entry["case"][k]) for k in varying]
-        for metric in metrics:
-            form = COLUMNS.get(metric, (metric, ".4g"))[1]
-            cells.append(number(entry[metric]["value"], form))
+        cells = [str(entry["case"].get(k, "")) for k in varying]
+        for _, metric, field, form in columns:
+            value = entry.get(metric, {}).get(field)
+            cells.append("" if value is None else number(value, form))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def render() -> str:
-    """The whole page."""
-    return "\n".join([HEAD, *(render_file(f) for f in sorted(RESULTS.glob("*.json")))])
+def columns_of(data: dict[str, Any], metric: str) -> list[tuple[str, str, str, str]]:
+    """Heading, metric, field and number format of each column of a metric."""
+    if data["claim"] not in KERNELS:
+        name, form = COLUMNS.get(metric, (metric, ".4g"))
+        return [(name, metric, "value", form)]
+    rows = [row for row in data["rows"] if row["metric"] == metric]
+    unit = f" ({rows[0]['unit']})" if rows[0]["unit"] != "1" else ""
+    base = BASELINES.get(data["claim"], "baseline")
+    better = "times faster" if metric == "time" else "times less"
+    every = [
+        (f"{metric}{unit}", metric, "value", ".3g"),
+        (f"{base}{unit}", metric, "baseline", ".3g"),
+        (better, metric, "ratio", ".2f"),
+        ("roofline", metric, "roofline", ".0%"),
+    ]
+    return [c for c in every if any(row[c[2]] is not None for row in rows)]
 
 
-def main() -> None:
-    """Writes or checks the page."""
+def render(directory: Path = RESULTS) -> dict[str, str]:
+    """The pages by name."""
+    files = sorted(directory.glob("*.json"))
+    claims = {f: f.name.split(".")[0] for f in files}
+    speed = [f for claim in KERNELS for f in files if claims[f] == claim]
+    quality = [f for f in files if claims[f] not in KERNELS]
+    heads = {
+        "results.md": (HEAD.format(title="Results"), quality),
+        "results_kernels.md": (
+            KERNELS_HEAD.format(title="Results of the kernels"),
+            speed,
+        ),
+    }
+    return {
+        name: "\n".join([head, *map(render_file, some)])
+        for name, (head, some) in heads.items()
+    }
+
+
+def main(arguments: list[str] | None = None, docs: Path = DOCS) -> None:
+    """Writes or checks the pages."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
-    args = parser.parse_args()
-    text = render()
-    if not args.check:
-        PAGE.write_text(text, encoding="utf-8")
-    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
-        raise SystemExit(f"{PAGE} is out of date: run python -m benchmarks.tables")
+    args = parser.parse_args(arguments)
+    for name, text in render().items():
+        page = docs / name
+        if not args.check:
+            page.write_text(text, encoding="utf-8")
+        elif not page.is_file() or page.read_text(encoding="utf-8") != text:
+            raise SystemExit(f"{page} is out of date: run python -m benchmarks.tables")
 
 
 if __name__ == "__main__":

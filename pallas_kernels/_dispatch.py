@@ -90,8 +90,9 @@ def restore(planes: Planes, layout: WeightLayout) -> tuple[Planes, WeightLayout]
 
 def cannot_hold(implementation: str, layout: WeightLayout) -> str | None:
     """One clause if an implementation has no place for a weight, else None."""
+    package = package_of(layout)
     try:
-        module = _implementation.implementation(package_of(layout), implementation)
+        module = _implementation.implementation(package, implementation)
     except KernelError as e:
         return str(e)
     return None if module.ORDER is None else module.unsupported(None, layout, None)

@@ -88,13 +88,12 @@ def microseconds(loop: Loop, *, seconds: float = 0.02) -> float:
       seconds: length of one measurement.
 
     Returns:
-      Microseconds, the best of three measurements.
+      Microseconds, from the best of some measurements.
     """
     loop.run(2)
-    one = min(loop.run(1) for _ in range(3))
-    more = max(1, round(seconds / one))
-    best = float("inf")
-    for _ in range(3):
-        short = loop.run(1)
-        best = min(best, (loop.run(1 + more) - short) / more)
-    return best / loop.operations * 1e6
+    short = min(loop.run(1) for _ in range(3))
+    more = max(1, round(seconds / short))
+    # Each minimum by itself: what disturbs a short run would else count as speed.
+    long = min(loop.run(1 + more) for _ in range(3))
+    short = min(short, *(loop.run(1) for _ in range(2)))
+    return (long - short) / more / loop.operations * 1e6

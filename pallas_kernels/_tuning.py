@@ -87,7 +87,13 @@ def read(path: str) -> Mapping[str, Any]:
     if not isinstance(plans, dict) or not isinstance(table.get("device"), str):
         raise KernelError(f"{path} is no tuning table: no 'device' and 'plans' in it")
     for case, by_tokens in plans.items():
+        if not isinstance(by_tokens, dict):
+            raise KernelError(f"{path}: {case!r} is no table of plans by tokens")
         for tokens, plan in by_tokens.items():
+            if not isinstance(plan, dict):
+                raise KernelError(
+                    f"{path}: {case!r}, {tokens} tokens: {plan} is no plan"
+                )
             for key, value in plan.items():
                 if type(value) is not _KEYS.get(key):
                     raise KernelError(

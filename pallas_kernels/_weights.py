@@ -97,6 +97,14 @@ class WeightLayout:
         """Weights in a byte of `codes`."""
         return _PER_BYTE.get(self.format, 1)
 
+    @property
+    def stored_k(self) -> int:
+        """Weights along K that `codes` holds at least: whole units of the packing."""
+        unit = {"t2": self.run, "sherry": 32 if self.group_stride == 1 else 64}.get(
+            self.format, self.per_byte
+        )
+        return -(-self.k // unit) * unit
+
     def replace(self, **changes: Any) -> WeightLayout:
         """A copy with other values."""
         return dataclasses.replace(self, **changes)
@@ -138,8 +146,8 @@ def check_planes(planes: Planes, layout: WeightLayout) -> None:
     if layout.order != CANONICAL:
         return
     rows = {
-        "codes": -(-layout.k // layout.per_byte),
-        "high": -(-layout.k // 32),
+        "codes": layout.stored_k // layout.per_byte,
+        "high": layout.stored_k // 32,
         "scale": layout.groups,
         "zero": layout.groups,
         "scale2": 1,

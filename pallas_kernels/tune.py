@@ -24,7 +24,12 @@ _DTYPES = {
     "float8_e5m2": jnp.float8_e5m2,
 }
 # Bits of a byte that keep random codes valid and finite.
-_MASKS = {"t2": 0b01010101, "float8_e4m3": 0b10110111, "float8_e5m2": 0b10110111}
+_MASKS = {
+    "t2": 0b01010101,
+    "float8_e4m3": 0b10110111,
+    "mxfp8": 0b10110111,
+    "float8_e5m2": 0b10110111,
+}
 
 
 def random_weights(
@@ -46,7 +51,7 @@ def random_weights(
     found: list[WeightLayout] = []
 
     def make(key: jax.Array) -> Any:
-        codes = jax.random.bits(key, (layout.k // layout.per_byte, n), jnp.uint8)
+        codes = jax.random.bits(key, (layout.stored_k // layout.per_byte, n), jnp.uint8)
         codes = codes & jnp.uint8(_MASKS.get(fmt, 0xFF))
         dtype = _DTYPES.get(fmt, jnp.uint8) if layout.symmetric else jnp.uint8
         planes = {"codes": jax.lax.bitcast_convert_type(codes, dtype)}
@@ -57,7 +62,7 @@ def random_weights(
         if fmt in ("mxfp4", "mxfp8"):
             planes["scale"] = jnp.full((groups, n), 127, jnp.uint8)
         if fmt == "sherry":
-            planes["high"] = jax.random.bits(key, (layout.k // 32, n), jnp.uint8)
+            planes["high"] = jax.random.bits(key, (layout.stored_k // 32, n), jnp.uint8)
         if not layout.symmetric:
             planes["zero"] = jnp.full((groups, n), 8, jnp.uint8)
         if module.ORDER is None:

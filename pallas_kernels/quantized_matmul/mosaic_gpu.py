@@ -87,12 +87,10 @@ def choose(m: int, layout: WeightLayout, wide: bool) -> dict[str, Any]:
     if measured is not None and _possible(measured, m, layout, wide):
         return measured
     if m <= 16:
-        blocks = tiles(layout)[0]
-        rows = 1 if blocks <= 264 else 2 if m == 1 else -(-blocks // 264)
         plan = {
             "kernel": "bytes",
             "warps": 8,
-            "rows_per_block": min(rows, 8),
+            "rows_per_block": -(-tiles(layout)[0] // 264),
             "prefetch": 4,
         }
         if _possible(plan, m, layout, wide):
@@ -107,7 +105,7 @@ def candidates(m: int, layout: WeightLayout, wide: bool) -> Iterator[dict[str, A
     blocks, _ = tiles(layout)
     if m <= 32:
         rows = _tuning.rows_per_block(blocks)
-        for each in itertools.product((4, 8, 16), rows, (2, 4, 6)):
+        for each in itertools.product((4, 8, 16), rows, (2, 4)):
             keys = ("warps", "rows_per_block", "prefetch")
             plan = {"kernel": "bytes", **dict(zip(keys, each, strict=True))}
             if _possible(plan, m, layout, wide):

@@ -88,7 +88,7 @@ def choose(m: int, layout: WeightLayout, wide: bool) -> dict[str, Any]:
         plan = {
             "kernel": "bits" if m <= 2 else "bytes",
             "warps": 8,
-            "rows_per_block": min(8, -(-blocks // 264)),
+            "rows_per_block": -(-blocks // 264),
             "prefetch": 4,
         }
         if _possible(plan, m, layout, wide):
@@ -102,10 +102,8 @@ def candidates(m: int, layout: WeightLayout, wide: bool) -> Iterator[dict[str, A
     """Plans worth timing, what `choose` gives by rule among them."""
     blocks, _ = tiles(layout)
     kernels = [k for k, most in (("bits", 4), ("bytes", 32)) if m <= most]
-    if m == 1 and not wide:
-        kernels.remove("bytes")
     rows = _tuning.rows_per_block(blocks)
-    for each in itertools.product(kernels, (8, 16), rows, (2, 4, 6)):
+    for each in itertools.product(kernels, (4, 8, 16), rows, (2, 4)):
         keys = ("kernel", "warps", "rows_per_block", "prefetch")
         plan = dict(zip(keys, each, strict=True))
         if _possible(plan, m, layout, wide):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -16,6 +17,15 @@ def packed(
     fmt: str, k: int, n: int, group: int | None = None, seed: int = 0, **options: Any
 ) -> tuple[dict[str, jax.Array], WeightLayout, np.ndarray]:
     """Canonical planes and layout of a random weight, and the weight in float64."""
+    made = _packed(fmt, k, n, group, seed, tuple(sorted(options.items())))
+    planes, layout, w = made
+    return dict(planes), layout, w
+
+
+@functools.lru_cache(maxsize=256)
+def _packed(
+    fmt: str, k: int, n: int, group: int | None, seed: int, options: Any
+) -> tuple[dict[str, jax.Array], WeightLayout, np.ndarray]:
     w = np.random.default_rng(seed).standard_normal((k, n)).astype(np.float32)
     kwargs: dict[str, Any] = dict(options)
     if fmt not in ("nvfp4", "mxfp4", "mxfp8"):
