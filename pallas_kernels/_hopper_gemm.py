@@ -219,6 +219,8 @@ def _body(c: Gemm, *refs: Any) -> None:
                 following = ahead(t)
                 for parts in pieces:
                     group = (2 * t + parts[0]) * STAGE // c.group_size
+                    # Padding along K has no scale; what it multiplies is 0.
+                    group = jnp.minimum(group, c.groups - 1)
                     s_g = _group_scale(c, scale, held, group)
 
                     def one(acc: Any, parts: Any = parts) -> Any:

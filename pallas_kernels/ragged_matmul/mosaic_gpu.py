@@ -49,8 +49,7 @@ def matmul(
     out_dtype = jnp.dtype(out_dtype)
     rows, experts = x.shape[0], group_sizes.shape[0]
     plan = dict(tuning) or choose(rows, experts, layout, wide)
-    kernel = plan.pop("kernel")
-    if kernel == "expand":
+    if plan["kernel"] == "expand":
         return xla.matmul(
             x,
             planes,
@@ -61,13 +60,14 @@ def matmul(
             out_dtype=out_dtype,
         )
     held = [planes[name] for name in _ORDER_OF_PLANES if name in planes]
-    if kernel == "gemm":
-        x = _arranged(x, layout)
+    x = _arranged(x, layout)
+    if plan["kernel"] == "gemm":
+        del plan["kernel"]
         return _gemm.product(
             x, x_scale, held, layout, group_sizes, wide, out_dtype, **plan
         )
     c = _decode_of(plan, layout, wide, x.dtype.name, out_dtype.name)
-    return _decode.product(c, _arranged(x, layout), x_scale, held, group_sizes)
+    return _decode.product(c, x, x_scale, held, group_sizes)
 
 
 def choose(rows: int, experts: int, layout: WeightLayout, wide: bool) -> dict[str, Any]:
@@ -77,7 +77,6 @@ def choose(rows: int, experts: int, layout: WeightLayout, wide: bool) -> dict[st
     if mean <= _DECODE_ROWS // 2 or not gemm:
         most = min(_DECODE_ROWS, _power_above(2 * rows / experts), rows)
         for m in (most, *(2**i for i in (3, 2, 1, 0) if 2**i < most)):
-            # Blocks of all visits together fill the GPU: each may take more outputs.
             plan = _decode_plan(m, min(rows, experts), layout)
             if mean <= 2 * m and _decode_of(plan, layout, wide).fits:
                 return plan
@@ -89,24 +88,19 @@ def choose(rows: int, experts: int, layout: WeightLayout, wide: bool) -> dict[st
 
 def _decode_plan(m: int, busy: int, layout: WeightLayout) -> dict[str, Any]:
     """For visits of `m` rows, of which `busy` are at work."""
-    blocks = _row_blocks(layout)
-    ternary_format = layout.format in TERNARY
-    rows = max(1, min(4 if m == 1 else 8, busy * blocks // 264))
+    # Blocks of all visits together fill the GPU: each may take more outputs.
+    rows = busy * -(-layout.n // 128) * 8 // 264
     return {
-        "kernel": "bits" if ternary_format and m <= 2 else "bytes",
+        "kernel": "bits" if layout.format in TERNARY and m <= 2 else "bytes",
         "m": m,
         "warps": 8,
-        "rows_per_block": rows,
+        "rows_per_block": max(1, min(4 if m == 1 else 8, rows)),
         "prefetch": 4,
     }
 
 
 def _power_above(x: float) -> int:
     return 1 << (max(1, math.ceil(x)) - 1).bit_length()
-
-
-def _row_blocks(layout: WeightLayout) -> int:
-    return -(-layout.n // 128) * 8
 
 
 def _decode_of(
@@ -117,11 +111,10 @@ def _decode_of(
     out_dtype: str = "float32",
 ) -> _decode.Decode:
     sizes = {key: v for key, v in plan.items() if key not in ("kernel", "m")}
-    args = (plan["m"], layout, wide, x_dtype, out_dtype, False, sizes)
-    if layout.format not in TERNARY:
-        return quantized.decode_of(*args)
-    make = ternary.bits_of if plan["kernel"] == "bits" else ternary.bytes_of
-    return make(*args)
+    make: Any = quantized.decode_of
+    if layout.format in TERNARY:
+        make = ternary.bits_of if plan["kernel"] == "bits" else ternary.bytes_of
+    return make(plan["m"], layout, wide, x_dtype, out_dtype, False, sizes)
 
 
 def _arranged(x: jax.Array, layout: WeightLayout) -> jax.Array:

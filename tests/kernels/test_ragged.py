@@ -332,14 +332,28 @@ GPU_CASES: list[tuple[str, int | None, dict[str, Any]]] = [
     ("float8_e4m3", None, {}),
     ("nvfp4", None, {}),
 ]
-# Plans by name, each with its least number of rows.
-GPU_PLANS: dict[str, tuple[int, dict[str, Any]]] = {
-    "one row": (1, {"m": 1, "warps": 8, "rows_per_block": 1, "prefetch": 4}),
-    "some rows": (4, {"m": 4, "warps": 8, "rows_per_block": 2, "prefetch": 2}),
-    "many rows": (16, {"m": 16, "warps": 16, "rows_per_block": 1, "prefetch": 4}),
-    "64 tokens": (1, {"tokens": 64, "stages": 4}),
-    "128 tokens": (1, {"tokens": 128, "stages": 6, "tokens_first": True}),
-}
+
+
+def _plan(kernel: str, m: int, *sizes: int) -> dict[str, Any]:
+    names = ("warps", "rows_per_block", "prefetch")
+    return {"kernel": kernel, "m": m, **dict(zip(names, sizes, strict=True))}
+
+
+def _gemm(tokens: int, stages: int, **more: bool) -> dict[str, Any]:
+    return {"kernel": "gemm", "tokens": tokens, "stages": stages, **more}
+
+
+# Each with its number of rows and kind of activations.
+GPU_PLANS: list[tuple[dict[str, Any], int, str]] = [
+    (_plan("bits", 1, 8, 1, 4), 1, "a8"),
+    (_plan("bits", 2, 16, 2, 4), 37, "bfloat16"),
+    (_plan("bytes", 1, 8, 1, 4), 7, "int8"),
+    (_plan("bytes", 4, 8, 2, 2), 37, "bfloat16"),
+    (_plan("bytes", 16, 16, 1, 4), 37, "a8"),
+    (_gemm(64, 4), 37, "bfloat16"),
+    (_gemm(64, 6), 333, "a8"),
+    (_gemm(128, 6, tokens_first=True), 333, "int8"),
+]
 
 
 def _random_sizes(rows: int, count: int, used: int, seed: int) -> np.ndarray:
@@ -358,44 +372,40 @@ def test_kernels_equal_the_reference(case: Any) -> None:
     k, n, count = 520, 336, 6
     planes, layout, _ = experts(fmt, k, n, count, group, **options)
     ready, there = _prepared(planes, layout)
-    statics = {"static_argnames": ("layout", "activation", "out_dtype", "tuning")}
+    statics = ("layout", "activation", "out_dtype")
 
-    def run(x: Any, planes: Any, sizes: Any, *, tuning: Any, **kwargs: Any) -> Any:
-        layout = kwargs.pop("layout")
+    def run(
+        x: Any, planes: Any, layout: Any, sizes: Any, *, tuning: Any, **kwargs: Any
+    ) -> Any:
         return mosaic_gpu.matmul(x, planes, layout, sizes, **kwargs, **dict(tuning))
 
-    kernel, plain = jax.jit(run, **statics), jax.jit(reference.matmul, **statics)
-    floats = fmt.startswith("float8")
-    for name, (least, plan) in GPU_PLANS.items():
-        gemm = "tokens" in plan
-        if gemm and not _hopper_gemm.takes(layout):
+    kernel = jax.jit(run, static_argnames=(*statics, "tuning"))
+    plain = jax.jit(reference.matmul, static_argnames=statics)
+    for plan, rows, kind in GPU_PLANS:
+        if plan["kernel"] == "gemm" and not _hopper_gemm.takes(layout):
             continue
-        few = "bits" if fmt in ("t2", "sherry") and plan.get("m") == 1 else "bytes"
-        tuning = tuple({"kernel": "gemm" if gemm else few, **plan}.items())
-        for rows in (1, 7, 37, 333) if gemm else (1, 7, 37):
-            if rows < least:
-                continue
-            for kind in ("bfloat16",) if floats else ("int8", "a8", "bfloat16"):
-                x: Any = _normal((rows, k), rows)
-                x = (x * 40).astype(jnp.int8) if kind == "int8" else x
-                x = x.astype(jnp.bfloat16) if kind != "int8" else x
-                kwargs = {
-                    "x_scale": jnp.arange(1.0, rows + 1)[:, None] / rows
-                    if kind == "int8"
-                    else None,
-                    "activation": "int8" if kind == "a8" else None,
-                    "out_dtype": jnp.bfloat16 if kind == "a8" else jnp.float32,
-                }
-                for seed, used in enumerate((rows, rows - rows // 3, 0)):
-                    sizes = jnp.asarray(_random_sizes(rows, count, used, seed))
-                    y = kernel(x, ready, sizes, layout=there, tuning=tuning, **kwargs)
-                    want = plain(x, planes, layout, sizes, **kwargs)
-                    y, want = (np.asarray(a, np.float32) for a in (y, want))
-                    assert not y[used:].any(), (name, rows, kind, used)
-                    error = np.abs(y - want).max() / max(np.abs(want).max(), 1e-6)
-                    limit = 1e-2 if kind == "a8" else 1e-5 if kind == "int8" else 2e-3
-                    limit = 2e-2 if fmt in ("nvfp4", "float8_e4m3") else limit
-                    assert error < limit, (name, rows, kind, used, float(error))
+        if plan["kernel"] == "bits" and fmt not in ("t2", "sherry"):
+            continue
+        kind = "bfloat16" if fmt.startswith("float8") else kind
+        x: Any = _normal((rows, k), rows)
+        x = (x * 40).astype(jnp.int8 if kind == "int8" else jnp.bfloat16)
+        scale = jnp.arange(1.0, rows + 1)[:, None] / rows
+        kwargs = {
+            "x_scale": scale if kind == "int8" else None,
+            "activation": "int8" if kind == "a8" else None,
+            "out_dtype": jnp.bfloat16 if kind == "a8" else jnp.float32,
+        }
+        for seed, used in enumerate((rows, rows - rows // 3, 0)):
+            sizes = jnp.asarray(_random_sizes(rows, count, used, seed))
+            tuning = tuple(plan.items())
+            y = kernel(x, ready, there, sizes, tuning=tuning, **kwargs)
+            want = plain(x, planes, layout, sizes, **kwargs)
+            y, want = (np.asarray(a, np.float32) for a in (y, want))
+            assert not y[used:].any(), (plan, rows, kind, used)
+            error = np.abs(y - want).max() / max(np.abs(want).max(), 1e-6)
+            limit = {"a8": 1e-2, "int8": 1e-5, "bfloat16": 2e-3}[kind]
+            limit = 2e-2 if fmt in ("nvfp4", "float8_e4m3") else limit
+            assert error < limit, (plan, rows, kind, used, float(error))
 
 
 @pytest.mark.gpu

@@ -48,7 +48,7 @@ CASES = [
     ("t2", None, 1, "bfloat16", "int8", "bits"),
     ("t2", 64, 64, "int8", None, "bytes"),
     ("t2", None, 300, "int8", None, "gemm"),
-    ("sherry", None, 16, "bfloat16", None, "bytes"),
+    ("sherry", None, 5, "bfloat16", None, "bits"),
     ("sherry", 128, 300, "float32", None, "gemm"),
     ("int8", None, 2000, "int8", None, "gemm"),
     ("int8", None, 3, "bfloat16", None, "bytes"),
