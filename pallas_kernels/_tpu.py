@@ -1,11 +1,11 @@
 """What the TPU implementations share: the Pallas kernel of packed products.
 
-The grid goes over blocks of M, N and, innermost, K; a block of packed weights is decoded
-in VMEM and multiplied in the narrowest dtype that is exact: int8 or, from the seventh
-generation on, whose matrix unit has no fast int8, e4m3 for ternary and int4 weights
-beside the two halves of each int8 activation. Other activations are multiplied in
-bfloat16, float32 ones in float32. Scales of groups multiply partial sums, or the weights
-where that loses nothing and is less work.
+The grid goes over blocks of M, N and, innermost, K; a block of packed weights is
+decoded in VMEM and multiplied in the narrowest dtype that is exact: int8 or, from the
+seventh generation on, whose matrix unit has no fast int8, e4m3 for ternary and int4
+weights beside the two halves of each int8 activation. Other activations are multiplied
+in bfloat16, float32 ones in float32. Scales of groups multiply partial sums, or the
+weights where that loses nothing or is much less work.
 
 On anything but a TPU the same kernel runs in Pallas' interpret mode.
 """
@@ -96,9 +96,15 @@ def plan(m: int, dtype: Any, layout: WeightLayout, gen: int) -> Plan:
     dtype, integer = jnp.dtype(dtype), layout.format in _INTEGER
     operand, halves = _BF16, False
     if dtype == _INT8 and integer:
-        # Two halves are twice the rows: worth it while decoding weights takes longer.
-        halves = gen >= 7 and layout.symmetric and layout.format != "int8" and m <= 128
-        operand = _E4M3 if halves else _INT8
+        operand = _INT8
+        if gen >= 7 and layout.symmetric and layout.format != "int8":
+            # Two halves are twice the rows: worth it while decoding takes longer.
+            halves = m <= 128
+            top = 8 if layout.format == "int4" else 1
+            if halves:
+                operand = _E4M3
+            elif 128 * top * layout.k <= 1 << 24:  # float32 sums are exact
+                operand = _BF16
     elif dtype in (_F32, jnp.float16):
         operand = _F32
     rows = -(-m // 8) * 8 if m <= 256 else 256
@@ -115,7 +121,7 @@ def plan(m: int, dtype: Any, layout: WeightLayout, gen: int) -> Plan:
     wide = 256 if operand == _F32 else 1024 if rows <= 32 and n % 1024 == 0 else 512
     if not grouped or scaled:
         # The fifth generation's matrix unit is 128 deep: short steps overlap better.
-        run = 128 if gen <= 5 and rows <= 64 else k
+        run = 128 if gen <= 5 and rows <= 64 and operand == _INT8 else k
     return Plan(operand, halves, scaled, run, rows, min(wide, n), k)
 
 
@@ -245,14 +251,13 @@ def _kernel(refs: Any, y: Any, acc: Any, layout: WeightLayout, p: Plan) -> None:
         total = acc[...]
         if not _by_runs(layout, p):
             total = _joined(total, p)
-        scale = decode.factor(layout, p.operand)
-        if layout.groups == 1 and not p.scaled:
-            scale = scale * decode.scale_rows(refs["scale"][...], layout)
-        elif p.scaled:
-            scale = 1.0  # the weights have it
+        # Scaled weights have their factor, and so have sums of scaled runs their scale.
+        factor = 1.0 if p.scaled else decode.factor(layout, p.operand)
+        out = total * factor
+        if layout.groups == 1:
+            out = out * decode.scale_rows(refs["scale"][...], layout)
         if "scale2" in refs:
-            scale = scale * refs["scale2"][...]
-        out = total * scale
+            out = out * refs["scale2"][...]
         if "x_scale" in refs:
             out = out * refs["x_scale"][...]
         if "bias" in refs:

@@ -181,9 +181,7 @@ def _uncrumbs(words: jax.Array, layout: WeightLayout) -> jax.Array:
 
 def _zero_lanes(high: jax.Array, low: jax.Array) -> list[jax.Array]:
     """Masks of the groups whose zero is in lane 0, 1, 2, 3."""
-    return [
-        (high if p >= 2 else ~high) & (low if p % 2 else ~low) for p in range(4)
-    ]
+    return [(high if p >= 2 else ~high) & (low if p % 2 else ~low) for p in range(4)]
 
 
 def _sherry(
@@ -192,9 +190,7 @@ def _sherry(
     lane = [signs[p::4] for p in range(4)]  # bytes of eight groups, [K/32, N]
     low = lane[0] ^ lane[1] ^ lane[2] ^ lane[3]
     zero = _zero_lanes(high, low)
-    lane = [
-        (lane[p] & ~zero[p]) | (zero[p] & (lane[p ^ 2] ^ high)) for p in range(4)
-    ]
+    lane = [(lane[p] & ~zero[p]) | (zero[p] & (lane[p ^ 2] ^ high)) for p in range(4)]
     turned = [_transpose_bits(_pad(b, layout, 32)) for b in lane]
     stored = jnp.stack(turned, axis=1).reshape(-1, padded_n(layout))
     count = tiles(layout)
