@@ -30,7 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
-_PACKAGES = ("jax", "jaxlib", "flax", "numpy")
+_PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "numpy")
 
 
 @dataclasses.dataclass(frozen=True)
