@@ -18,6 +18,7 @@ from angeljax.formats import QTensor
 from angeljax.formats._blocks import GRANULE_PLANES
 from angeljax.prepare import PreparedTensor, has_kernel, kernel_view
 from pallas_kernels import packed_matmul, ragged_matmul
+from pallas_kernels._fused import before
 
 __all__ = [
     "attend",
@@ -34,14 +35,28 @@ def dot(
     x: jax.Array,
     w: jax.Array | QTensor,
     *,
+    bias: jax.Array | None = None,
+    norm: jax.Array | None = None,
+    norm_eps: float = 1e-6,
+    gate: str | None = None,
+    residual: jax.Array | None = None,
     precision: Any = None,
     preferred_element_type: Any = None,
 ) -> jax.Array:
     """`x @ w` over the last axis of `x` and the first of `w`.
 
+    What often stands around a product can be given to it: kernels for a few tokens do
+    it on the way, and for all others it is written out.
+
     Args:
       x: float `[..., K]`.
       w: `[K, *N]`, an array or a QTensor.
+      bias: `[*N]`, added to the product.
+      norm: weight `[K]` of a root-mean-square norm of `x` (arXiv 1910.07467).
+      norm_eps: added to the mean square.
+      gate: "silu" takes `x [..., 2 K]` and multiplies silu of its first half by the
+        second (SwiGLU, arXiv 2002.05202).
+      residual: `[..., *N]`, added last.
       precision: as in `jax.lax.dot_general`.
       preferred_element_type: accumulation and result dtype.
 
@@ -57,17 +72,37 @@ def dot(
       >>> aj.ops.dot(jnp.ones((2, 128)), q).shape
       (2, 8)
     """
-    if x.shape[-1] != w.shape[0]:
+    features = x.shape[-1] // (2 if gate else 1)
+    if features != w.shape[0]:
         raise ValueError(
-            f"dot: x has {x.shape[-1]} features and the weight takes {w.shape[0]}"
+            f"dot: x has {features} features and the weight takes {w.shape[0]}"
         )
-    return dot_general(
+    around = norm is not None or gate is not None or residual is not None
+    if around and isinstance(w, PreparedTensor) and w.shards is None and w.ndim == 2:
+        if _takes(x, w, (((x.ndim - 1,), (0,)), ((), ()))):
+            return packed_matmul(
+                _activation(x, w),
+                w.planes,
+                w.layout,
+                activation=w.activation,
+                bias=bias,
+                norm=norm,
+                norm_eps=norm_eps,
+                gate=gate,
+                residual=residual,
+                out_dtype=preferred_element_type,
+            )
+    x = before(x, norm, norm_eps, gate)
+    y = dot_general(
         x,
         w,
         (((x.ndim - 1,), (0,)), ((), ())),
         precision=precision,
         preferred_element_type=preferred_element_type,
     )
+    if bias is not None:
+        y = y + bias.astype(y.dtype)
+    return y if residual is None else residual + y
 
 
 def dot_general(

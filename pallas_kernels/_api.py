@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import _fused
 from pallas_kernels import _implementation as impl
 from pallas_kernels._devices import elsewhere
 from pallas_kernels._weights import (
@@ -31,14 +33,22 @@ def matmul(
     activation: str | None,
     out_dtype: Any,
     name: str | None,
+    norm: jax.Array | None = None,
+    norm_eps: float = 1e-6,
+    gate: str | None = None,
+    residual: jax.Array | None = None,
 ) -> jax.Array:
     """Validates, chooses and calls; see `ternary_matmul`."""
     check_format(formats, layout)
-    impl.check_call(x, layout, x_scale, bias, activation)
+    around = norm is not None or gate is not None or residual is not None
+    if around:
+        _fused.check(x, layout, norm, gate, residual)
+    features = jax.ShapeDtypeStruct((*x.shape[:-1], layout.k), x.dtype)
+    impl.check_call(features if gate else x, layout, x_scale, bias, activation)
     check_planes(planes, layout)
     if out_dtype is None:
         out_dtype = jnp.float32 if x.dtype == jnp.int8 else x.dtype
-    rows = jax.ShapeDtypeStruct((x.size // max(layout.k, 1), layout.k), x.dtype)
+    rows = jax.ShapeDtypeStruct((math.prod(x.shape[:-1]), layout.k), x.dtype)
     if name is None:
         name = choose(package, rows, layout, activation)
     module = impl.implementation(package, name)
@@ -57,10 +67,30 @@ def matmul(
         raise KernelError(
             f"implementation {name!r} cannot run this: {why}; use implementation='xla'"
         )
-    return impl.call(
+    wide = activation is None
+    if around and (
+        x.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
+        and jnp.dtype(out_dtype) in (jnp.bfloat16, jnp.float16, jnp.float32)
+        and _fused.takes(module, rows.shape[0], layout, wide)
+    ):
+        return _fused.call(
+            package,
+            name,
+            x,
+            planes,
+            layout,
+            norm=norm,
+            eps=norm_eps,
+            gate=gate,
+            bias=bias,
+            residual=residual,
+            activation=activation,
+            out_dtype=jnp.dtype(out_dtype),
+        )
+    y = impl.call(
         package,
         name,
-        x,
+        _fused.before(x, norm, norm_eps, gate),
         planes,
         layout,
         x_scale=x_scale,
@@ -68,6 +98,7 @@ def matmul(
         activation=activation,
         out_dtype=out_dtype,
     )
+    return y if residual is None else residual.astype(y.dtype) + y
 
 
 def choose(package: str, x: Any, layout: WeightLayout, activation: str | None) -> str:

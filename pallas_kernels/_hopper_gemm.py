@@ -27,7 +27,7 @@ from pallas_kernels import _ptx as asm
 from pallas_kernels._implementation import quantize_activation
 from pallas_kernels._ptx import Int
 from pallas_kernels._weights import Planes, WeightLayout
-from pallas_kernels.ternary_matmul._decode import signed_bytes
+from pallas_kernels.ternary_matmul._codes import signed_bytes
 
 _tiling: Any = plgpu.TilingTransform  # for mypy they are abstract
 _swizzle: Any = plgpu.SwizzleTransform

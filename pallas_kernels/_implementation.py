@@ -101,7 +101,7 @@ def quantize_activation(
 
 
 def check_call(
-    x: jax.Array,
+    x: Any,
     layout: WeightLayout,
     x_scale: jax.Array | None,
     bias: jax.Array | None,

@@ -30,7 +30,6 @@ _KEYS = {
     "warpgroups": int,
     "stages": int,
     "tokens_first": bool,
-    "pdl": bool,
 }
 
 Plan = dict[str, Any]

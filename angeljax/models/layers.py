@@ -47,9 +47,9 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(_INIT(rngs.params(), (n_in, n_out), dtype))
         self.bias = nnx.Param(_ZEROS(rngs.params(), (n_out,), dtype)) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = ops.dot(x, self.kernel[...])
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+    def __call__(self, x: jax.Array, **around: Any) -> jax.Array:
+        bias = None if self.bias is None else self.bias[...]
+        return ops.dot(x, self.kernel[...], bias=bias, **around)
 
 
 class RMSNorm(nnx.Module):
@@ -63,6 +63,11 @@ class RMSNorm(nnx.Module):
         h = x.astype(jnp.float32)
         h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.eps)
         return self.scale[...].astype(x.dtype) * h.astype(x.dtype)
+
+    @property
+    def fused(self) -> dict[str, Any]:
+        """The norm as arguments of the product that follows."""
+        return {"norm": self.scale[...], "norm_eps": self.eps}
 
 
 class Attention(nnx.Module):
@@ -97,12 +102,18 @@ class Attention(nnx.Module):
         mask: jax.Array,
         cache: tuple[Any, Any, jax.Array, Any] | None,
         attention_fn: AttentionFn,
+        *,
+        norm: RMSNorm,
     ) -> tuple[jax.Array, Any]:
+        """`x + attention(norm(x))`."""
+        residual = x
         b, t, _ = x.shape
         if self.fused:
             n_q, n_kv = self.widths
-            q, k, v = jnp.split(self.qkv_proj(x), (n_q, n_q + n_kv), axis=-1)
+            qkv = self.qkv_proj(x, **norm.fused)
+            q, k, v = jnp.split(qkv, (n_q, n_q + n_kv), axis=-1)
         else:
+            x = norm(x)
             q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         q = q.reshape(b, t, self.heads, self.head_dim)
         k = k.reshape(b, t, self.kv_heads, self.head_dim)
@@ -117,7 +128,7 @@ class Attention(nnx.Module):
             v_store, v = write(v_store, v, slot, layer)
             kv = k_store, v_store
         y = attention_fn(q, k.astype(q.dtype), v.astype(q.dtype), mask)
-        return self.o_proj(y.reshape(b, t, -1)), kv
+        return self.o_proj(y.reshape(b, t, -1), residual=residual), kv
 
 
 class MLP(nnx.Module):
@@ -135,16 +146,22 @@ class MLP(nnx.Module):
         self.down_proj = make(c.intermediate_size, c.hidden_size)
         self.activation, self.fused = c.activation, fused
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, norm: RMSNorm) -> jax.Array:
+        """`x + mlp(norm(x))`."""
+        residual = x
         if self.fused:
-            gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+            both = self.gate_up_proj(x, **norm.fused)
+            if self.activation == "silu":
+                return self.down_proj(both, gate="silu", residual=residual)
+            gate, up = jnp.split(both, 2, axis=-1)
         else:
+            x = norm(x)
             gate, up = self.gate_proj(x), self.up_proj(x)
         if self.activation == "silu":
             gate = jax.nn.silu(gate)
         else:
             gate = jax.nn.gelu(gate, approximate=self.activation != "gelu")
-        return self.down_proj(gate * up)
+        return self.down_proj(gate * up, residual=residual)
 
 
 class Block(nnx.Module):
@@ -161,9 +178,8 @@ class Block(nnx.Module):
         self.mlp = MLP(c, fused=fused, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, *args: Any) -> tuple[jax.Array, Any]:
-        y, kv = self.attn(self.attn_norm(x), *args)
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x)), kv
+        x, kv = self.attn(x, *args, norm=self.attn_norm)
+        return self.mlp(x, self.mlp_norm), kv
 
 
 class Embed(nnx.Module):

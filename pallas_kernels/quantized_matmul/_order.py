@@ -18,8 +18,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels._hopper_bytes import FACTOR, ROWS, TILE
 from pallas_kernels._weights import CANONICAL, Planes, WeightLayout
-from pallas_kernels.quantized_matmul._decode import FACTOR, ROWS, TILE
 
 ORDER = "hopper"
 

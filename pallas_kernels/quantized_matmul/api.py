@@ -22,6 +22,10 @@ def quantized_matmul(
     activation: str | None = None,
     out_dtype: Any = None,
     implementation: str | None = None,
+    norm: jax.Array | None = None,
+    norm_eps: float = 1e-6,
+    gate: str | None = None,
+    residual: jax.Array | None = None,
 ) -> jax.Array:
     """`x @ W (+ bias)` with `W` of 8 or 4 bits, from its packed planes.
 
@@ -40,6 +44,12 @@ def quantized_matmul(
       out_dtype: default that of a float `x`, float32 for int8.
       implementation: "mosaic_gpu", "triton", "tpu", "xla" or "reference"; None takes
         the one whose order the planes are in.
+      norm: weight `[K]` of a root-mean-square norm (arXiv 1910.07467) of float `x`.
+      norm_eps: added to the mean square.
+      gate: "silu" takes `x [..., 2 K]` and multiplies silu of its first half by the
+        second (SwiGLU, arXiv 2002.05202).
+      residual: `[..., N]`, added to the product. Kernels for a few tokens do these
+        three by themselves; they are written out before and after any other.
 
     Returns:
       `[..., N]`. Integer products are exact; scales are applied in float32.
@@ -71,6 +81,10 @@ def quantized_matmul(
         activation=activation,
         out_dtype=out_dtype,
         name=implementation,
+        norm=norm,
+        norm_eps=norm_eps,
+        gate=gate,
+        residual=residual,
     )
 
 

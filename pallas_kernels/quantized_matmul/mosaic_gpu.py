@@ -1,9 +1,9 @@
 """Products with 8- and 4-bit weights on Hopper GPUs, by Pallas' Mosaic backend.
 
-A few tokens: `_decode`. Many: `_hopper_gemm` for integers with scales for 128 weights
-or more. Float activations become int8 (`activation="int8"`), else 16-bit fixed point
-with one scale for each token (error 2^-16 of its largest activation), and beside FP8
-weights two e4m3 values (error 2^-8 of each activation, 2^-19 of the largest).
+A few tokens: `_hopper_bytes`. Many: `_hopper_gemm` for integers with scales for 128
+weights or more. Float activations become int8 (`activation="int8"`), else 16-bit fixed
+point with one scale for each token (error 2^-16 of its largest activation), and beside
+FP8 weights two e4m3 values (error 2^-8 of each activation, 2^-19 of the largest).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _hopper_gemm, _tuning
+from pallas_kernels import _hopper_bytes, _hopper_gemm, _tuning
+from pallas_kernels import _hopper_tokens as tokens
 from pallas_kernels._weights import Planes, WeightLayout
-from pallas_kernels.quantized_matmul import _decode
 from pallas_kernels.quantized_matmul._order import (
     ORDER,
     from_hopper,
@@ -39,7 +39,7 @@ def unsupported(x: Any, layout: WeightLayout, activation: str | None) -> str | N
     group = layout.group_size
     if layout.groups > 1 and group not in (16, 32, 64) and group % 128:
         return f"group_size {group} is not 16, 32, 64 or a multiple of 128"
-    if x is None or layout.format not in _decode.FLOATS:
+    if x is None or layout.format not in _hopper_bytes.FLOATS:
         return None
     if x.dtype == jnp.int8 or activation is not None:
         return "FP8 weights take float activations"
@@ -55,9 +55,16 @@ def matmul(
     bias: jax.Array | None,
     activation: str | None,
     out_dtype: Any,
+    norm: jax.Array | None = None,
+    eps: float = 0.0,
+    gate: str | None = None,
+    residual: jax.Array | None = None,
     **tuning: Any,
 ) -> jax.Array:
-    """`x [M, K]` times the prepared weight; `tuning` overrides the choice of a plan."""
+    """`x [M, K]` times the prepared weight; `tuning` overrides the choice of a plan.
+
+    `norm` and what follows only where `fuses` says so.
+    """
     if x.dtype not in (jnp.int8, jnp.float32, jnp.bfloat16, jnp.float16):
         x = x.astype(jnp.bfloat16)
     wide = x.dtype != jnp.int8 and activation is None
@@ -65,7 +72,15 @@ def matmul(
     plan = dict(tuning) or choose(x.shape[0], layout, wide)
     kernel = plan.pop("kernel")
     if kernel == "bytes":
-        return _few(x, planes, layout, x_scale, bias, wide, out_dtype, plan)
+        k = tiles(layout)[1] * 128
+        if layout.k % 16 == 0:
+            k = layout.k
+        elif x.shape[1] != k:
+            x = jnp.pad(x, ((0, 0), (0, k - x.shape[1])))
+        plan |= tokens.around(k, norm, eps, gate, residual)
+        more = tokens.extra_arguments(x, norm, bias, residual, out_dtype)
+        sizes = (layout, wide, x.dtype.name, out_dtype.name, bias is not None, plan)
+        return _few(x, planes, x_scale, more, *sizes)
     if kernel == "gemm":
         return _hopper_gemm.product(
             x,
@@ -131,9 +146,9 @@ def decode_of(
     out_dtype: str,
     bias: bool,
     plan: dict[str, Any],
-) -> _decode.Decode:
+) -> _hopper_bytes.Decode:
     blocks, k_tiles = tiles(layout)
-    return _decode.Decode(
+    return _hopper_bytes.Decode(
         format=layout.format,
         m=m,
         k_tiles=k_tiles,
@@ -149,32 +164,28 @@ def decode_of(
         out_dtype=out_dtype,
         pieces=2 if wide else 1,
         bias=bias,
-        **plan,
+        **{"valid_k": 128 * k_tiles, **plan},
     )
+
+
+def fuses(m: int, layout: WeightLayout, wide: bool) -> bool:
+    """Whether a norm, a gate and a residual can be part of a product of float `x`."""
+    return choose(m, layout, wide)["kernel"] == "bytes" and layout.k % 16 == 0
 
 
 def _few(
     x: jax.Array,
     planes: Planes,
-    layout: WeightLayout,
     x_scale: jax.Array | None,
-    bias: jax.Array | None,
-    wide: bool,
-    out_dtype: Any,
-    plan: dict[str, Any],
+    more: list[jax.Array],
+    *sizes: Any,
 ) -> jax.Array:
     m = x.shape[0]
-    k = tiles(layout)[1] * 128
-    if x.shape[1] != k:
-        x = jnp.pad(x, ((0, 0), (0, k - x.shape[1])))
     if x_scale is None:
         x_scale = jnp.ones((m, 1), jnp.float32)
     args = [x, x_scale.reshape(m), planes["codes"], planes["scale"]]
     args += [planes[name] for name in ("zero", "scale2") if name in planes]
-    if bias is not None:
-        args.append(bias.astype(jnp.float32))
-    c = decode_of(m, layout, wide, x.dtype.name, out_dtype.name, bias is not None, plan)
-    return _decode.build(c)(*args)
+    return _hopper_bytes.build(decode_of(m, *sizes))(*args, *more)
 
 
 def _expanded(

@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import _hopper_bits, _hopper_bytes
+from pallas_kernels import _hopper_tokens as tokens
 from pallas_kernels import _ptx as asm
 from pallas_kernels._ptx import Float
-from pallas_kernels.quantized_matmul import _decode as quantized
 from pallas_kernels.ragged_matmul._visits import visit_bound, visits
-from pallas_kernels.ternary_matmul import _decode as ternary
 
-Decode = ternary.Decode | quantized.Decode
+Decode = _hopper_bits.Decode | _hopper_bytes.Decode
 _ITEM = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 
@@ -96,13 +96,14 @@ def _emit(
     table, x, x_scale, *planes, y, smem = (asm.pointer(r) for r in refs)
     visit = asm.special("ctaid.y")
     expert, first, lo, hi = asm.load(table, visit, 16, words=4, hint="global.nc")
-    x = asm.offset(x, first, c.k * _ITEM[c.x_dtype])
+    x = asm.offset(x, first, c.valid_k * _ITEM[c.x_dtype])
     x_scale = asm.offset(x_scale, first, 4)
     y = asm.offset(y, first, c.n * _ITEM[c.out_dtype])
     some = lo.less(hi)
     with asm.when(asm.both(some, expert.less(experts))):
         here = [asm.offset(p, expert, s) for p, s in zip(planes, strides, strict=True)]
-        module: Any = ternary if isinstance(c, ternary.Decode) else quantized
+        bits = isinstance(c, _hopper_bits.Decode)
+        module: Any = _hopper_bits if bits else _hopper_bytes
         module.emit(c, context, x, x_scale, *here, y, smem, rows=(lo, hi))
     with asm.when(asm.both(some, expert.equals(experts))):
         _clear(c, y, (lo, hi))
@@ -111,11 +112,11 @@ def _emit(
 def _clear(c: Decode, y: Any, rows: tuple[asm.Int, asm.Int]) -> None:
     """Zeros in the rows that belong to no expert."""
     thread = asm.special("tid.x")
-    width = c.rows_per_block * ternary.ROWS
+    width = c.rows_per_block * _hopper_bits.ROWS
     block = asm.special("ctaid.x") * width
     for step in range(-(-width * c.m // (32 * c.warps))):
         i = thread + step * (32 * c.warps)
         token, column = i // width, block + i % width
-        inside = ternary.among(rows, token, column.less(c.n))
+        inside = tokens.among(rows, token, column.less(c.n))
         with asm.when(inside):
-            ternary.write_output(c, y, token * c.n + column, Float.of(0.0))
+            tokens.write_output(c, y, None, None, token, column, Float.of(0.0))

@@ -1,7 +1,8 @@
 """Ternary products on Hopper GPUs (H100, H200), by Pallas' Mosaic backend.
 
-One or two tokens run on the binary tensor cores (`_decode`, the kernel "bits"), some on
-the small products of bytes ("bytes"), many on `wgmma` ("gemm"). Float activations
+One or two tokens run on the binary tensor cores (`_hopper_bits`), some on the small
+products of bytes (`_hopper_bytes`), many on `wgmma`
+(`_hopper_gemm`). Float activations
 become 8-bit (`activation="int8"`) or else 16-bit fixed point with one scale for each
 token: the error of the latter is 2^-16 of the largest activation of the token.
 """
@@ -15,10 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _hopper_gemm, _tuning
+from pallas_kernels import _hopper_bits, _hopper_bytes, _hopper_gemm, _tuning
+from pallas_kernels import _hopper_tokens as tokens
 from pallas_kernels._weights import Planes, WeightLayout
-from pallas_kernels.quantized_matmul import _decode as _bytes
-from pallas_kernels.ternary_matmul import _decode
 from pallas_kernels.ternary_matmul._order import (
     ORDER,
     TILE,
@@ -51,9 +51,16 @@ def matmul(
     bias: jax.Array | None,
     activation: str | None,
     out_dtype: Any,
+    norm: jax.Array | None = None,
+    eps: float = 0.0,
+    gate: str | None = None,
+    residual: jax.Array | None = None,
     **tuning: Any,
 ) -> jax.Array:
-    """`x [M, K]` times the prepared weight; `tuning` overrides the choice of a plan."""
+    """`x [M, K]` times the prepared weight; `tuning` overrides the choice of a plan.
+
+    `norm` and what follows only where `fuses` says so.
+    """
     if x.dtype not in (jnp.int8, jnp.float32, jnp.bfloat16, jnp.float16):
         x = x.astype(jnp.bfloat16)
     wide = x.dtype != jnp.int8 and activation is None
@@ -61,10 +68,16 @@ def matmul(
     kernel = plan.pop("kernel")
     if kernel == "expand":
         return _expanded(x, planes, layout, x_scale, bias, activation, out_dtype)
-    x = arranged(x, layout, tiles(layout)[1] * TILE)
     out_dtype = jnp.dtype(out_dtype)
     if kernel in ("bits", "bytes"):
-        return _few(kernel, x, planes, layout, x_scale, bias, wide, out_dtype, plan)
+        if not _as_it_lies(layout):
+            x = arranged(x, layout, tiles(layout)[1] * TILE)
+        k = x.shape[1] // (2 if gate else 1)
+        plan |= tokens.around(k, norm, eps, gate, residual)
+        more = tokens.extra_arguments(x, norm, bias, residual, out_dtype)
+        sizes = (layout, wide, x.dtype.name, out_dtype.name, bias is not None, plan)
+        return _few(kernel, x, planes, x_scale, more, *sizes)
+    x = arranged(x, layout, tiles(layout)[1] * TILE)
     return _hopper_gemm.product(
         x,
         x_scale,
@@ -131,9 +144,9 @@ def bits_of(
     out_dtype: str,
     bias: bool,
     plan: dict[str, Any],
-) -> _decode.Decode:
+) -> _hopper_bits.Decode:
     blocks, k_tiles = tiles(layout)
-    return _decode.Decode(
+    return _hopper_bits.Decode(
         format=layout.format,
         m=m,
         k_tiles=k_tiles,
@@ -146,7 +159,7 @@ def bits_of(
         x_bytes=2 if wide else 1,
         bias=bias,
         wide_scales=layout.groups > 1 and layout.scale_dtype != "bfloat16",
-        **plan,
+        **{"valid_k": TILE * k_tiles, **plan},
     )
 
 
@@ -158,9 +171,9 @@ def bytes_of(
     out_dtype: str,
     bias: bool,
     plan: dict[str, Any],
-) -> _bytes.Decode:
+) -> _hopper_bytes.Decode:
     blocks, k_tiles = tiles(layout)
-    return _bytes.Decode(
+    return _hopper_bytes.Decode(
         format=layout.format,
         m=m,
         k_tiles=2 * k_tiles,
@@ -176,7 +189,7 @@ def bytes_of(
         out_dtype=out_dtype,
         pieces=2 if wide else 1,
         bias=bias,
-        **plan,
+        **{"valid_k": TILE * k_tiles, **plan},
     )
 
 
@@ -185,27 +198,33 @@ def _weights(planes: Planes, layout: WeightLayout) -> list[jax.Array]:
     return [planes[name] for name in names]
 
 
+def fuses(m: int, layout: WeightLayout, wide: bool) -> bool:
+    """Whether a norm, a gate and a residual can be part of a product of float `x`."""
+    few = choose(m, layout, wide)["kernel"] in ("bits", "bytes")
+    return few and _as_it_lies(layout)
+
+
+def _as_it_lies(layout: WeightLayout) -> bool:
+    """Whether the kernels for a few tokens read `x` without a copy of it."""
+    return layout.k % 16 == 0 and layout.group_stride == 1
+
+
 def _few(
     kernel: str,
     x: jax.Array,
     planes: Planes,
-    layout: WeightLayout,
     x_scale: jax.Array | None,
-    bias: jax.Array | None,
-    wide: bool,
-    out_dtype: Any,
-    plan: dict[str, Any],
+    more: list[jax.Array],
+    layout: WeightLayout,
+    *sizes: Any,
 ) -> jax.Array:
     m = x.shape[0]
     if x_scale is None:
         x_scale = jnp.ones((m, 1), jnp.float32)
-    args = [x, x_scale.reshape(m), *_weights(planes, layout), planes["scale"]]
-    if bias is not None:
-        args.append(bias.astype(jnp.float32))
-    sizes = (m, layout, wide, x.dtype.name, out_dtype.name, bias is not None, plan)
+    args = [x, x_scale.reshape(m), *_weights(planes, layout), planes["scale"], *more]
     if kernel == "bits":
-        return _decode.build(bits_of(*sizes))(*args)
-    return _bytes.build(bytes_of(*sizes))(*args)
+        return _hopper_bits.build(bits_of(m, layout, *sizes))(*args)
+    return _hopper_bytes.build(bytes_of(m, layout, *sizes))(*args)
 
 
 def _expanded(

@@ -24,10 +24,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import _hopper_tokens as tokens
 from pallas_kernels import _ptx as asm
 from pallas_kernels._implementation import WIDE_TOP
 from pallas_kernels._ptx import Float, Int
-from pallas_kernels.ternary_matmul import _decode as tokens
+from pallas_kernels.ternary_matmul import _codes
 
 TILE = 128  # weights along K of one tile
 ROWS = 16
@@ -41,29 +42,26 @@ HALF_WORDS = 32 * 4 + 4
 BLOCK_WORDS = 2 * HALF_WORDS
 
 
-@dataclasses.dataclass(frozen=True)
-class Decode:
+# 32-bit words that hold 16 activations.
+_WORDS_OF_16 = {"int8": 4, "bfloat16": 8, "float16": 8, "float32": 16}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decode(tokens.Tokens):
     """Everything static about one kernel."""
 
     format: str
-    m: int
     k_tiles: int
     row_blocks: int
-    n: int
     grouped: bool
     groups: int
     group_size: int
     asymmetric: bool
     wide_scales: bool
     channel_scale: bool  # `scale2`: one more factor for each output
-    x_dtype: str
-    out_dtype: str
     pieces: int  # columns of a token
-    bias: bool
-    warps: int = 8
     rows_per_block: int = 1
     prefetch: int = 4
-    pdl: bool = False
 
     @property
     def span(self) -> int:
@@ -75,11 +73,6 @@ class Decode:
         """Ternary weights as w + 1."""
         few = self.column_blocks <= 2
         return self.format in TERNARY and not self.grouped and few
-
-    @property
-    def k(self) -> int:
-        """Activations of a token, padding included."""
-        return TILE * self.k_tiles
 
     @property
     def vectors(self) -> int:
@@ -99,11 +92,6 @@ class Decode:
         return -(-self.k_tiles // (self.span * self.warps))
 
     @property
-    def warps_per_token(self) -> int:
-        """Warps that quantize one token together."""
-        return max(1, self.warps // self.m)
-
-    @property
     def tile_words(self) -> int:
         """Shared memory of the operands of one tile, in words."""
         return self.column_blocks * BLOCK_WORDS
@@ -121,7 +109,7 @@ class Decode:
     @property
     def smem_words(self) -> int:
         """Shared memory of a block, in words."""
-        return self.plane_words + self.part_words + 2 * self.m * self.warps
+        return self.plane_words + self.part_words + self.stat_words
 
     @property
     def fits(self) -> bool:
@@ -138,15 +126,15 @@ class Decode:
 
 @functools.cache
 def build(c: Decode) -> Callable[..., jax.Array]:
-    """`(x, x_scale, codes[, high], scale[, zero][, scale2][, bias]) -> y [M, N]`."""
-    n_in = 4 + (c.format == "sherry") + c.asymmetric + c.channel_scale + c.bias
+    """The kernel `(x, x_scale, codes[, high], scale[, zero][, scale2][, norm][, bias]
+    [, residual]) -> y [M, N]`."""
+    more = (c.format == "sherry") + c.asymmetric + c.channel_scale
+    more += (c.prologue == "norm") + c.bias + c.residual
 
     def body(*refs: Any) -> None:
-        plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (n_in + 2))(
+        plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (6 + more))(
             functools.partial(emit, c)
         )(*refs)
-        if c.pdl:  # tells the launcher; the kernel itself has said it before
-            plgpu.griddepcontrol_launch_dependents()
 
     return plgpu.kernel(
         body,
@@ -166,7 +154,9 @@ def emit(c: Decode, _: Any, *refs: Any, rows: tuple[Int, Int] | None = None) -> 
     """The kernel; of the tokens only those from `rows[0]` to `rows[1]` are written."""
     pointers = [asm.pointer(r) for r in refs]
     smem, y = pointers.pop(), pointers.pop()
+    residual = pointers.pop() if c.residual else None
     bias = pointers.pop() if c.bias else None
+    norm = pointers.pop() if c.prologue == "norm" else None
     channel = pointers.pop() if c.channel_scale else None
     zero = pointers.pop() if c.asymmetric else None
     scale = pointers.pop()
@@ -176,16 +166,14 @@ def emit(c: Decode, _: Any, *refs: Any, rows: tuple[Int, Int] | None = None) -> 
     block = asm.special("ctaid.x") * c.rows_per_block
     parts = c.plane_words
     stats = parts + c.part_words
-    if c.pdl:
-        asm.ptx("griddepcontrol.wait;")
 
     def fetch(r: Int, i: Int) -> list[list[Int]]:
         """Tile i of this warp; past the end of a row block, of the next one."""
         over = i.less(c.tiles_of_warp)
         r = asm.select(over, r, r + 1)
         i = asm.select(over, i, i - c.tiles_of_warp)
-        row = clamp(block + clamp(r, c.rows_per_block), c.row_blocks)
-        tile = clamp(warp + i * c.warps, c.k_tiles // c.span)
+        row = tokens.clamp(block + tokens.clamp(r, c.rows_per_block), c.row_blocks)
+        tile = tokens.clamp(warp + i * c.warps, c.k_tiles // c.span)
         words = _fetch_codes(c, codes, row, tile, lane)
         if not c.grouped:
             return [words, [], []]
@@ -216,15 +204,13 @@ def emit(c: Decode, _: Any, *refs: Any, rows: tuple[Int, Int] | None = None) -> 
         return pending
 
     pending = [fetch(Int.of(0), Int.of(i)) for i in range(ahead)]
-    _columns(c, x, smem, stats, thread)
+    _columns(c, tokens.operands(c, x, norm), smem, stats, thread)
     # Code that outgrows the instruction cache costs more than loops do.
     in_line = max(1, 8 // c.tiles_of_warp)
     asm.loop_tree(c.rows_per_block, row_block, pending, unroll=in_line)
-    if c.pdl:
-        asm.ptx("griddepcontrol.launch_dependents;")
     asm.barrier()
-    ends = (x_scale, scale, channel, bias, y)
-    _finish(c, smem, parts, stats, *ends, block, thread, rows)
+    ends = (x_scale, scale, channel, bias, residual, y)
+    _finish(c, smem, parts, stats, ends, block, thread, rows)
 
 
 def _fetch_codes(
@@ -241,9 +227,6 @@ def _fetch_codes(
     return words
 
 
-clamp = tokens.clamp
-
-
 def _pairs(
     c: Decode, array: Any, row: Int, tile: Int, lane: Int, wide: bool
 ) -> list[Int]:
@@ -258,13 +241,13 @@ def _pairs(
             group = tile * per_tile + s
             if c.group_size >= width:
                 group = tile // (c.group_size // width)
-            at = (row * c.groups + clamp(group, c.groups)) * 8 + (lane >> 2)
+            at = (row * c.groups + tokens.clamp(group, c.groups)) * 8 + (lane >> 2)
             out += asm.load(array, at, 4 * words, words=words, hint="global.nc")
         return out
     # [N/16, K/128 or G, 8, groups of a tile]
     held = c.k_tiles if per_tile > 1 else c.groups
     if c.group_size > width:
-        tile = clamp(tile // (c.group_size // width), c.groups)
+        tile = tokens.clamp(tile // (c.group_size // width), c.groups)
     at = (row * held + tile) * 8 + (lane >> 2)
     count = per_tile * words
     step = min(count, 4)
@@ -282,103 +265,56 @@ def _pair(words: list[Int], group: int, wide: bool) -> list[Float]:
     return [(both << 16).as_float(), (both & 0xFFFF0000).as_float()]
 
 
-def _columns(c: Decode, x: Any, smem: Any, stats: int, thread: Int) -> None:
+def _columns(c: Decode, arrays: Any, smem: Any, stats: int, thread: Int) -> None:
     """Quantizes the tokens into right operands, `[tile, column block, half, lane, 4]`.
 
     A thread takes 16 consecutive activations at a time: group j of a tile. Its words
     belong to the four lanes of a column.
     """
-    lane, warp = thread & 31, thread >> 5
-    team = 32 * c.warps_per_token
-    at_once = c.warps // c.warps_per_token
-    rows = [
-        clamp(warp // c.warps_per_token + r * at_once, c.m)
-        for r in range(-(-c.m // at_once))
-    ]
-    member = (warp % c.warps_per_token) * 32 + lane
-    padded = 8 * c.tiles_of_warp * c.warps * c.span
-    steps = -(-padded // team)
     each = _WORDS_OF_16[c.x_dtype]
-    chunk = min(steps, max(1, (16 if c.vectors == 4 else 32) // each))
+    count = c.valid_k // 16
 
-    def read(token: Int, i: Int) -> list[Int]:
-        at = token * (c.k // 16) + clamp(i * team + member, c.k // 16)
+    def read(token: Int, item: Int) -> list[Int]:
         words: list[Int] = []
-        for v in range(each // 4):
-            item = at * (each // 4) + v
-            words += asm.load(x, item, 16, words=4, hint="global")
+        for pointer, start, rows in arrays:
+            first = token * (c.stride // 16) if rows else Int.of(0)
+            at = tokens.clamp(item, count) + first + start // 16
+            for v in range(each // 4):
+                part = at * (each // 4) + v
+                words += asm.load(pointer, part, 16, words=4, hint="global")
+        if c.prologue == "norm":  # what is read twice must not be counted twice
+            inside = item.less(count)
+            for w in range(each):
+                words[w] = asm.select(inside, words[w], Int.of(0))
         return words
 
-    held: list[list[list[Int]]] = []
-    if len(rows) * steps <= chunk:
-        held = [[read(t, Int.of(i)) for i in range(steps)] for t in rows]
+    def cut(token: Int, item: Int, words: list[Int], inverse: Float) -> Int:
+        values = _split(c, words, inverse, item.less(count))
+        total = Int.of(0)
+        for piece, four in enumerate(values):
+            column = token * c.pieces + piece
+            to = (item >> 3) * c.tile_words + (column >> 3) * BLOCK_WORDS
+            to = to + ((item >> 2) & 1) * HALF_WORDS + (column & 7) * 16 + (item & 3)
+            part = Int.of(0)
+            for q, word in enumerate(four):
+                asm.store(smem, to + 4 * q, 4, word, "shared.u32")
+                part = tokens.dot4(word, part, signed=True) if c.biased else part
+            total = total + (part << (8 * (c.pieces - 1 - piece)))
+        return total
 
-    def over(r: int, body: Any, carry: list[Int]) -> list[Int]:
-        """`carry = body(i, words, *carry)` for each step of token r."""
-        if held:
-            for i, words in enumerate(held[r]):
-                carry = body(Int.of(i), words, *carry)
-            return carry
-
-        def some(n: Int, *carry: Int) -> list[Int]:
-            indices = [n * chunk + i for i in range(chunk)]
-            values = list(carry)
-            for i, words in [(i, read(rows[r], i)) for i in indices]:
-                values = body(i, words, *values)
-            return values
-
-        return asm.loop(-(-steps // chunk), some, carry, unroll=1)
-
-    inverse = [Float.of(1.0)] * len(rows)
-    if c.x_dtype != "int8":
-
-        def biggest(i: Int, words: list[Int], seen: Int) -> list[Int]:
-            for v in tokens.floats_of(c, words):
-                seen = tokens.larger(seen, v.as_int() & 0x7FFFFFFF)
-            return [seen]
-
-        for r, token in enumerate(rows):
-            (seen,) = over(r, biggest, [Int.of(0)])
-            at = token * c.warps + warp % c.warps_per_token + stats + c.m * c.warps
-            asm.store(smem, at, 4, tokens.across("max", seen), "shared.u32")
-        asm.barrier()
-        inverse = [tokens.inverse_scale(c, smem, stats, t, _top(c)) for t in rows]
-
-    for r, token in enumerate(rows):
-
-        def cut(
-            i: Int, words: list[Int], *total: Int, token: Int = token, r: int = r
-        ) -> list[Int]:
-            at = i * team + member
-            part = clamp(at, padded)
-            values = _split(c, words, inverse[r], part.less(c.k // 16))
-            for piece, four in enumerate(values):
-                column = token * c.pieces + piece
-                to = (part >> 3) * c.tile_words + (column >> 3) * BLOCK_WORDS
-                to = (
-                    to + ((part >> 2) & 1) * HALF_WORDS + (column & 7) * 16 + (part & 3)
-                )
-                for q, word in enumerate(four):
-                    asm.store(smem, to + 4 * q, 4, word, "shared.u32")
-            if not total:
-                return []
-            new = Int.of(0)
-            for piece, four in enumerate(values):
-                count = Int.of(0)
-                for word in four:
-                    count = tokens.dot4(word, count, signed=True)
-                new = new + (count << (8 * (c.pieces - 1 - piece)))
-            return [total[0] + asm.select(at.less(padded), new, Int.of(0))]
-
-        total = over(r, cut, [Int.of(0)] if c.biased else [])
-        if c.biased:
-            at = token * c.warps + warp % c.warps_per_token + stats
-            asm.store(smem, at, 4, tokens.across("add", total[0]), "shared.u32")
-    asm.barrier()
-
-
-# 32-bit words that hold 16 activations.
-_WORDS_OF_16 = {"int8": 4, "bfloat16": 8, "float16": 8, "float32": 16}
+    tokens.quantize(
+        c,
+        smem,
+        stats,
+        thread,
+        items=8 * c.tiles_of_warp * c.warps * c.span,
+        words=each * len(arrays),
+        at_once=(16 if c.vectors == 4 else 32) * len(arrays),
+        top=_top(c),
+        read=read,
+        cut=cut,
+        count=c.biased,
+    )
 
 
 def _top(c: Decode) -> float:
@@ -392,7 +328,7 @@ def _split(c: Decode, words: list[Int], inverse: Float, inside: Any) -> list[lis
     if c.x_dtype == "int8":
         return [[asm.select(inside, w, Int.of(0)) for w in words]]
     inverse = asm.select(inside, inverse, Float.of(0.0))
-    scaled = [v * inverse for v in tokens.floats_of(c, words)]
+    scaled = [v * inverse for v in tokens.activations(c, words)]
     if c.format in FLOATS:
         first = [_to_e4m3(scaled[4 * j : 4 * j + 4]) for j in range(4)]
         rest = []
@@ -407,8 +343,7 @@ def _split(c: Decode, words: list[Int], inverse: Float, inside: Any) -> list[lis
                 )
             )
         return [first, rest]
-    # Adding 1.5 * 2^23 rounds to nearest even and leaves the integer in the low bits.
-    ints = [(v + 12582912.0).as_int() for v in scaled]
+    ints = [(v + tokens.ROUND).as_int() for v in scaled]
     if c.pieces == 1:
         return [[tokens.gather_bytes(ints[4 * j : 4 * j + 4], 0) for j in range(4)]]
     upper = [i + 128 for i in ints]
@@ -443,7 +378,7 @@ def _from_e4m3(word: Int) -> list[Float]:
 def operands(c: Decode, words: list[Int]) -> list[list[Int]]:
     """Left operands of the steps of a tile of weights, four words each."""
     if c.format in TERNARY:
-        fields = tokens.fields if c.biased else tokens.signed_bytes
+        fields = _codes.fields if c.biased else _codes.signed_bytes
         rows = [fields(c.format, words, w) for w in range(4)]
         return [
             [rows[2 * b + h][2 * s + j] for j in range(2) for h in range(2)]
@@ -629,16 +564,13 @@ def _finish(
     smem: Any,
     parts: int,
     stats: int,
-    x_scale: Any,
-    scale: Any,
-    channel: Any,
-    bias: Any,
-    y: Any,
+    ends: tuple[Any, Any, Any, Any, Any, Any],
     block: Int,
     thread: Int,
     rows: tuple[Int, Int] | None = None,
 ) -> None:
     """Sums over the warps, scales, bias; one thread for each output."""
+    x_scale, scale, channel, bias, residual, y = ends
     threads = 32 * c.warps
     outputs = c.rows_per_block * c.m * ROWS
     for step in range(-(-outputs // threads)):
@@ -657,10 +589,7 @@ def _finish(
             for w in numbers[1:]:
                 total = total + w
             if c.biased:
-                first = token * c.warps + stats
-                for w in range(c.warps_per_token):
-                    (n,) = asm.load(smem, first + w, 4, words=1, hint="shared")
-                    total = total - n
+                total = total - tokens.count_of(c, smem, stats, token)
             value = total.to_float() if c.exact else total
             for factors in (None if c.grouped else scale, channel):
                 if factors is not None:
@@ -670,7 +599,4 @@ def _finish(
                 value = value * (1 / FACTOR[c.format])
             factor = tokens.token_scale(c, smem, stats, x_scale, token, _top(c))
             value = value * factor
-            if c.bias:
-                (b,) = asm.load(bias, column, 4, words=1, hint="global.nc")
-                value = value + b.as_float()
-            tokens.write_output(c, y, token * c.n + column, value)
+            tokens.write_output(c, y, bias, residual, token, column, value)
