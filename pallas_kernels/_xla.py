@@ -27,7 +27,9 @@ _HIGHEST = lax.Precision.HIGHEST
 _BLOCK = 1 << 18
 # Parts of the rows that a mesh may split; see `_Cut`.
 _PARTS = 8
-# Largest code of a format of integers, its zero subtracted.
+# Largest integer up to which float32 has all; and largest code of a format of integers,
+# its zero subtracted.
+_EXACT = 1 << 24
 _CODE_TOP = {"t2": 1, "sherry": 1, "int4": 15, "int8": 255}
 
 
@@ -96,7 +98,9 @@ def _dot(x: jax.Array, w: jax.Array) -> jax.Array:
 
 def _by_blocks(x: jax.Array, planes: Planes, layout: WeightLayout) -> jax.Array:
     """float32 `[M, N]`, expanding some rows of the weight at a time."""
-    integer = x.dtype == jnp.int8 and layout.format in _CODE_TOP and layout.groups == 1
+    # Sums of integers that float32 may not hold.
+    most = layout.k * 128 * _CODE_TOP.get(layout.format, 0)
+    integer = x.dtype == jnp.int8 and layout.groups == 1 and most > _EXACT
     planes = {name: _bits(plane) for name, plane in planes.items()}
     if layout.format == "t2":
         x, layout = _by_bytes(x, layout)
@@ -152,10 +156,10 @@ def _cut(x: jax.Array, layout: WeightLayout) -> _Cut:
     each = units // parts
     # Every block adds to all sums: with many of them, blocks are larger.
     few = x.shape[0] <= 64
-    elements = _BLOCK if few else 4 * _BLOCK
+    elements = _BLOCK if few else 8 * _BLOCK
     rows = min(elements // max(layout.n, 1), layout.k // (8 if few else 4))
     if x.dtype == jnp.int8 and layout.format in _CODE_TOP:
-        rows = min(rows, (1 << 24) // (128 * _CODE_TOP[layout.format]))
+        rows = min(rows, _EXACT // (128 * _CODE_TOP[layout.format]))
     most = max(1, rows // (unit * parts))
     # Rather a smaller block than a padded copy of the planes.
     size = next((s for s in range(most, most // 2, -1) if each % s == 0), most)

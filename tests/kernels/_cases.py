@@ -32,7 +32,13 @@ def _packed(
         kwargs["granularity"] = "channel" if group is None else "group"
         if group is not None:
             kwargs["group_size"] = group
-    q = aj.quantize(jnp.asarray(w), format=fmt, **kwargs)
+
+    # Compiled as one: much faster than operation by operation.
+    def make(w: jax.Array) -> tuple[Any, jax.Array]:
+        q = aj.quantize(w, format=fmt, **kwargs)
+        return q, q.dequantize(jnp.float32)
+
+    q, dense = jax.jit(make)(jnp.asarray(w))
     planes = dict(q.planes)
     layout = WeightLayout(
         format=fmt,
@@ -43,7 +49,7 @@ def _packed(
         run=_run(q),
         group_stride=q.spec.option("group_stride", 1),
     )
-    return planes, layout, np.asarray(q.dequantize(jnp.float32), np.float64)
+    return planes, layout, np.asarray(dense, np.float64)
 
 
 def _run(q: Any) -> int:

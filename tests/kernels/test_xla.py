@@ -55,15 +55,23 @@ def _error(y: Any, want: Any) -> float:
     return float(np.abs(y - want).max() / np.abs(want).max())
 
 
+def _both(x: Any, planes: Any, layout: WeightLayout) -> Any:
+    """Products of every implementation here, compiled at once."""
+
+    def run(x: jax.Array, planes: Any) -> list[jax.Array]:
+        return [packed_matmul(x, planes, layout, implementation=n) for n in NAMES]
+
+    return jax.jit(run)(x, planes)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=_name)
 def test_float_activations(case: Any, shape: tuple[int, int], rng: Any) -> None:
     fmt, group, options = case
     planes, layout, w = packed(fmt, *shape, group, **options)
     x = rng.standard_normal((3, shape[0])).astype(np.float32)
-    for name in NAMES:
-        y = packed_matmul(jnp.asarray(x), planes, layout, implementation=name)
-        assert _error(y, x.astype(np.float64) @ w) < 2e-6, name
+    for y in _both(x, planes, layout):
+        assert _error(y, x.astype(np.float64) @ w) < 2e-6
 
 
 @pytest.mark.parametrize("m", [1, 300])
@@ -82,10 +90,9 @@ def test_integer_activations(case: Any, rng: Any) -> None:
     x = rng.integers(-128, 128, (3, 1037)).astype(np.int8)
     scale = np.asarray(dense(planes, layout), np.float64)
     want = x.astype(np.float64) @ scale
-    for name in NAMES:
-        y = packed_matmul(jnp.asarray(x), planes, layout, implementation=name)
+    for y in _both(x, planes, layout):
         # Scales are float32; the sums are exact.
-        assert _error(y, want) < 1e-6, name
+        assert _error(y, want) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -132,8 +139,7 @@ def test_integer_products_equal_int64(fmt: str, rng: Any) -> None:
     w = np.asarray(codes(planes, layout), np.int64)
     x = rng.integers(-128, 128, (3, 2336)).astype(np.int8)
     want = (x.astype(np.int64) @ w).astype(np.float32)
-    for name in NAMES:
-        y = packed_matmul(jnp.asarray(x), planes, layout, implementation=name)
+    for y in _both(x, planes, layout):
         np.testing.assert_array_equal(y, want)
 
 
@@ -211,17 +217,13 @@ def test_at_once_is_the_same_product(case: Any, rng: Any) -> None:
     fmt, group, options = case
     planes, layout, w = packed(fmt, 200, 24, group, **options)
     x = rng.standard_normal((3, 200)).astype(np.float32)
-    y = jax.jit(lambda x, p: _xla._at_once(x, p, layout))(x, planes)
-    assert _error(y, x.astype(np.float64) @ w) < 2e-6
     small = rng.integers(-127, 128, (3, 200)).astype(np.int8)
-    y = jax.jit(lambda x, p: _xla._at_once(x, p, layout))(small, planes)
-    assert _error(y, small.astype(np.float64) @ w) < 2e-6
-    low = jnp.asarray(x, jnp.bfloat16)
-    y = jax.jit(lambda x, p: _xla._at_once(x, p, layout))(low, planes)
-    assert _error(y, np.asarray(low, np.float64) @ w) < 1e-2
-    eighth = jnp.asarray(x, jnp.float8_e4m3fn)
-    y = jax.jit(lambda x, p: _xla._at_once(x, p, layout))(eighth, planes)
-    assert _error(y, np.asarray(eighth).astype(np.float64) @ w) < 1e-2
+    some = [x, small, jnp.asarray(x, jnp.bfloat16), jnp.asarray(x, jnp.float8_e4m3fn)]
+    run = jax.jit(lambda some, p: [_xla._at_once(x, p, layout) for x in some])
+    for y, x, limit in zip(
+        run(some, planes), some, (2e-6,) * 2 + (1e-2,) * 2, strict=True
+    ):
+        assert _error(y, np.asarray(x).astype(np.float64) @ w) < limit
 
 
 @pytest.mark.parametrize("fmt", ["t2", "sherry", "int8", "int4", "nvfp4", "nf4"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ MODEL = LanguageModel(
         model_type="llama",
         vocab_size=64,
         hidden_size=128,
-        num_layers=2,
+        num_layers=1,
         intermediate_size=192,
         num_heads=4,
         num_kv_heads=2,
@@ -37,9 +38,15 @@ MODEL = LanguageModel(
 TOKENS = jnp.asarray([[5, 9, 1, 30, 2], [7, 7, 8, 63, 0]])
 
 
-def _compressed(fmt: str, model: LanguageModel = MODEL, **options: Any) -> Any:
+@functools.cache
+def _params(layers: int) -> Any:
+    config = dataclasses.replace(MODEL.config, num_layers=layers)
+    return jax.jit(LanguageModel(config).init)(jax.random.key(0))
+
+
+def _compressed(fmt: str, layers: int = 1, **options: Any) -> Any:
     recipe = aj.Recipe(rules=[aj.Rule(format=fmt, **options)])
-    return jax.jit(lambda k: aj.compress(model.init(k), recipe))(jax.random.key(0))
+    return jax.jit(lambda p: aj.compress(p, recipe))(_params(layers))
 
 
 def _prepared(params: Any) -> set[str]:
@@ -68,9 +75,11 @@ def test_the_logits_stay(fmt: str, options: Any) -> None:
     got = jax.jit(model.logits)(ready, TOKENS)
     # Sums in another order.
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
+    if fmt != "t2":
+        return
     model, ready = prepare_decoder(MODEL, params, activation="int8")
     got = jax.jit(model.logits)(ready, TOKENS)
-    # Eight products in a row, each with activations to half of 1/127 of the largest.
+    # Four products in a row, each with activations to half of 1/127 of the largest.
     error = np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2))
     assert 0 < error < 0.05
 
@@ -86,7 +95,7 @@ def test_what_cannot_be_fused_stays_apart() -> None:
 
 
 def test_uncompressed_models_are_fused_only() -> None:
-    params = MODEL.init(jax.random.key(0))
+    params = _params(1)
     model, ready = prepare_decoder(MODEL, params)
     assert model.fused and not _prepared(ready)
     again, same = prepare_decoder(model, ready)
@@ -103,13 +112,15 @@ def test_preparing_twice_is_refused() -> None:
 
 
 def test_stacked_layers() -> None:
-    model = dataclasses.replace(MODEL, scan_layers=True)
-    params = _compressed("int8")
-    model, ready = prepare_decoder(model, stack_layers(params))
+    config = dataclasses.replace(MODEL.config, num_layers=2)
+    plain = LanguageModel(config)
+    params = _compressed("int8", layers=2)
+    stacked = dataclasses.replace(plain, scan_layers=True)
+    model, ready = prepare_decoder(stacked, stack_layers(params))
     assert model.fused and model.scan_layers and _prepared(ready) == FUSED
     np.testing.assert_allclose(
         jax.jit(model.logits)(ready, TOKENS),
-        jax.jit(MODEL.logits)(params, TOKENS),
+        jax.jit(plain.logits)(params, TOKENS),
         rtol=1e-4,
         atol=1e-4,
     )
