@@ -5,8 +5,8 @@
 Random weights; greedy decoding in one compiled loop over unrolled layers, 128 slots of
 cache. Projections are fused (one launch for q, k, v, one for gate and up); packed
 products quantize their activations to int8. The head stays bfloat16 unless the format
-ends in `+head`, which makes it int8. `roofline` is the share of the memory bandwidth
-that reading all weights once for each token takes.
+names another for it: `t2+int8`, or `t2+t2` for all linears in one format. `roofline` is
+the share of the memory bandwidth that reading all weights once for each token takes.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "int4": {"granularity": "group", "group_size": 128},
     "int8": {},
 }
+FORMATS = ["t2", "t2+t2", "sherry", "sherry+sherry", "int4", "int4+int4", "int8"]
 SLOTS = 128
 # Captures the loop itself in a CUDA graph: the predicate is not read back by the host.
 CAPTURED = {
@@ -67,7 +68,7 @@ CAPTURED = {
 
 def random_params(model: LanguageModel, kind: str) -> dict[str, Any]:
     """Parameters of a fused model; matrices packed in the format `kind`."""
-    fmt, plus, _ = kind.partition("+head")
+    fmt, _, head = kind.partition("+")
     paths, treedef = jax.tree_util.tree_flatten_with_path(model.abstract(jnp.bfloat16))
     makers: dict[Any, Any] = {}
     leaves = []
@@ -75,7 +76,7 @@ def random_params(model: LanguageModel, kind: str) -> dict[str, Any]:
         name = path_string(path)
         what = "bfloat16"
         if name.startswith("lm_head/"):
-            what = "int8" if plus else what
+            what = head or what
         elif name.endswith("_proj/kernel"):
             what = fmt
         if (what, leaf.shape) not in makers:
@@ -159,7 +160,9 @@ def main() -> None:
     parser.add_argument("--tag", default="gpu")
     parser.add_argument("--model", nargs="*", default=list(MODELS))
     parser.add_argument(
-        "--formats", nargs="*", default=["t2", "sherry", "int4", "int8", "t2+head"]
+        "--formats",
+        nargs="*",
+        default=["t2", "t2+t2", "sherry", "sherry+sherry", "int4", "int4+int4", "int8"],
     )
     parser.add_argument("--seconds", type=float, default=1e9)
     args = parser.parse_args()

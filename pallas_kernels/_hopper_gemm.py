@@ -63,7 +63,7 @@ def plan(m: int, layout: WeightLayout) -> dict[str, Any]:
 def candidates(m: int, layout: WeightLayout) -> Iterator[dict[str, Any]]:
     """Plans worth timing for `m` rows of int8 activations."""
     most = 128 if layout.groups > 1 else 256
-    for tokens, stages in ((64, 4), (64, 6), (128, 4), (128, 6), (256, 3), (256, 4)):
+    for tokens, stages in ((64, 6), (128, 6), (256, 3), (256, 4)):
         if tokens > most or tokens >= 2 * max(m, 64):
             continue
         for first in (False, True) if m > tokens else (False,):

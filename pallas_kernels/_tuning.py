@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,14 @@ _KEYS = {
 Plan = dict[str, Any]
 
 
-def case_of(layout: WeightLayout, wide: bool) -> str:
-    """Name of a weight and its activations: `sherry 4096x14336 channel int8`."""
+def case_of(layout: WeightLayout, wide: bool, inside: bool = False) -> str:
+    """Name of a weight and its activations: `sherry 4096x14336 channel int8`.
+
+    `wide` activations have 16 bits; those of 8 may be quantized `inside` the product.
+    """
     group = "channel" if layout.groups == 1 else f"g{layout.group_size}"
     zero = "" if layout.symmetric else "+zero"
-    activations = "wide" if wide else "int8"
+    activations = "wide" if wide else "a8" if inside else "int8"
     return f"{layout.format}{zero} {layout.k}x{layout.n} {group} {activations}"
 
 
@@ -48,21 +51,32 @@ def bucket(m: int) -> int:
     return 1 << max(m - 1, 0).bit_length()
 
 
-def rows_per_block(blocks: int) -> list[int]:
-    """Row blocks for a thread block, so that whole waves fill 132 processors."""
-    return sorted({-(-blocks // (132 * n)) for n in (1, 2, 3, 4, 6)} - {0})
+def blocks_and_warps(blocks: int) -> Iterator[Plan]:
+    """Sizes worth timing for a kernel that shares out `blocks` row blocks.
+
+    A thread block takes so many of them that whole waves fill 132 processors.
+    """
+    rows = sorted({-(-blocks // (132 * n)) for n in (1, 2, 4)} - {0})
+    for warps, ahead in ((4, 4), (8, 2), (8, 4), (16, 2)):
+        for each in rows:
+            yield {"warps": warps, "rows_per_block": each, "prefetch": ahead}
 
 
-def lookup(m: int, layout: WeightLayout, wide: bool) -> Plan | None:
+def lookup(
+    m: int, layout: WeightLayout, wide: bool, inside: bool = False
+) -> Plan | None:
     """The measured plan for `m` tokens on the current device, or None."""
     files = os.environ.get(VARIABLE, "")
     kind = current_device().device_kind
     for path in [*filter(None, files.split(os.pathsep)), *_shipped()]:
         table = read(path)
         if table["device"] == kind:
-            plan = table["plans"].get(case_of(layout, wide), {}).get(str(bucket(m)))
-            if plan is not None:
-                return dict(plan)
+            for case in dict.fromkeys(
+                case_of(layout, wide, i) for i in (inside, False)
+            ):
+                plan = table["plans"].get(case, {}).get(str(bucket(m)))
+                if plan is not None:
+                    return dict(plan)
     return None
 
 

@@ -140,7 +140,8 @@ def tune(
                 if best is None:
                     continue
                 us, plan, tried = best
-                case = _tuning.case_of(ready, kind == "bfloat16")
+                inside = kind == "int8-from-bfloat16"
+                case = _tuning.case_of(ready, kind == "bfloat16", inside)
                 plans.setdefault(case, {})[str(_tuning.bucket(m))] = plan
                 report(f"{case}, {m} tokens: {us:.2f} us by {plan} of {tried}")
     return {

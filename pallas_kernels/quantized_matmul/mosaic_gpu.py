@@ -8,7 +8,6 @@ FP8 weights two e4m3 values (error 2^-8 of each activation, 2^-19 of the largest
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -69,7 +68,8 @@ def matmul(
         x = x.astype(jnp.bfloat16)
     wide = x.dtype != jnp.int8 and activation is None
     out_dtype = jnp.dtype(out_dtype)
-    plan = dict(tuning) or choose(x.shape[0], layout, wide)
+    inside = x.dtype != jnp.int8 and not wide
+    plan = dict(tuning) or choose(x.shape[0], layout, wide, inside)
     kernel = plan.pop("kernel")
     if kernel == "bytes":
         k = tiles(layout)[1] * 128
@@ -96,9 +96,14 @@ def matmul(
     return _expanded(x, planes, layout, x_scale, bias, activation, out_dtype)
 
 
-def choose(m: int, layout: WeightLayout, wide: bool) -> dict[str, Any]:
-    """The kernel for `m` tokens and its parameters: as measured, else by rule."""
-    measured = _tuning.lookup(m, layout, wide)
+def choose(
+    m: int, layout: WeightLayout, wide: bool, inside: bool = False
+) -> dict[str, Any]:
+    """The kernel for `m` tokens and its parameters: as measured, else by rule.
+
+    `wide` activations have 16 bits; those of 8 may be quantized `inside` the product.
+    """
+    measured = _tuning.lookup(m, layout, wide, inside)
     if measured is not None and _possible(measured, m, layout, wide):
         return measured
     if m <= 16:
@@ -119,10 +124,8 @@ def candidates(m: int, layout: WeightLayout, wide: bool) -> Iterator[dict[str, A
     """Plans worth timing, what `choose` gives by rule among them."""
     blocks, _ = tiles(layout)
     if m <= 32:
-        rows = _tuning.rows_per_block(blocks)
-        for each in itertools.product((4, 8, 16), rows, (2, 4)):
-            keys = ("warps", "rows_per_block", "prefetch")
-            plan = {"kernel": "bytes", **dict(zip(keys, each, strict=True))}
+        for sizes in _tuning.blocks_and_warps(blocks):
+            plan = {"kernel": "bytes", **sizes}
             if _possible(plan, m, layout, wide):
                 yield plan
     if m >= 8 and _hopper_gemm.takes(layout):
@@ -170,7 +173,7 @@ def decode_of(
 
 def fuses(m: int, layout: WeightLayout, wide: bool) -> bool:
     """Whether a norm, a gate and a residual can be part of a product of float `x`."""
-    return choose(m, layout, wide)["kernel"] == "bytes" and layout.k % 16 == 0
+    return choose(m, layout, wide, not wide)["kernel"] == "bytes" and layout.k % 16 == 0
 
 
 def _few(

@@ -64,7 +64,8 @@ def matmul(
     if x.dtype not in (jnp.int8, jnp.float32, jnp.bfloat16, jnp.float16):
         x = x.astype(jnp.bfloat16)
     wide = x.dtype != jnp.int8 and activation is None
-    plan = dict(tuning) or choose(x.shape[0], layout, wide)
+    inside = x.dtype != jnp.int8 and not wide
+    plan = dict(tuning) or choose(x.shape[0], layout, wide, inside)
     kernel = plan.pop("kernel")
     if kernel == "expand":
         return _expanded(x, planes, layout, x_scale, bias, activation, out_dtype)
@@ -91,9 +92,14 @@ def matmul(
     )
 
 
-def choose(m: int, layout: WeightLayout, wide: bool) -> dict[str, Any]:
-    """The kernel for `m` tokens and its parameters: as measured, else by rule."""
-    measured = _tuning.lookup(m, layout, wide)
+def choose(
+    m: int, layout: WeightLayout, wide: bool, inside: bool = False
+) -> dict[str, Any]:
+    """The kernel for `m` tokens and its parameters: as measured, else by rule.
+
+    `wide` activations have 16 bits; those of 8 may be quantized `inside` the product.
+    """
+    measured = _tuning.lookup(m, layout, wide, inside)
     if measured is not None and _possible(measured, m, layout, wide):
         return measured
     blocks, _ = tiles(layout)
@@ -114,11 +120,9 @@ def choose(m: int, layout: WeightLayout, wide: bool) -> dict[str, Any]:
 def candidates(m: int, layout: WeightLayout, wide: bool) -> Iterator[dict[str, Any]]:
     """Plans worth timing, what `choose` gives by rule among them."""
     blocks, _ = tiles(layout)
-    kernels = [k for k, most in (("bits", 4), ("bytes", 32)) if m <= most]
-    rows = _tuning.rows_per_block(blocks)
-    for each in itertools.product(kernels, (4, 8, 16), rows, (2, 4)):
-        keys = ("kernel", "warps", "rows_per_block", "prefetch")
-        plan = dict(zip(keys, each, strict=True))
+    kernels = [k for k, most in (("bits", 2), ("bytes", 32)) if m <= most]
+    for kernel, sizes in itertools.product(kernels, _tuning.blocks_and_warps(blocks)):
+        plan = {"kernel": kernel, **sizes}
         if _possible(plan, m, layout, wide):
             yield plan
     if m >= 8 and _hopper_gemm.takes(layout):
@@ -200,7 +204,7 @@ def _weights(planes: Planes, layout: WeightLayout) -> list[jax.Array]:
 
 def fuses(m: int, layout: WeightLayout, wide: bool) -> bool:
     """Whether a norm, a gate and a residual can be part of a product of float `x`."""
-    few = choose(m, layout, wide)["kernel"] in ("bits", "bytes")
+    few = choose(m, layout, wide, not wide)["kernel"] in ("bits", "bytes")
     return few and _as_it_lies(layout)
 
 
