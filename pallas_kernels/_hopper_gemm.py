@@ -38,11 +38,6 @@ _LOADS = {"t2": (4, 4), "sherry": (4, 1), "int4": (4,) * 4, "int8": (4,) * 8}
 _FACTOR = {"t2": 64, "sherry": 64, "int4": 16, "int8": 1}
 
 
-# Sums within 2^22 of it are exact: those of 256 weights of 8 bits are.
-_MAGIC = 1.5 * 2.0**23
-_MAGIC_BITS = 0x4B400000
-
-
 def takes(layout: WeightLayout) -> bool:
     """Whether a weight can be multiplied here."""
     if layout.format not in _LOADS or not layout.symmetric:
@@ -54,10 +49,15 @@ def takes(layout: WeightLayout) -> bool:
 def plan(m: int, layout: WeightLayout) -> dict[str, Any]:
     """Tile sizes for `m` tokens."""
     if m <= 64:
-        return {"tokens": 64, "stages": 6}
-    if m <= 128 or layout.groups > 1:
-        return {"tokens": 128, "stages": 6}
-    return {"tokens": 256, "stages": 4}
+        sizes = {"tokens": 64, "stages": 6}
+    elif m <= 128 or layout.groups > 1:
+        sizes = {"tokens": 128, "stages": 6}
+    else:
+        sizes = {"tokens": 256, "stages": 4}
+    # Where half of the processors would have nothing to do: half as much for each.
+    if -(-layout.n // 128) * -(-m // sizes["tokens"]) <= 66:
+        sizes["warpgroups"] = 1
+    return sizes
 
 
 def candidates(m: int, layout: WeightLayout) -> Iterator[dict[str, Any]]:
@@ -67,12 +67,10 @@ def candidates(m: int, layout: WeightLayout) -> Iterator[dict[str, Any]]:
         if tokens > most or tokens >= 2 * max(m, 64):
             continue
         for first in (False, True) if m > tokens else (False,):
-            yield {
-                "kernel": "gemm",
-                "tokens": tokens,
-                "stages": stages,
-                "tokens_first": first,
-            }
+            sizes = {"tokens": tokens, "stages": stages, "tokens_first": first}
+            yield {"kernel": "gemm", **sizes}
+            if -(-layout.n // 128) * -(-m // tokens) <= 132:
+                yield {"kernel": "gemm", **sizes, "warpgroups": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,18 +225,15 @@ def _body(c: Gemm, *refs: Any) -> None:
                         for part in parts:
                             half(acc, words, t, part)
                         plgpu.wgmma_wait(0)
+                        return acc[...].astype(jnp.float32)
 
-                    bits = pl.run_state(one)(plgpu.ACC.init(start))
-                    new = lax.bitcast_convert_type(bits, jnp.float32) - _MAGIC
+                    new = pl.run_scoped(one, plgpu.ACC((64, c.tokens), jnp.int32))
                     sums = sums + new * lax.broadcast_in_dim(s_g, new.shape, [0])
                 return following, sums
 
-            # Integers that start at the bits of 1.5 * 2^23 become floats by one
-            # subtraction; conversions run at a quarter of its rate.
-            shape, layout = (64, c.tokens), plgpu.Layout.WGMMA
-            start = jnp.full(shape, _MAGIC_BITS, jnp.int32)
-            start = plgpu.layout_cast(start, layout)
-            zero = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
+            zero = plgpu.layout_cast(
+                jnp.zeros((64, c.tokens), jnp.float32), plgpu.Layout.WGMMA
+            )
             first = _fetch(c, weights, held, 0)
             return lax.fori_loop(0, c.k_tiles, tile, (first, zero))[1]
 

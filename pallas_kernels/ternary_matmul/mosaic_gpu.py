@@ -105,7 +105,7 @@ def choose(
     blocks, _ = tiles(layout)
     if m <= 32:
         plan = {
-            "kernel": "bits" if m <= 2 else "bytes",
+            "kernel": "bits" if m <= 2 and layout.format == "sherry" else "bytes",
             "warps": 8,
             "rows_per_block": -(-blocks // 264),
             "prefetch": 4,
