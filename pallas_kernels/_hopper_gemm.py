@@ -150,7 +150,8 @@ def _body(c: Gemm, *refs: Any) -> None:
 
     @pl.when(work & (group == c.warpgroups))
     def _copy() -> None:
-        plgpu.set_max_registers(40, action="decrease")
+        if c.warpgroups > 1:  # else all have as many as there can be
+            plgpu.set_max_registers(40, action="decrease")
 
         def step(s: Any, _: None) -> None:
             slot = lax.rem(s, c.stages)
@@ -176,7 +177,8 @@ def _body(c: Gemm, *refs: Any) -> None:
 
     @pl.when(work & (group < c.warpgroups))
     def _multiply() -> None:
-        plgpu.set_max_registers(232, action="increase")
+        if c.warpgroups > 1:
+            plgpu.set_max_registers(232, action="increase")
         held = rows + (visit.expert * (-(-c.n // 128) * 2) if visit else 0)
 
         def half(acc: Any, words: Any, t: Any, part: int) -> None:

@@ -114,4 +114,7 @@ def check_no_spills(script: str, case: Any, folder: Path) -> None:
     assert " 0 bytes spill stores, 0 bytes spill loads" in log
     assert "C75" not in log, "ptxas serializes wgmma: " + log
     found = re.search(r"Used (\d+) registers", log)
-    assert found is not None and int(found[1]) <= 168
+    (code,) = (p.read_text() for p in folder.glob("*.ptx"))
+    threads = re.search(r"\.maxntid (\d+)", code)
+    assert found is not None and threads is not None
+    assert int(found[1]) * int(threads[1]) <= 65536, "a block does not fit"
