@@ -22,9 +22,11 @@ import jax.numpy as jnp
 
 import angeljax as aj
 from angeljax._leaves import path_string
+from angeljax._transposed import transposed
 from angeljax.models import DecoderConfig, LanguageModel, decode_step
 from benchmarks._results import Row, write
 from benchmarks.packed_matmul import LIMITS
+from pallas_kernels._devices import is_gpu
 
 MODELS = {
     "8b": DecoderConfig(
@@ -79,18 +81,22 @@ def random_params(model: LanguageModel, kind: str) -> dict[str, Any]:
             what = head or what
         elif name.endswith("_proj/kernel"):
             what = fmt
-        if (what, leaf.shape) not in makers:
-            makers[what, leaf.shape] = _maker(what, leaf)
-        leaves.append(makers[what, leaf.shape](jax.random.key(i)))
+        matrix = name.endswith("/kernel")
+        made = what, matrix, leaf.shape
+        if made not in makers:
+            makers[made] = _maker(what, matrix, leaf)
+        leaves.append(makers[made](jax.random.key(i)))
     return jax.tree.unflatten(treedef, leaves)
 
 
-def _maker(what: str, leaf: Any) -> Any:
+def _maker(what: str, matrix: bool, leaf: Any) -> Any:
     def dense(key: jax.Array) -> jax.Array:
         return 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
 
     if what == "bfloat16":
-        return jax.jit(dense)
+        # As `prepare_decoder` stores it.
+        turned = matrix and is_gpu()
+        return jax.jit(lambda key: transposed(dense(key)) if turned else dense(key))
 
     def packed(key: jax.Array) -> Any:
         q = aj.quantize(dense(key), format=what, **OPTIONS[what])
