@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from angeljax._transposed import TransposedTensor
 from angeljax.formats import QTensor
 
 
@@ -57,7 +58,9 @@ def _is_variable(x: Any) -> bool:
 
 
 def _is_leaf(x: Any) -> bool:
-    return isinstance(x, QTensor) or _is_partition_box(x) or _is_variable(x)
+    if isinstance(x, QTensor | TransposedTensor):
+        return True
+    return _is_partition_box(x) or _is_variable(x)
 
 
 def _open(x: Any) -> tuple[Any, Callable[[Any], Any]]:

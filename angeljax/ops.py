@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from angeljax._transposed import takes_token, token_dot
 from angeljax.formats import QTensor
 from angeljax.formats._blocks import GRANULE_PLANES
 from angeljax.prepare import PreparedTensor, has_kernel, kernel_view
@@ -92,14 +93,24 @@ def dot(
                 residual=residual,
                 out_dtype=preferred_element_type,
             )
-    x = before(x, norm, norm_eps, gate)
-    y = dot_general(
-        x,
-        w,
-        (((x.ndim - 1,), (0,)), ((), ())),
-        precision=precision,
-        preferred_element_type=preferred_element_type,
-    )
+    x = x if gate is None else before(x, None, norm_eps, gate)
+    if takes_token(w, x):
+        y = token_dot(
+            x,
+            w,
+            norm=norm,
+            norm_eps=norm_eps,
+            out_dtype=preferred_element_type,
+        )
+    else:
+        x = before(x, norm, norm_eps, None)
+        y = dot_general(
+            x,
+            w,
+            (((x.ndim - 1,), (0,)), ((), ())),
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+        )
     if bias is not None:
         y = y + bias.astype(y.dtype)
     return y if residual is None else residual + y

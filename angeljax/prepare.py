@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 import pallas_kernels
 from angeljax._leaves import flatten, unflatten
+from angeljax._transposed import TransposedTensor
 from angeljax.formats import QTensor
 from angeljax.formats._blocks import GRANULE_PLANES
 from angeljax.formats._qtensor import register_type
@@ -165,14 +166,16 @@ def restore(tree: Any) -> Any:
     """Exact inverse of `prepare`.
 
     Args:
-      tree: a `PreparedTensor`, or any tree with some.
+      tree: a `PreparedTensor`, or any tree with some. Matrices that
+        `angeljax.models.prepare_decoder` transposed are transposed back.
 
     Returns:
       The tree with canonical QTensors.
     """
     leaves, treedef = flatten(tree)
     values = [leaf.value for leaf in leaves]
-    plain = [v.restored() if isinstance(v, PreparedTensor) else v for v in values]
+    ready = PreparedTensor | TransposedTensor
+    plain = [v.restored() if isinstance(v, ready) else v for v in values]
     return unflatten(treedef, leaves, plain)
 
 

@@ -22,9 +22,11 @@ import jax.numpy as jnp
 
 import angeljax as aj
 from angeljax._leaves import path_string
+from angeljax._transposed import transposed
 from angeljax.models import DecoderConfig, LanguageModel, decode_step
 from benchmarks._results import Row, write
 from benchmarks.packed_matmul import LIMITS
+from pallas_kernels._devices import is_gpu
 
 MODELS = {
     "8b": DecoderConfig(
@@ -57,7 +59,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "int8": {},
 }
 FORMATS = ["t2", "t2+t2", "sherry", "sherry+sherry", "int4", "int4+int4", "int8"]
-SLOTS = 128
+SLOTS, STEPS = 128, 64
 # Captures the loop itself in a CUDA graph: the predicate is not read back by the host.
 CAPTURED = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,"
@@ -79,18 +81,22 @@ def random_params(model: LanguageModel, kind: str) -> dict[str, Any]:
             what = head or what
         elif name.endswith("_proj/kernel"):
             what = fmt
-        if (what, leaf.shape) not in makers:
-            makers[what, leaf.shape] = _maker(what, leaf)
-        leaves.append(makers[what, leaf.shape](jax.random.key(i)))
+        matrix = name.endswith("/kernel")
+        made = what, matrix, leaf.shape
+        if made not in makers:
+            makers[made] = _maker(what, matrix, leaf)
+        leaves.append(makers[made](jax.random.key(i)))
     return jax.tree.unflatten(treedef, leaves)
 
 
-def _maker(what: str, leaf: Any) -> Any:
+def _maker(what: str, matrix: bool, leaf: Any) -> Any:
     def dense(key: jax.Array) -> jax.Array:
         return 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
 
     if what == "bfloat16":
-        return jax.jit(dense)
+        # As `prepare_decoder` stores it.
+        turned = matrix and is_gpu()
+        return jax.jit(lambda key: transposed(dense(key)) if turned else dense(key))
 
     def packed(key: jax.Array) -> Any:
         q = aj.quantize(dense(key), format=what, **OPTIONS[what])
@@ -102,7 +108,7 @@ def _maker(what: str, leaf: Any) -> Any:
 def milliseconds(model: LanguageModel, params: Any) -> tuple[float, dict[str, int]]:
     """Time of a token, the better of two ways to compile, and kernels in a step."""
 
-    def run(params: Any, steps: jax.Array) -> jax.Array:
+    def run(params: Any) -> jax.Array:
         cache = model.init_cache(1, SLOTS)
         token = jnp.zeros((1,), jnp.int32)
 
@@ -113,24 +119,25 @@ def milliseconds(model: LanguageModel, params: Any) -> tuple[float, dict[str, in
             length = jnp.where(cache.length >= SLOTS - 1, 0, cache.length)
             return dataclasses.replace(cache, length=length), token
 
-        return jax.lax.fori_loop(0, steps, step, (cache, token))[1]
+        # A constant number: the host is not asked after each token.
+        return jax.lax.fori_loop(0, STEPS, step, (cache, token))[1]
 
-    lowered = jax.jit(run).lower(params, jnp.int32(1))
+    lowered = jax.jit(run).lower(params)
     best, kernels = float("inf"), {}
     for options in (None, CAPTURED):
         compiled = lowered.compile(compiler_options=options)
         kernels = count_kernels(compiled.as_text() or "")
 
-        def once(steps: int, compiled: Any = compiled) -> float:
-            n = jnp.int32(steps)
+        def once(calls: int, compiled: Any = compiled) -> float:
             start = time.perf_counter()
-            jax.block_until_ready(compiled(params, n))
+            for _ in range(calls):
+                out = compiled(params)
+            jax.block_until_ready(out)
             return time.perf_counter() - start
 
-        once(4)
-        for _ in range(3):
-            short, long = once(8), once(72)
-            best = min(best, (long - short) / 64 * 1e3)
+        once(1)
+        short, long = (min(once(n) for _ in range(3)) for n in (1, 3))
+        best = min(best, (long - short) / 2 / STEPS * 1e3)
     return best, kernels
 
 

@@ -27,6 +27,12 @@ def current_device() -> Any:
     return jax.devices()[0] if chosen is None else chosen
 
 
+def is_gpu(device: Any = None) -> bool:
+    """Whether a device is an NVIDIA GPU; default the one that code is traced for."""
+    device = current_device() if device is None else device
+    return getattr(device, "platform", "gpu") in ("gpu", "cuda")
+
+
 def implementation_for(device: Any = None) -> str:
     """Name of the fastest implementation for a device.
 
@@ -37,10 +43,9 @@ def implementation_for(device: Any = None) -> str:
       "mosaic_gpu", "triton", "tpu" or "xla".
     """
     device = current_device() if device is None else device
-    platform = getattr(device, "platform", "gpu")
-    if platform == "tpu" or "TPU" in device.device_kind:
+    if getattr(device, "platform", "gpu") == "tpu" or "TPU" in device.device_kind:
         return "tpu"
-    if platform not in ("gpu", "cuda"):
+    if not is_gpu(device):
         return "xla"
     capability = getattr(device, "compute_capability", None)
     if capability == "9.0" or any(name in device.device_kind for name in _HOPPER):

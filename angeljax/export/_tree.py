@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from angeljax._transposed import TransposedTensor
 from angeljax.export._errors import CheckpointError
 from angeljax.formats import QTensor
 from angeljax.prepare import PreparedTensor
@@ -65,14 +66,16 @@ def _describe(node: Any, path: str, leaves: dict[str, Any]) -> Any:
     if type(node) in (list, tuple):
         children = [_describe(c, _join(path, i), leaves) for i, c in enumerate(node)]
         return {type(node).__name__: children}
+    # Checkpoints are canonical, whatever device the tree was prepared for.
+    if isinstance(node, PreparedTensor | TransposedTensor):
+        node = node.restored()
     if not isinstance(node, QTensor) and not _is_array(node):
         raise CheckpointError(
             f"{path!r} is {_kind(node)}, neither array nor QTensor{_advice(node)}"
         )
     if path in leaves:
         raise CheckpointError(f"two leaves have the path {path!r}: rename one")
-    # Checkpoints are canonical, whatever device the tree was prepared for.
-    leaves[path] = node.restored() if isinstance(node, PreparedTensor) else node
+    leaves[path] = node
     return path
 
 

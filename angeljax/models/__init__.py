@@ -3,13 +3,13 @@
 The rest of angeljax does not import this package: it works on anybody's model.
 """
 
+from angeljax.models.attention import dense_attention
 from angeljax.models.cache import KVCache, init_cache
 from angeljax.models.config import DecoderConfig, ModelError
 from angeljax.models.decoder import Decoder
 from angeljax.models.fusion import fuse_projections, split_projections
 from angeljax.models.generate import Generated, decode_step, filter_logits, generate
 from angeljax.models.language_model import LanguageModel, stack_layers, unstack_layers
-from angeljax.models.layers import dense_attention
 from angeljax.models.loading import LoadedModel, load_config, load_model
 from angeljax.models.serving import prepare_decoder
 from angeljax.models.tokenizer import Tokenizer

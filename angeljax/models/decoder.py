@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from angeljax import ops
+from angeljax.models.attention import dense_attention
 from angeljax.models.cache import KVCache
 from angeljax.models.config import DecoderConfig
 from angeljax.models.layers import (
@@ -25,7 +26,6 @@ from angeljax.models.layers import (
     Embed,
     Linear,
     RMSNorm,
-    dense_attention,
 )
 from angeljax.models.rope import cos_sin
 

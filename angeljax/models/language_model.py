@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from angeljax.models.attention import dense_attention
 from angeljax.models.cache import KVCache, init_cache
 from angeljax.models.config import DecoderConfig
 from angeljax.models.decoder import Decoder
-from angeljax.models.layers import AttentionFn, dense_attention
+from angeljax.models.layers import AttentionFn
 
 
 @dataclasses.dataclass(frozen=True)

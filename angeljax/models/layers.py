@@ -22,22 +22,6 @@ _ONES = nnx.initializers.ones_init()
 _ZEROS = nnx.initializers.zeros_init()
 
 
-def dense_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
-) -> jax.Array:
-    """Softmax attention with grouped queries; softmax in float32.
-
-    Args:
-      q: `[B, T, num_heads, head_dim]`.
-      k, v: `[B, S, num_kv_heads, head_dim]`.
-      mask: bool `[B, 1, T, S]`, True where a query sees a key.
-
-    Returns:
-      `[B, T, num_heads, head_dim]`.
-    """
-    return jax.nn.dot_product_attention(q, k, v, mask=mask)
-
-
 class Linear(nnx.Module):
     """`x @ kernel (+ bias)`, kernel `[in, out]`."""
 

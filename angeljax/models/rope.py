@@ -71,13 +71,21 @@ def _yarn(
 
 
 def cos_sin(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """float32 `[B, T, 1, head_dim / 2]` each, for int positions `[B, T]`."""
+    """What `rotate` multiplies by, for int positions `[B, T]`.
+
+    Returns:
+      float32 `[B, T, 1, 1, head_dim / 2]`, and `[B, T, 1, 2, head_dim / 2]` with the
+      sine as it stands in the rows of the rotation.
+    """
     frequency, factor = frequencies(config)
-    angles = positions.astype(jnp.float32)[..., None, None] * frequency
-    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+    angles = positions.astype(jnp.float32)[..., None, None, None] * frequency
+    signs = jnp.asarray([[-1.0], [1.0]], jnp.float32)
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor * signs
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates pairs (i, i + head_dim / 2) of `[B, T, H, head_dim]`, in float32."""
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+    # Without a concatenation, which XLA for GPUs does not fuse into what follows.
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
+    pairs = pairs * cos + pairs[..., ::-1, :] * sin
+    return pairs.reshape(x.shape).astype(x.dtype)

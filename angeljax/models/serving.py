@@ -5,9 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
+
+from angeljax._leaves import flatten, unflatten
+from angeljax._transposed import TransposedTensor, transposed
+from angeljax.formats import QTensor
 from angeljax.models.fusion import fuse_projections
 from angeljax.models.language_model import LanguageModel
 from angeljax.prepare import prepare
+from pallas_kernels._devices import is_gpu
 
 
 def prepare_decoder(
@@ -17,11 +23,15 @@ def prepare_decoder(
     device: Any = None,
     implementation: str | None = None,
     activation: str | None = None,
+    transpose: bool | None = None,
 ) -> tuple[LanguageModel, dict[str, Any]]:
-    """Fuses projections and prepares packed weights; see `angeljax.prepare`.
+    """Fuses projections and prepares weights; see `angeljax.prepare`.
 
     One launch then serves queries, keys and values, and one gate and up. Where their
-    formats differ, or share a scale that no other kernel has, they stay apart.
+    formats differ, or share a scale that no other kernel has, they stay apart. Matrices
+    that are not packed can be stored transposed, the order in which a GPU multiplies
+    one token with them; their logical shape stays. `angeljax.restore` undoes it, and
+    `angeljax.save` stores the matrices as they were.
 
     Args:
       model: the architecture.
@@ -29,6 +39,8 @@ def prepare_decoder(
       device: default the first one.
       implementation: of `pallas_kernels`, instead of the device's own.
       activation: "int8" quantizes activations for each token.
+      transpose: whether matrices that are not packed are stored transposed; default on
+        GPUs only.
 
     Returns:
       The model and the tree to use from now on.
@@ -58,4 +70,19 @@ def prepare_decoder(
     ready = prepare(
         params, device=device, implementation=implementation, activation=activation
     )
+    if is_gpu(device) if transpose is None else transpose:
+        ready = _transpose_kernels(ready)
     return model, ready
+
+
+def _transpose_kernels(params: dict[str, Any]) -> dict[str, Any]:
+    leaves, treedef = flatten(params)
+    done = [
+        transposed(leaf.value)
+        if leaf.path.endswith("/kernel")
+        and not isinstance(leaf.value, QTensor | TransposedTensor)
+        and jnp.issubdtype(leaf.value.dtype, jnp.floating)
+        else leaf.value
+        for leaf in leaves
+    ]
+    return unflatten(treedef, leaves, done)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.decode_step import count_kernels
+
 pytestmark = pytest.mark.gpu_compile
 
 _SCRIPT = """
@@ -56,6 +58,59 @@ def _has_plugin() -> bool:
         return bool(metadata.version("jax-cuda13-plugin"))
     except metadata.PackageNotFoundError:
         return False
+
+
+_DENSE = """
+import jax, jax.numpy as jnp
+from angeljax.models import DecoderConfig, LanguageModel, decode_step, prepare_decoder
+from tests.kernels._h100 import compile_for_h100
+
+model = LanguageModel(
+    DecoderConfig(
+        model_type="llama", vocab_size=96, hidden_size=576, num_layers=3,
+        intermediate_size=1536, num_heads=9, num_kv_heads=3, head_dim=64, tied=True,
+    ),
+    dtype=jnp.bfloat16, fused=True,
+)
+
+def run(params, steps):
+    def step(_, carry):
+        token, cache = carry
+        return decode_step(model, params, cache, token)
+    carry = jnp.zeros((1,), jnp.int32), model.init_cache(1, 128)
+    return jax.lax.fori_loop(0, steps, step, carry)[0]
+
+ready = jax.eval_shape(
+    lambda p: prepare_decoder(model, p, transpose=True)[1], model.abstract(jnp.bfloat16)
+)
+steps = jax.ShapeDtypeStruct((), jnp.int32)
+compiled = compile_for_h100(run, ready, steps)
+print("TEMP", compiled.memory_analysis().temp_size_in_bytes)
+print(compiled.as_text())
+"""
+
+
+@pytest.mark.skipif(not _has_plugin(), reason="needs jax[cuda13]")
+def test_a_dense_decode_step_is_a_few_fusions() -> None:
+    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    env = {
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "JAX_PLATFORMS": "cpu",
+        "PATH": "/usr/bin:/bin",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", _DENSE],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    # Three layers of at most ten kernels, and what is done once.
+    assert count_kernels(done.stdout)["fusion"] <= 3 * 10 + 12
+    temp = re.search(r"^TEMP (\d+)", done.stdout, re.M)
+    assert temp and int(temp[1]) < 2**20, "neither a product nor a copied weight"
 
 
 @pytest.mark.skipif(not _has_plugin(), reason="needs jax[cuda13]")

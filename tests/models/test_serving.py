@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import angeljax as aj
+from angeljax._transposed import TransposedTensor
 from angeljax.models import (
     DecoderConfig,
     LanguageModel,
@@ -20,6 +21,7 @@ from angeljax.models import (
     prepare_decoder,
     stack_layers,
 )
+from angeljax.models.attention import dense_attention, token_attention
 from angeljax.prepare import PreparedTensor
 from pallas_kernels import KernelError
 
@@ -158,3 +160,72 @@ def test_a_step_updates_its_cache_in_place() -> None:
     memory = step.lower(model, ready, cache, token).compile().memory_analysis()
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((cache.k, cache.v)))
     assert memory.alias_size_in_bytes >= held
+
+
+def test_dense_matrices_are_transposed(tmp_path: Any) -> None:
+    params = MODEL.init(jax.random.key(0))
+    fused, plain = prepare_decoder(MODEL, params, transpose=False)
+    model, ready = prepare_decoder(MODEL, params, transpose=True)
+    turned = ready["layers"][0]["attn"]["qkv_proj"]["kernel"]
+    assert isinstance(turned, TransposedTensor) and model == fused
+    assert turned.shape == (128, 256) and turned.array.shape == (256, 128)
+    assert turned.dtype == jnp.float32 and turned.ndim == 2
+    assert turned.size == 128 * 256 and turned.nbytes == 4 * turned.size
+    assert turned[:3].shape == (3, 256) and turned.astype(jnp.bfloat16).shape[0] == 128
+    table = ready["embed_tokens"]["embedding"]
+    assert table is params["embed_tokens"]["embedding"], "its inputs are last already"
+    want = fused.logits(plain, TOKENS)
+    np.testing.assert_allclose(model.logits(ready, TOKENS), want, rtol=1e-5, atol=1e-5)
+    # A single row multiplies and sums, the norm included.
+    out = [
+        generate(m, p, TOKENS[:1], max_new_tokens=5, eos_ids=()).tokens.tolist()
+        for m, p in ((fused, plain), (model, ready))
+    ]
+    assert out[0] == out[1]
+    # Checkpoints and `restore` know nothing of it, and once is enough.
+    aj.save(tmp_path / "c", ready, None)
+    for back in (aj.restore(ready), aj.load(tmp_path / "c")[0]):
+        assert jax.tree.structure(back) == jax.tree.structure(plain)
+        assert jax.tree.all(jax.tree.map(np.array_equal, back, plain))
+    again = prepare_decoder(model, ready, transpose=True)[1]
+    assert jax.tree.structure(again) == jax.tree.structure(ready)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_products_of_one_token(dtype: Any) -> None:
+    keys = jax.random.split(jax.random.key(1), 4)
+    x = (3 * jax.random.normal(keys[0], (1, 1, 96))).astype(dtype)
+    w = jax.random.normal(keys[1], (96, 40), dtype)
+    norm = jax.random.normal(keys[2], (96,), dtype)
+    rest = jax.random.normal(keys[3], (1, 1, 40), dtype)
+    both = jnp.concatenate([x, x[..., ::-1]], axis=-1)
+    turned = TransposedTensor(w.T)
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+    for a, options in (
+        (x, {}),
+        (x, {"norm": norm, "norm_eps": 0.1}),
+        (x, {"norm": norm, "residual": rest, "bias": rest[0, 0]}),
+        (both, {"gate": "silu", "residual": rest}),
+        (x, {"preferred_element_type": jnp.float32}),
+    ):
+        want = aj.ops.dot(a, w, **options)
+        got = jax.jit(lambda a, w, o=options: aj.ops.dot(a, w, **o))(a, turned)
+        assert got.shape == want.shape and got.dtype == want.dtype
+        want = np.asarray(want, np.float32)
+        bound = tolerance * np.abs(want).max()
+        np.testing.assert_allclose(np.asarray(got, np.float32), want, atol=bound)
+    np.testing.assert_array_equal(jnp.asarray(turned), w)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_attention_of_one_token(dtype: Any) -> None:
+    keys = jax.random.split(jax.random.key(2), 3)
+    q = jax.random.normal(keys[0], (2, 1, 6, 16), dtype)
+    k, v = (jax.random.normal(key, (2, 12, 2, 16), dtype) for key in keys[1:])
+    # The second row sees nothing, as padding does.
+    mask = (jnp.arange(12) < jnp.asarray([[7], [0]]))[:, None, None]
+    want = np.asarray(dense_attention(q, k, v, mask), np.float32)
+    got = token_attention(q, k, v, mask)
+    assert got.shape == q.shape and got.dtype == dtype
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+    np.testing.assert_allclose(np.asarray(got, np.float32), want, atol=tolerance)

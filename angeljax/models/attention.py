@@ -1,0 +1,57 @@
+"""Softmax attention with grouped queries."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+# Rows times slots of the cache up to which a decode step multiplies and sums. A longer
+# cache should not be read once for each query of a group.
+_SHORT = 1024
+# What `jax.nn.dot_product_attention` puts where a query sees nothing.
+_UNSEEN = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+
+def dense_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """Softmax attention with grouped queries; softmax in float32.
+
+    Args:
+      q: `[B, T, num_heads, head_dim]`.
+      k, v: `[B, S, num_kv_heads, head_dim]`.
+      mask: bool `[B, 1, T, S]`, True where a query sees a key.
+
+    Returns:
+      `[B, T, num_heads, head_dim]`.
+    """
+    if q.shape[1] == 1 and q.shape[0] * k.shape[1] <= _SHORT:
+        return jax.lax.platform_dependent(
+            q, k, v, mask, cuda=token_attention, default=_attention
+        )
+    return _attention(q, k, v, mask)
+
+
+def token_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
+) -> jax.Array:
+    """`dense_attention` of one token for each row, without matrix products.
+
+    On a GPU XLA makes two kernels of it: the scores, with what precedes the queries,
+    and softmax with the sum over values. Products of matrices would be kernels of their
+    own, each of which takes longer to start than to run.
+    """
+    batch, _, heads, dim = q.shape
+    groups = (batch, k.shape[2], -1, 1, dim)
+    q = q.reshape(groups).astype(jnp.float32)
+    keys, values = (
+        jnp.swapaxes(x, 1, 2)[:, :, None].astype(jnp.float32) for x in (k, v)
+    )
+    scores = jnp.sum(q * keys, axis=-1) * dim**-0.5  # [B, Hkv, G, S]
+    weights = jax.nn.softmax(jnp.where(mask, scores, _UNSEEN), axis=-1)
+    y = jnp.sum(weights[..., None] * values, axis=-2)
+    return y.reshape(batch, 1, heads, dim).astype(v.dtype)
+
+
+def _attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    return jax.nn.dot_product_attention(q, k, v, mask=mask)
