@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from benchmarks._results import Row, write
 from pallas_kernels import WeightLayout, implementation_for
-from pallas_kernels._timing import CACHE, compile_loop, microseconds
+from pallas_kernels._timing import compile_loop, microseconds, rotation
 from pallas_kernels.tune import (
     activations,
     compiled,
@@ -137,7 +137,7 @@ def main() -> None:
         key = (c.format, c.shape, c.group)
         if key not in held:
             k, n = c.shape
-            count = max(2, int(CACHE / c.nbytes) + 1)
+            count = rotation(c.nbytes)
             if c.format == "bfloat16":
                 held[key] = (
                     [

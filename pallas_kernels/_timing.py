@@ -11,8 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Rotating weights must not fit in the last-level cache; H100 and H200 have 50 MB.
-CACHE = 150e6
+# Rotating weights must not fit in the last-level cache; H100 and H200 have 50 MB. More
+# than MOST of them in one program, and the host cannot launch them fast enough.
+CACHE, MOST = 150e6, 128
+
+
+def rotation(nbytes: float) -> int:
+    """How many weights of so many bytes take turns."""
+    return max(2, min(MOST, int(CACHE / nbytes) + 1))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -131,7 +131,7 @@ def tune(
     plans: dict[str, dict[str, _tuning.Plan]] = {}
     for layout in layouts:
         size = layout.k * layout.n // layout.per_byte
-        count = max(2, int(_timing.CACHE / size) + 1)
+        count = _timing.rotation(size)
         weights, ready = random_weights(layout, count, name)
         module = module_of(layout, name)
         for m in tokens:

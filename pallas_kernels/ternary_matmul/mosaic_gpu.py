@@ -112,7 +112,9 @@ def choose(
         }
         if _possible(plan, m, layout, wide):
             return plan
-    if _hopper_gemm.takes(layout):
+    # Two bytes of activations and sums for each group: a dense copy costs less.
+    dense = wide and layout.groups > 1 and m >= 512
+    if _hopper_gemm.takes(layout) and not dense:
         return {"kernel": "gemm", **_hopper_gemm.plan(m * (1 + wide), layout)}
     return {"kernel": "expand"}
 
