@@ -76,8 +76,30 @@ def test_lookup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert _tuning.lookup(2, CHANNEL, False) is None
     assert _tuning.lookup(1, CHANNEL, True) is None
     assert _tuning.lookup(1, CHANNEL.replace(n=8), False) is None
+    monkeypatch.setattr(_tuning, "_shipped", lambda: ())
     with _on_h100():
         assert _tuning.lookup(1, CHANNEL, False) is None, "a table of another device"
+
+
+def test_activations_may_have_plans_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    int8, inside = (_tuning.case_of(CHANNEL, False, i) for i in (False, True))
+    assert inside == "sherry 4096x14336 channel a8"
+    path = tmp_path / "table.json"
+    plans = {int8: {"1": {"warps": 4}, "2": {"warps": 8}}, inside: {"1": {"warps": 16}}}
+    _tuning.write(path, _table(plans))
+    monkeypatch.setenv(_tuning.VARIABLE, str(path))
+    assert _tuning.lookup(1, CHANNEL, False, True) == {"warps": 16}
+    assert _tuning.lookup(2, CHANNEL, False, True) == {"warps": 8}, "else those of int8"
+    assert _tuning.lookup(1, CHANNEL, False) == {"warps": 4}
+
+
+def test_the_table_of_an_h100_comes_with_the_package() -> None:
+    with _on_h100():
+        plan = _tuning.lookup(1, CHANNEL, False)
+        assert plan is not None and ternary.choose(1, CHANNEL, False) == plan
+        assert next(iter(ternary.candidates(1, CHANNEL, False)))["kernel"] == "bits"
 
 
 def test_shipped_tables_can_be_read() -> None:
