@@ -18,7 +18,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._hopper_bytes import FACTOR, ROWS, TILE
+from pallas_kernels._hopper_operands import FACTOR, ROWS, TILE
 from pallas_kernels._weights import CANONICAL, Planes, WeightLayout
 
 ORDER = "hopper"

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import _hopper_bytes, _hopper_gemm, _tuning
 from pallas_kernels import _hopper_tokens as tokens
+from pallas_kernels._hopper_operands import FLOATS
 from pallas_kernels._weights import Planes, WeightLayout
 from pallas_kernels.quantized_matmul._order import (
     ORDER,
@@ -38,7 +39,7 @@ def unsupported(x: Any, layout: WeightLayout, activation: str | None) -> str | N
     group = layout.group_size
     if layout.groups > 1 and group not in (16, 32, 64) and group % 128:
         return f"group_size {group} is not 16, 32, 64 or a multiple of 128"
-    if x is None or layout.format not in _hopper_bytes.FLOATS:
+    if x is None or layout.format not in FLOATS:
         return None
     if x.dtype == jnp.int8 or activation is not None:
         return "FP8 weights take float activations"
