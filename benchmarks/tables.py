@@ -1,8 +1,9 @@
-"""Writes docs/results.md and docs/results_kernels.md from benchmarks/results/*.json.
+"""Writes the tables of the documentation from benchmarks/results/*.json.
 
     python -m benchmarks.tables [--check]
 
-`--check` fails if a page is out of date, and writes nothing.
+They are docs/results.md, docs/results_kernels.md and the part of README.md between two
+marks. `--check` fails if a page is out of date, and writes nothing.
 """
 
 from __future__ import annotations
@@ -39,6 +40,15 @@ BASELINES = {
     "packed_matmul": "bfloat16 by XLA",
     "decode_step": "bfloat16",
     "cpu_matmul": "dequantized first",
+}
+MARKS = ("<!-- what one token gains -->", "<!-- end -->")
+README_SHAPES = ("4096 x 4096", "4096 x 14336", "8192 x 8192", "8192 x 28672")
+README_FORMATS = {
+    "sherry": "Sherry, 1.25 bits",
+    "t2": "ternary, 2 bits",
+    "int4": "int4, groups of 128",
+    "int8": "int8",
+    "float8_e4m3": "FP8",
 }
 TITLES = {"formats": "Quality of the data-free recipes", **KERNELS}
 COLUMNS = {
@@ -132,13 +142,59 @@ def render(directory: Path = RESULTS) -> dict[str, str]:
     }
 
 
-def main(arguments: list[str] | None = None, docs: Path = DOCS) -> None:
+def readme(text: str, directory: Path = RESULTS) -> str:
+    """README.md with what one token gains, between its marks."""
+    products = directory / "packed_matmul.h100.json"
+    step = directory / "decode_step.h100.json"
+    found: dict[tuple[str, str], str] = {}
+    names: list[str] = []
+    for file in (products, step):
+        for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
+            case = row["case"]
+            if row["ratio"] is None or case.get("m", 1) != 1:
+                continue
+            if file is step:
+                fmt, _, head = case["format"].partition("+")
+                name = "decoder of 8 billion" if head else ""
+            else:
+                fmt = case["format"]
+                # Whole products: bfloat16 in and out.
+                name = f"{case['k']} x {case['n']}"
+                if case["activations"] == "int8" or name not in README_SHAPES:
+                    name = ""
+                if case["activations"] == "bfloat16" and fmt in ("t2", "sherry"):
+                    name = ""
+            if name and fmt in README_FORMATS:
+                names += [] if name in names else [name]
+                gain = row["baseline"], row["value"], row["unit"], row["ratio"]
+                found[name, fmt] = "{3:.1f}x ({1:.3g} {2})".format(*gain)
+    lines = ["| | " + " | ".join(README_FORMATS.values()) + " |"]
+    lines.append("| --- |" + " ---: |" * len(README_FORMATS))
+    for name in names:
+        cells = [found.get((name, fmt), "") for fmt in README_FORMATS]
+        if sum(map(bool, cells)) > 1:
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    before, rest = text.split(MARKS[0])
+    return (
+        f"{before}{MARKS[0]}\n"
+        + "\n".join(lines)
+        + f"\n{MARKS[1]}"
+        + (rest.split(MARKS[1])[1])
+    )
+
+
+def main(
+    arguments: list[str] | None = None, docs: Path = DOCS, front: Path = ROOT
+) -> None:
     """Writes or checks the pages."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args(arguments)
-    for name, text in render().items():
-        page = docs / name
+    pages = {docs / name: text for name, text in render().items()}
+    if (front / "README.md").is_file():
+        first = front / "README.md"
+        pages[first] = readme(first.read_text(encoding="utf-8"))
+    for page, text in pages.items():
         if not args.check:
             page.write_text(text, encoding="utf-8")
         elif not page.is_file() or page.read_text(encoding="utf-8") != text:

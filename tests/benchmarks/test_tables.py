@@ -17,13 +17,21 @@ def test_pages_are_current() -> None:
 
 def test_main_writes_and_checks(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="results.md is out of date: run python -m be"):
-        tables.main(["--check"], docs=tmp_path)
-    tables.main([], docs=tmp_path)
-    tables.main(["--check"], docs=tmp_path)
+        tables.main(["--check"], docs=tmp_path, front=tmp_path)
+    tables.main([], docs=tmp_path, front=tmp_path)
+    tables.main(["--check"], docs=tmp_path, front=tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"results.md", "results_kernels.md"}
     (tmp_path / "results_kernels.md").write_text("old")
     with pytest.raises(SystemExit, match="results_kernels.md is out of date"):
-        tables.main(["--check"], docs=tmp_path)
+        tables.main(["--check"], docs=tmp_path, front=tmp_path)
+
+
+def test_readme_shows_what_one_token_gains() -> None:
+    first, end = tables.MARKS
+    text = tables.readme(f"a\n{first}\nold\n{end}\nb")
+    assert text.startswith(f"a\n{first}\n| |") and text.endswith(f"|\n{end}\nb")
+    assert "old" not in text and "| 4096 x 4096 |" in text
+    assert tables.readme(text) == text
 
 
 def _lines(page: str) -> list[str]:
