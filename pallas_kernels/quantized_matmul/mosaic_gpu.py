@@ -36,6 +36,8 @@ def unsupported(x: Any, layout: WeightLayout, activation: str | None) -> str | N
     """Why this cannot run here, or None."""
     if layout.format == "nf4":
         return "nf4 has no kernel for this GPU"
+    if layout.k > 131072:
+        return "K is over 131072, where int32 sums may overflow"
     group = layout.group_size
     if layout.groups > 1 and group not in (16, 32, 64) and group % 128:
         return f"group_size {group} is not 16, 32, 64 or a multiple of 128"

@@ -36,6 +36,8 @@ restore = from_hopper
 def unsupported(x: Any, layout: WeightLayout, activation: str | None) -> str | None:
     """Why this cannot run here, or None."""
     del x, activation
+    if layout.k > 65536:
+        return "K is over 65536, where int32 sums of 16-bit activations may overflow"
     group = layout.group_size
     if layout.groups > 1 and group not in (32, 64, 128) and group % TILE:
         return f"group_size {group} is not 32, 64, 128 or a multiple of 256"

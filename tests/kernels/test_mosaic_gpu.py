@@ -10,7 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import KernelError, quantized_matmul, ternary_matmul
+from pallas_kernels import (
+    KernelError,
+    WeightLayout,
+    quantized_matmul,
+    ternary_matmul,
+)
 from pallas_kernels.quantized_matmul import api as quantized
 from pallas_kernels.quantized_matmul import mosaic_gpu as quantized_gpu
 from pallas_kernels.ternary_matmul import api as ternary
@@ -98,6 +103,19 @@ def test_what_no_kernel_takes_is_refused(fmt: str, group: int, clause: str) -> N
     planes, layout, _ = packed(fmt, 384, 32, group)
     with pytest.raises(KernelError, match=clause):
         _modules(fmt)[0].prepare(planes, layout, implementation="mosaic_gpu")
+
+
+@pytest.mark.parametrize(
+    ("module", "fmt", "most"),
+    [(ternary_gpu, "sherry", 65536), (quantized_gpu, "int8", 131072)],
+)
+def test_sums_that_may_overflow_are_refused(
+    module: ModuleType, fmt: str, most: int
+) -> None:
+    layout = WeightLayout(format=fmt, k=most, n=128, group_size=2 * most)
+    assert module.unsupported(None, layout, None) is None
+    why = module.unsupported(None, layout.replace(k=most + 256), None)
+    assert f"K is over {most}" in why
 
 
 def _activations(kind: str, m: int, k: int) -> tuple[jax.Array, str | None]:
