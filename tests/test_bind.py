@@ -78,7 +78,7 @@ def dequantized(tree):
     )
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", ["int8", "sherry"])
 def test_linen_scan_remat_unchanged_and_bound(fmt):
     model = Linen()
     variables = model.init(jax.random.key(0), IDS)

@@ -39,8 +39,8 @@ CASES: list[tuple[str, int | None, dict[str, Any]]] = [
     ("nf4", 64, {}),
 ]
 INTEGERS = [c for c in CASES if c[0] in ("t2", "sherry", "int8", "int4")]
-# A block for each group, and sizes that divide nothing in blocks of several groups.
-SHAPES = [(200, 24), (1037, 7)]
+# Divides nothing, in blocks of several groups.
+SHAPE = (1037, 7)
 NAMES = ("reference", "xla")
 
 
@@ -64,12 +64,11 @@ def _both(x: Any, planes: Any, layout: WeightLayout) -> Any:
     return jax.jit(run)(x, planes)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=_name)
-def test_float_activations(case: Any, shape: tuple[int, int], rng: Any) -> None:
+def test_float_activations(case: Any, rng: Any) -> None:
     fmt, group, options = case
-    planes, layout, w = packed(fmt, *shape, group, **options)
-    x = rng.standard_normal((3, shape[0])).astype(np.float32)
+    planes, layout, w = packed(fmt, *SHAPE, group, **options)
+    x = rng.standard_normal((3, SHAPE[0])).astype(np.float32)
     for y in _both(x, planes, layout):
         assert _error(y, x.astype(np.float64) @ w) < 2e-6
 
@@ -245,7 +244,7 @@ def mesh() -> Mesh:
     return Mesh(np.asarray(jax.devices("cpu")[:8]).reshape(2, 4), ("a", "b"))
 
 
-@pytest.mark.parametrize("fmt", ["t2", "sherry", "int8", "int4", "nvfp4"])
+@pytest.mark.parametrize("fmt", ["t2", "sherry", "int4"])
 @pytest.mark.parametrize("axes", [("a", None), (None, "b"), ("b", "a")])
 def test_sharded_by_the_compiler(mesh: Mesh, fmt: str, axes: Any, rng: Any) -> None:
     """No device gets rows or columns of the weight that another has."""
