@@ -32,6 +32,9 @@ _PARTS = 8
 _EXACT = 1 << 24
 _CODE_TOP = {"t2": 1, "sherry": 1, "int4": 15, "int8": 255}
 
+# Weights and tokens for which a CPU expands a weight at once.
+_SMALL, _MANY = 1 << 22, 256
+
 
 def unsupported(x: Any, layout: WeightLayout, activation: str | None) -> str | None:
     """Nothing is."""
@@ -52,10 +55,13 @@ def matmul(
     """`x [M, K]` times the weight `[K, N]`."""
     if activation == "int8" and x.dtype != jnp.int8:
         x, x_scale = quantize_activation(x)
+    # A small weight and many tokens: one product, and much less to compile.
+    small = layout.k * layout.n < _SMALL and x.shape[0] >= _MANY
+    on_cpu = _at_once if small and x.dtype != jnp.int8 else _by_blocks
     y = lax.platform_dependent(
         x,
         dict(planes),
-        cpu=lambda x, planes: _by_blocks(x, planes, layout),
+        cpu=lambda x, planes: on_cpu(x, planes, layout),
         default=lambda x, planes: _at_once(x, planes, layout),
     )
     if x_scale is not None:
