@@ -21,8 +21,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _hopper_tokens as tokens
 from pallas_kernels import _ptx as asm
@@ -128,24 +126,7 @@ def build(c: Decode) -> Callable[..., jax.Array]:
     [, residual]) -> y [M, N]`."""
     more = (c.format == "sherry") + c.asymmetric + c.channel_scale
     more += (c.prologue == "norm") + c.bias + c.residual
-
-    def body(*refs: Any) -> None:
-        plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * (6 + more))(
-            functools.partial(emit, c)
-        )(*refs)
-
-    return plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((c.m, c.n), jnp.dtype(c.out_dtype)),
-        grid=(-(-c.row_blocks // c.rows_per_block),),
-        grid_names=("rows",),
-        num_threads=c.warps // 4,
-        thread_name="group",
-        scratch_types=(plgpu.SMEM((c.smem_words,), jnp.int32),),
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
-    )
+    return tokens.launch(c, emit, 4 + more)
 
 
 def emit(c: Decode, _: Any, *refs: Any, rows: tuple[Int, Int] | None = None) -> None:

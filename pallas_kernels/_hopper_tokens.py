@@ -9,11 +9,13 @@ scale of the token, or a gate. What comes after it, too: bias and residual.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _ptx as asm
 from pallas_kernels._ptx import Float, Int
@@ -62,6 +64,31 @@ class Tokens:
     def stat_words(self) -> int:
         """Shared memory for sums, maxima and squares of tokens, in words."""
         return (3 if self.prologue == "norm" else 2) * self.m * self.warps
+
+
+def launch(c: Any, emit: Callable[..., None], inputs: int) -> Callable[..., jax.Array]:
+    """The kernel `(*inputs) -> y [M, N]` that `emit(c, context, *refs)` writes.
+
+    `c` is a `Tokens` with `row_blocks`, `rows_per_block` and `smem_words`; a thread
+    block takes `rows_per_block` of the row blocks.
+    """
+
+    def body(*refs: Any) -> None:
+        types = (plgpu.RefType(),) * (inputs + 2)  # the output and shared memory
+        plgpu.inline_mgpu(arg_types=types)(functools.partial(emit, c))(*refs)
+
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((c.m, c.n), jnp.dtype(c.out_dtype)),
+        grid=(-(-c.row_blocks // c.rows_per_block),),
+        grid_names=("rows",),
+        num_threads=c.warps // 4,
+        thread_name="group",
+        scratch_types=(plgpu.SMEM((c.smem_words,), jnp.int32),),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+    )
 
 
 def around(

@@ -1,8 +1,10 @@
 """Packed products that XLA compiles by itself, for every format and device.
 
 On a CPU the weight is expanded a block of rows at a time: the block stays in cache and
-the dense weight never exists. Elsewhere XLA gets one product to fuse and schedule: of
-integers or float8 where both sides are, else of the dtype of the activations.
+the dense weight never exists; only small weights are expanded at once for many tokens,
+which is faster and compiles much faster. Elsewhere XLA gets one product to fuse and
+schedule: of integers or float8 where both sides are, else of the dtype of the
+activations.
 
 Integer products on a CPU run in float32, whose sums of integers are exact below 2^24,
 and are added up in int32: CPUs multiply floats many times faster.

@@ -209,7 +209,10 @@ def _fastest(
     for plan, loop in compiled(candidates, compile_one):
         if isinstance(loop, BaseException):
             continue  # too much shared memory, or registers: not a candidate after all
-        us = _timing.microseconds(loop, seconds=seconds)
+        try:
+            us = _timing.microseconds(loop, seconds=seconds)
+        except RuntimeError:
+            continue  # disturbed; one candidate less
         times.append((us, plan))
     if not times:
         return None

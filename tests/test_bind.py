@@ -78,7 +78,7 @@ def dequantized(tree):
     )
 
 
-@pytest.mark.parametrize("fmt", ["int8", "sherry"])
+@pytest.mark.parametrize("fmt", FORMATS)
 def test_linen_scan_remat_unchanged_and_bound(fmt):
     model = Linen()
     variables = model.init(jax.random.key(0), IDS)
@@ -219,7 +219,10 @@ def test_custom_layers_and_subclasses_are_left_alone():
     x = jnp.ones((2, 64))
     v = model.init(jax.random.key(0), x)
     c = aj.compress(v, aj.Recipe(rules=[aj.Rule(format="int8")]))
-    np.testing.assert_allclose(aj.bind(model)(c, x), model.apply(c, x), rtol=1e-5)
+    # One float32 rounding apart: the sums run in another order.
+    np.testing.assert_allclose(
+        aj.bind(model)(c, x), model.apply(c, x), rtol=1e-6, atol=1e-6
+    )
 
 
 def test_bf16_compute_dtype_is_kept():

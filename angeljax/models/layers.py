@@ -14,6 +14,7 @@ from angeljax import ops
 from angeljax.models.cache import write
 from angeljax.models.config import DecoderConfig
 from angeljax.models.rope import rotate
+from pallas_kernels._fused import before
 
 # (q [B,T,H,D], k [B,S,Hkv,D], v [B,S,Hkv,D], mask bool [B,1,T,S]) -> [B,T,H,D]
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -44,9 +45,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        h = x.astype(jnp.float32)
-        h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.eps)
-        return self.scale[...].astype(x.dtype) * h.astype(x.dtype)
+        return before(x, self.scale[...], self.eps, None)
 
     @property
     def fused(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _hopper_bytes, _hopper_gemm, _tuning
+from pallas_kernels import _hopper_bytes, _hopper_gemm, _tuning, _xla
 from pallas_kernels import _hopper_tokens as tokens
 from pallas_kernels._hopper_operands import FLOATS
 from pallas_kernels._weights import Planes, WeightLayout
@@ -96,7 +96,14 @@ def matmul(
             k_tiles=tiles(layout)[1] // 2,
             **plan,
         )
-    return _expanded(x, planes, layout, x_scale, bias, activation, out_dtype)
+    return _xla.matmul(
+        x,
+        *from_hopper(planes, layout),
+        x_scale=x_scale,
+        bias=bias,
+        activation=activation,
+        out_dtype=out_dtype,
+    )
 
 
 def choose(
@@ -118,8 +125,9 @@ def choose(
         }
         if _possible(plan, m, layout, wide):
             return plan
-    # Two bytes of activations and sums for each group: a dense copy costs less.
-    dense = wide and layout.groups > 1 and m >= 512
+    # Two bytes of activations and sums for each group cost more than a dense copy, by
+    # the bytes that it moves. (Not measured.)
+    dense = wide and layout.groups > 1 and m >= 1024
     if _hopper_gemm.takes(layout) and not dense:
         return {"kernel": "gemm", **_hopper_gemm.plan(m * (1 + wide), layout)}
     return {"kernel": "expand"}
@@ -194,27 +202,3 @@ def _few(
     args = [x, x_scale.reshape(m), planes["codes"], planes["scale"]]
     args += [planes[name] for name in ("zero", "scale2") if name in planes]
     return _hopper_bytes.build(decode_of(m, *sizes))(*args, *more)
-
-
-def _expanded(
-    x: jax.Array,
-    planes: Planes,
-    layout: WeightLayout,
-    x_scale: jax.Array | None,
-    bias: jax.Array | None,
-    activation: str | None,
-    out_dtype: Any,
-) -> jax.Array:
-    """One dense copy of the weight and a product by XLA."""
-    from pallas_kernels.quantized_matmul import xla
-
-    canonical, plain = from_hopper(planes, layout)
-    return xla.matmul(
-        x,
-        canonical,
-        plain,
-        x_scale=x_scale,
-        bias=bias,
-        activation=activation,
-        out_dtype=out_dtype,
-    )

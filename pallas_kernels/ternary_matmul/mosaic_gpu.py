@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import _hopper_bits, _hopper_bytes, _hopper_gemm, _tuning
+from pallas_kernels import _hopper_bits, _hopper_bytes, _hopper_gemm, _tuning, _xla
 from pallas_kernels import _hopper_tokens as tokens
 from pallas_kernels._weights import Planes, WeightLayout
 from pallas_kernels.ternary_matmul._order import (
@@ -70,7 +70,14 @@ def matmul(
     plan = dict(tuning) or choose(x.shape[0], layout, wide, inside)
     kernel = plan.pop("kernel")
     if kernel == "expand":
-        return _expanded(x, planes, layout, x_scale, bias, activation, out_dtype)
+        return _xla.matmul(
+            x,
+            *from_hopper(planes, layout),
+            x_scale=x_scale,
+            bias=bias,
+            activation=activation,
+            out_dtype=out_dtype,
+        )
     out_dtype = jnp.dtype(out_dtype)
     if kernel in ("bits", "bytes"):
         if not _as_it_lies(layout):
@@ -114,8 +121,9 @@ def choose(
         }
         if _possible(plan, m, layout, wide):
             return plan
-    # Two bytes of activations and sums for each group: a dense copy costs less.
-    dense = wide and layout.groups > 1 and m >= 512
+    # Two bytes of activations and sums for each group cost more than a dense copy, by
+    # the bytes that it moves. (Not measured.)
+    dense = wide and layout.groups > 1 and m >= 1024
     if _hopper_gemm.takes(layout) and not dense:
         return {"kernel": "gemm", **_hopper_gemm.plan(m * (1 + wide), layout)}
     return {"kernel": "expand"}
@@ -233,30 +241,6 @@ def _few(
     if kernel == "bits":
         return _hopper_bits.build(bits_of(m, layout, *sizes))(*args)
     return _hopper_bytes.build(bytes_of(m, layout, *sizes))(*args)
-
-
-def _expanded(
-    x: jax.Array,
-    planes: Planes,
-    layout: WeightLayout,
-    x_scale: jax.Array | None,
-    bias: jax.Array | None,
-    activation: str | None,
-    out_dtype: Any,
-) -> jax.Array:
-    """One dense copy of the weight and a product by XLA."""
-    from pallas_kernels.ternary_matmul import xla
-
-    canonical, plain = from_hopper(planes, layout)
-    return xla.matmul(
-        x,
-        canonical,
-        plain,
-        x_scale=x_scale,
-        bias=bias,
-        activation=activation,
-        out_dtype=out_dtype,
-    )
 
 
 def arranged(x: jax.Array, layout: WeightLayout, k: int) -> jax.Array:

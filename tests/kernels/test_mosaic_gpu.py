@@ -64,9 +64,9 @@ def _public(fmt: str) -> Any:
 
 
 @pytest.mark.parametrize("case", CASES, ids=_name)
-def test_restore_is_the_exact_inverse_of_prepare(case: Any) -> None:
+@pytest.mark.parametrize("shape", [(512, 48), (200, 24)])
+def test_restore_is_the_exact_inverse_of_prepare(case: Any, shape: Any) -> None:
     fmt, group, options = case
-    shape = (200, 24)  # no whole tiles
     api, _ = _modules(fmt)
     planes, layout, _ = packed(fmt, *shape, group, **options)
     ready, there = api.prepare(planes, layout, implementation="mosaic_gpu")
