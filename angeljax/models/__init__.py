@@ -3,7 +3,7 @@
 The rest of angeljax does not import this package: it works on anybody's model.
 """
 
-from angeljax.models.attention import dense_attention
+from angeljax.models.attention import causal_attention, dense_attention
 from angeljax.models.cache import KVCache, init_cache
 from angeljax.models.config import DecoderConfig, ModelError
 from angeljax.models.decoder import Decoder
@@ -23,6 +23,7 @@ __all__ = [
     "LoadedModel",
     "ModelError",
     "Tokenizer",
+    "causal_attention",
     "decode_step",
     "dense_attention",
     "filter_logits",

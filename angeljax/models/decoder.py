@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from angeljax import ops
-from angeljax.models.attention import dense_attention
+from angeljax.models.attention import causal_attention, dense_attention
 from angeljax.models.cache import KVCache
 from angeljax.models.config import DecoderConfig
 from angeljax.models.layers import (
@@ -43,6 +43,8 @@ class Decoder(nnx.Module):
       attention_fn: replaces softmax attention; see `AttentionFn`.
       fused: one product `qkv_proj` for queries, keys and values, and one `gate_up_proj`
         in the MLP; see `fuse_projections`.
+      remat: keep only the input of each layer for the backward pass and compute the
+        rest of it again (arXiv 1604.06174): less memory, a forward pass more.
     """
 
     def __init__(
@@ -55,9 +57,10 @@ class Decoder(nnx.Module):
         scan_layers: bool = False,
         attention_fn: AttentionFn = dense_attention,
         fused: bool = False,
+        remat: bool = False,
     ) -> None:
         self.config, self.dtype, self.scan_layers = config, dtype, scan_layers
-        self.attention_fn = attention_fn
+        self.attention_fn, self.remat = attention_fn, remat
         make = functools.partial(Block, config, fused=fused, dtype=param_dtype)
         self.embed_tokens = Embed(config, dtype=param_dtype, rngs=rngs)
         self.layers: Any
@@ -102,6 +105,38 @@ class Decoder(nnx.Module):
           float32 logits `[B, T, V]`, and the cache with the new keys and values (None
           without a cache).
         """
+        x, kv, keys = self._run(tokens, mask, cache)
+        if last_only:
+            x = x[:, -1:]
+        logits = self.head(self.norm(x))
+        if cache is None:
+            return logits, None
+        length = cache.length + tokens.shape[1]
+        return logits, KVCache(k=kv[0], v=kv[1], positions=keys, length=length)
+
+    def hidden(self, tokens: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
+        """Normalised hidden states `[B, T, hidden]`, what `head` takes.
+
+        Args:
+          tokens: int32 `[B, T]`.
+          mask: as in `__call__`.
+        """
+        return self.norm(self._run(tokens, mask, None)[0])
+
+    def head(self, x: jax.Array) -> jax.Array:
+        """float32 logits of normalised hidden states."""
+        if self.lm_head is None:
+            return ops.attend(x, self.embed_tokens.embedding[...])
+        return ops.dot(x, self.lm_head.kernel[...], preferred_element_type=jnp.float32)
+
+    def _run(
+        self, tokens: jax.Array, mask: jax.Array | None, cache: KVCache | None
+    ) -> tuple[jax.Array, Any, jax.Array]:
+        """Hidden states before the last norm, keys and values, positions of keys."""
+        plain = mask is None and cache is None and not any(self._windows())
+        attention_fn = self.attention_fn
+        if attention_fn is causal_attention and not plain:
+            attention_fn = dense_attention
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask
         seen = 0 if cache is None else jnp.max(cache.positions, -1, keepdims=True) + 1
         count = jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1 + seen
@@ -113,26 +148,29 @@ class Decoder(nnx.Module):
         rotation = cos_sin(self.config, jnp.maximum(positions, 0))
         x = ops.embed(self.embed_tokens.embedding[...], tokens, dtype=self.dtype)
         run = self._scan if self.scan_layers else self._loop
-        x, kv = run(x, rotation, positions, keys, cache)
-        if last_only:
-            x = x[:, -1:]
-        logits = self.head(self.norm(x))
-        if cache is None:
-            return logits, None
-        length = cache.length + tokens.shape[1]
-        return logits, KVCache(k=kv[0], v=kv[1], positions=keys, length=length)
+        x, kv = run(x, rotation, positions, keys, cache, attention_fn)
+        return x, kv, keys
 
-    def head(self, x: jax.Array) -> jax.Array:
-        """float32 logits of normalised hidden states."""
-        if self.lm_head is None:
-            return ops.attend(x, self.embed_tokens.embedding[...])
-        return ops.dot(x, self.lm_head.kernel[...], preferred_element_type=jnp.float32)
+    def _block(self, graphdef: Any, attention_fn: AttentionFn) -> Any:
+        """One layer as a function of its parameters, with `remat` if asked for."""
+
+        def block(state: Any, x: Any, rotation: Any, mask: Any, store: Any) -> Any:
+            layer = nnx.merge(graphdef, state)
+            return layer(x, rotation, mask, store, attention_fn)
+
+        return jax.checkpoint(block) if self.remat else block
 
     def _windows(self) -> list[int]:
         return list(self.config.windows) or [0] * self.config.num_layers
 
     def _loop(
-        self, x: Any, rotation: Any, positions: Any, keys: Any, cache: KVCache | None
+        self,
+        x: Any,
+        rotation: Any,
+        positions: Any,
+        keys: Any,
+        cache: KVCache | None,
+        attention_fn: AttentionFn,
     ) -> tuple[Any, Any]:
         masks = {w: _attend_mask(positions, keys, w) for w in set(self._windows())}
         kv: Any = None if cache is None else (cache.k, cache.v)
@@ -145,16 +183,28 @@ class Decoder(nnx.Module):
                 store = cache.k[i], cache.v[i], cache.length, None
             elif cache is not None:
                 store = *kv, cache.length, i
-            x, kv = layer(x, rotation, masks[window], store, self.attention_fn)
+            if self.remat:
+                graphdef, state = nnx.split(layer)
+                block = self._block(graphdef, attention_fn)
+                x, kv = block(state, x, rotation, masks[window], store)
+            else:
+                x, kv = layer(x, rotation, masks[window], store, attention_fn)
             apart.append(kv)
         if cache is not None and isinstance(cache.k, tuple):
             kv = tuple(k for k, _ in apart), tuple(v for _, v in apart)
         return x, kv
 
     def _scan(
-        self, x: Any, rotation: Any, positions: Any, keys: Any, cache: KVCache | None
+        self,
+        x: Any,
+        rotation: Any,
+        positions: Any,
+        keys: Any,
+        cache: KVCache | None,
+        attention_fn: AttentionFn,
     ) -> tuple[Any, Any]:
         graphdef, state = nnx.split(self.layers)
+        block = self._block(graphdef, attention_fn)
         mixed = len(set(self._windows())) > 1
         windows = jnp.asarray(self._windows(), jnp.int32) if mixed else None
         shared = None if mixed else _attend_mask(positions, keys, self._windows()[0])
@@ -166,8 +216,7 @@ class Decoder(nnx.Module):
             state, window, i = layer
             store = None if cache is None else (*kv, cache.length, i)
             mask = _attend_mask(positions, keys, window) if mixed else shared
-            block = nnx.merge(graphdef, state)
-            return block(h, rotation, mask, store, self.attention_fn), None
+            return block(state, h, rotation, mask, store), None
 
         kv: Any = None if cache is None else (cache.k, cache.v)
         apart = cache is not None and isinstance(cache.k, tuple)

@@ -31,6 +31,7 @@ class LanguageModel:
       attention_fn: see `Decoder`.
       fused: whether the params have one kernel for q, k and v and one for gate and up;
         see `fuse_projections`.
+      remat: see `Decoder`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -50,6 +51,7 @@ class LanguageModel:
     scan_layers: bool = False
     attention_fn: AttentionFn = dense_attention
     fused: bool = False
+    remat: bool = False
 
     def module(self, rngs: nnx.Rngs, param_dtype: Any = jnp.float32) -> Decoder:
         """A `Decoder` with fresh parameters."""
@@ -61,6 +63,7 @@ class LanguageModel:
             scan_layers=self.scan_layers,
             attention_fn=self.attention_fn,
             fused=self.fused,
+            remat=self.remat,
         )
 
     def init(self, key: jax.Array, param_dtype: Any = jnp.float32) -> dict[str, Any]:
@@ -125,6 +128,14 @@ class LanguageModel:
     def logits(self, params: dict[str, Any], tokens: jax.Array) -> jax.Array:
         """float32 next-token logits `[B, T, V]` of int32 tokens `[B, T]`."""
         return self.apply(params, tokens)[0]
+
+    def hidden(self, params: dict[str, Any], tokens: jax.Array) -> jax.Array:
+        """Normalised hidden states `[B, T, hidden]`, before the head."""
+        return self.bind(params).hidden(tokens)
+
+    def head(self, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
+        """float32 logits `[..., V]` of what `hidden` gives."""
+        return self.bind(params).head(hidden)
 
 
 _FUSED = ("qkv_proj", "gate_up_proj")
