@@ -16,7 +16,13 @@ perplexity hides.
 from angeljax.evaluation._steps import LogitsFn
 from angeljax.evaluation.quality import EvalResult, evaluate
 from angeljax.evaluation.reference import ReferenceCache, reference_logits
-from angeljax.evaluation.text import DEFAULT_TEXT, Windows, load_text, windows
+from angeljax.evaluation.text import (
+    DEFAULT_TEXT,
+    Windows,
+    load_documents,
+    load_text,
+    windows,
+)
 
 __all__ = [
     "DEFAULT_TEXT",
@@ -25,6 +31,7 @@ __all__ = [
     "ReferenceCache",
     "Windows",
     "evaluate",
+    "load_documents",
     "load_text",
     "reference_logits",
     "windows",
