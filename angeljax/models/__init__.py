@@ -7,6 +7,7 @@ from angeljax.models.attention import causal_attention, dense_attention
 from angeljax.models.cache import KVCache, init_cache
 from angeljax.models.config import DecoderConfig, ModelError
 from angeljax.models.decoder import Decoder
+from angeljax.models.features import Features
 from angeljax.models.fusion import fuse_projections, split_projections
 from angeljax.models.generate import Generated, decode_step, filter_logits, generate
 from angeljax.models.language_model import LanguageModel, stack_layers, unstack_layers
@@ -17,6 +18,7 @@ from angeljax.models.tokenizer import Tokenizer
 __all__ = [
     "Decoder",
     "DecoderConfig",
+    "Features",
     "Generated",
     "KVCache",
     "LanguageModel",

@@ -10,6 +10,7 @@ once.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from angeljax import ops
+from angeljax.models import features
 from angeljax.models.attention import causal_attention, dense_attention
 from angeljax.models.cache import KVCache
 from angeljax.models.config import DecoderConfig
@@ -43,8 +45,6 @@ class Decoder(nnx.Module):
       attention_fn: replaces softmax attention; see `AttentionFn`.
       fused: one product `qkv_proj` for queries, keys and values, and one `gate_up_proj`
         in the MLP; see `fuse_projections`.
-      remat: keep only the input of each layer for the backward pass and compute the
-        rest of it again (arXiv 1604.06174): less memory, a forward pass more.
     """
 
     def __init__(
@@ -57,10 +57,9 @@ class Decoder(nnx.Module):
         scan_layers: bool = False,
         attention_fn: AttentionFn = dense_attention,
         fused: bool = False,
-        remat: bool = False,
     ) -> None:
         self.config, self.dtype, self.scan_layers = config, dtype, scan_layers
-        self.attention_fn, self.remat = attention_fn, remat
+        self.attention_fn = attention_fn
         make = functools.partial(Block, config, fused=fused, dtype=param_dtype)
         self.embed_tokens = Embed(config, dtype=param_dtype, rngs=rngs)
         self.layers: Any
@@ -105,7 +104,10 @@ class Decoder(nnx.Module):
           float32 logits `[B, T, V]`, and the cache with the new keys and values (None
           without a cache).
         """
-        x, kv, keys = self._run(tokens, mask, cache)
+        attention_fn = self._attention(mask, cache)
+        x, rotation, positions, keys = self._enter(tokens, mask, cache)
+        run = self._scan if self.scan_layers else self._loop
+        x, kv = run(x, rotation, positions, keys, cache, attention_fn)
         if last_only:
             x = x[:, -1:]
         logits = self.head(self.norm(x))
@@ -114,29 +116,40 @@ class Decoder(nnx.Module):
         length = cache.length + tokens.shape[1]
         return logits, KVCache(k=kv[0], v=kv[1], positions=keys, length=length)
 
-    def hidden(self, tokens: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:
-        """Normalised hidden states `[B, T, hidden]`, what `head` takes.
+    def features(
+        self,
+        tokens: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        hidden: Sequence[int] = (),
+        relations: Sequence[int] = (),
+        remat: Any = False,
+    ) -> features.Features:
+        """Hidden states instead of logits; see `LanguageModel.features`."""
+        count = self.config.num_layers
+        wanted = features.check_layers(hidden, count)
+        inside = features.check_layers(relations, count)
+        x, rotation, positions, keys = self._enter(tokens, mask, None)
+        around = (self._attention(mask, None), wanted, inside, remat)
+        windows = self._windows()
+        masks = {w: _attend_mask(positions, keys, w) for w in sorted(set(windows))}
+        if self.scan_layers:
+            one = masks[windows[0]] if len(masks) == 1 else None
 
-        Args:
-          tokens: int32 `[B, T]`.
-          mask: as in `__call__`.
-        """
-        return self.norm(self._run(tokens, mask, None)[0])
+            def mask_of(window: Any) -> jax.Array:
+                return _attend_mask(positions, keys, window) if one is None else one
 
-    def head(self, x: jax.Array) -> jax.Array:
-        """float32 logits of normalised hidden states."""
-        if self.lm_head is None:
-            return ops.attend(x, self.embed_tokens.embedding[...])
-        return ops.dot(x, self.lm_head.kernel[...], preferred_element_type=jnp.float32)
+            order = jnp.asarray(windows, jnp.int32)
+            found = features.scan(self.layers, x, rotation, mask_of, order, *around)
+        else:
+            each = [masks[w] for w in windows]
+            found = features.loop(list(self.layers), x, rotation, each, *around)
+        return features.Features(self.norm(found[0]), *found[1:])
 
-    def _run(
+    def _enter(
         self, tokens: jax.Array, mask: jax.Array | None, cache: KVCache | None
-    ) -> tuple[jax.Array, Any, jax.Array]:
-        """Hidden states before the last norm, keys and values, positions of keys."""
-        plain = mask is None and cache is None and not any(self._windows())
-        attention_fn = self.attention_fn
-        if attention_fn is causal_attention and not plain:
-            attention_fn = dense_attention
+    ) -> tuple[jax.Array, Any, jax.Array, jax.Array]:
+        """Embedded tokens, rotation, positions of the tokens and of all keys."""
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask
         seen = 0 if cache is None else jnp.max(cache.positions, -1, keepdims=True) + 1
         count = jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1 + seen
@@ -147,18 +160,20 @@ class Decoder(nnx.Module):
             keys = jax.lax.dynamic_update_slice(cache.positions, positions, at)
         rotation = cos_sin(self.config, jnp.maximum(positions, 0))
         x = ops.embed(self.embed_tokens.embedding[...], tokens, dtype=self.dtype)
-        run = self._scan if self.scan_layers else self._loop
-        x, kv = run(x, rotation, positions, keys, cache, attention_fn)
-        return x, kv, keys
+        return x, rotation, positions, keys
 
-    def _block(self, graphdef: Any, attention_fn: AttentionFn) -> Any:
-        """One layer as a function of its parameters, with `remat` if asked for."""
+    def head(self, x: jax.Array) -> jax.Array:
+        """float32 logits of normalised hidden states."""
+        if self.lm_head is None:
+            return ops.attend(x, self.embed_tokens.embedding[...])
+        return ops.dot(x, self.lm_head.kernel[...], preferred_element_type=jnp.float32)
 
-        def block(state: Any, x: Any, rotation: Any, mask: Any, store: Any) -> Any:
-            layer = nnx.merge(graphdef, state)
-            return layer(x, rotation, mask, store, attention_fn)
-
-        return jax.checkpoint(block) if self.remat else block
+    def _attention(self, mask: Any, cache: KVCache | None) -> AttentionFn:
+        """`causal_attention` is for full rows: anything else needs the mask."""
+        plain = mask is None and cache is None and not any(self._windows())
+        if self.attention_fn is causal_attention and not plain:
+            return dense_attention
+        return self.attention_fn
 
     def _windows(self) -> list[int]:
         return list(self.config.windows) or [0] * self.config.num_layers
@@ -183,12 +198,7 @@ class Decoder(nnx.Module):
                 store = cache.k[i], cache.v[i], cache.length, None
             elif cache is not None:
                 store = *kv, cache.length, i
-            if self.remat:
-                graphdef, state = nnx.split(layer)
-                block = self._block(graphdef, attention_fn)
-                x, kv = block(state, x, rotation, masks[window], store)
-            else:
-                x, kv = layer(x, rotation, masks[window], store, attention_fn)
+            x, kv = layer(x, rotation, masks[window], store, attention_fn)
             apart.append(kv)
         if cache is not None and isinstance(cache.k, tuple):
             kv = tuple(k for k, _ in apart), tuple(v for _, v in apart)
@@ -204,7 +214,6 @@ class Decoder(nnx.Module):
         attention_fn: AttentionFn,
     ) -> tuple[Any, Any]:
         graphdef, state = nnx.split(self.layers)
-        block = self._block(graphdef, attention_fn)
         mixed = len(set(self._windows())) > 1
         windows = jnp.asarray(self._windows(), jnp.int32) if mixed else None
         shared = None if mixed else _attend_mask(positions, keys, self._windows()[0])
@@ -216,7 +225,8 @@ class Decoder(nnx.Module):
             state, window, i = layer
             store = None if cache is None else (*kv, cache.length, i)
             mask = _attend_mask(positions, keys, window) if mixed else shared
-            return block(state, h, rotation, mask, store), None
+            block = nnx.merge(graphdef, state)
+            return block(h, rotation, mask, store, attention_fn), None
 
         kv: Any = None if cache is None else (cache.k, cache.v)
         apart = cache is not None and isinstance(cache.k, tuple)

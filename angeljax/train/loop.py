@@ -158,9 +158,7 @@ def fit(
     step_fn = _compiled(loss_fn, optimizer, accumulate, clip, mesh, state)
     first = batches(start)  # what is wrong with the data is said before compiling
     place_batch(mesh, first, accumulate)
-    feed = prefetch(
-        lambda i: place_batch(mesh, batches(i), accumulate), start, steps
-    )
+    feed = prefetch(lambda i: place_batch(mesh, batches(i), accumulate), start, steps)
     try:
         for done, batch in enumerate(feed, start + 1):
             state, numbers = step_fn(state, frozen, batch, key)
@@ -304,9 +302,7 @@ class _Run:
         seconds = now - (self._clock or now)
         if timed and seconds > 0:
             values[f"{self._unit}_per_second"] = amount / seconds
-            values["seconds_left"] = (
-                seconds / len(steps) * (self._steps - steps[-1])
-            )
+            values["seconds_left"] = seconds / len(steps) * (self._steps - steps[-1])
             if self._flops and self._peak:
                 values["mfu"] = amount / seconds * self._flops / self._peak
         self._clock = now

@@ -104,9 +104,7 @@ def make_step(
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         numbers = jnp.arange(accumulate)
         (grads, metrics, weight), _ = jax.lax.scan(micro, zeros, (batches, numbers))
-        mean = jax.tree.map(
-            lambda x: x / jnp.maximum(weight, 1e-30), (grads, metrics)
-        )
+        mean = jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-30), (grads, metrics))
         return *mean, weight
 
     def step(

@@ -1,0 +1,1 @@
+"""Training: losses, distillation, data and the loop around them."""
