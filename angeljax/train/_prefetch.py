@@ -1,4 +1,4 @@
-"""Batches made and sent to the device by a thread, ahead of the step that needs them."""
+"""Batches made and sent to the device by a thread, ahead of the step."""
 
 from __future__ import annotations
 

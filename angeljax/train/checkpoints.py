@@ -1,4 +1,4 @@
-"""Checkpoints of a training: Orbax's manager, and what a resumed run must agree with."""
+"""Checkpoints of a training, and what a resumed run must agree with."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from angeljax.train._fields import ConfigError
 class Checkpoints:
     """Saves and restores the state of a training, without stopping it for long.
 
-    A save is copied off the device, written by a thread and renamed when it is complete:
-    a process that is killed leaves the previous checkpoints as they were. The best one
-    by the averaged loss is kept beside the latest, so that a loss that slowly runs away
-    does not overwrite it.
+    A save is copied off the device, written by a thread and renamed when it is
+    complete (Orbax's `CheckpointManager`): a process that is killed leaves the previous
+    checkpoints as they were. The best one by the averaged loss is kept beside the
+    latest, so that a loss that slowly runs away does not overwrite it.
 
     Args:
       directory: made if it is missing.

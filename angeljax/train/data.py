@@ -1,4 +1,4 @@
-"""Packed token streams: reading, cutting into rows, and an order that can be resumed."""
+"""Packed token streams: reading, rows, and an order that can be resumed."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _CHUNK = 256
 class PackedTokens:
     """A token stream cut into full rows, in a shuffled order that is a pure function.
 
-    Row i holds the tokens `[i * length, (i + 1) * length]`, both ends included: `length`
-    inputs, and their next tokens. Every epoch has a permutation of its own, drawn from
-    `(seed, epoch)`, and step s takes the rows from `s * batch_size` on of the stream of
-    epochs. To go on after step s, no state is needed but s.
+    Row i holds the tokens `[i * length, (i + 1) * length]`, both ends included:
+    `length` inputs, and their next tokens. Every epoch has a permutation of its own,
+    drawn from `(seed, epoch)`, and step s takes the rows from `s * batch_size` on of
+    the stream of epochs. To go on after step s, no state is needed but s.
 
     Args:
       ids: the stream, `[tokens]`; documents are packed without padding.

@@ -286,15 +286,18 @@ class _Run:
         rows = jax.device_get([numbers for _, numbers in self._waiting])
         now = time.perf_counter()
         for step, row in zip(steps, rows, strict=True):
-            if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
+            if row["failed"]:
                 self._stop_not_finite(step, row, state)
             self._guarded(float(row["loss"]), step)
         values = {
             name: sum(float(row[name]) for row in rows) / len(rows)
             for name in rows[0]
-            if name != "weight"
+            if name not in ("weight", "failed")
         }
-        self._count += (amount := sum(float(row["weight"]) for row in rows))
+        amount = sum(float(row["weight"]) for row in rows)
+        if steps[0] == self._first:  # what was read before a resume
+            self._count = (self._first - 1) * amount / len(rows)
+        self._count += amount
         values[self._unit] = self._count
         if self._schedule is not None:
             values["lr"] = float(self._schedule(steps[-1] - 1))
@@ -316,12 +319,12 @@ class _Run:
             raise TrainingStopped(f"{e}{self._what_is_kept()}") from None
 
     def _stop_not_finite(self, step: int, row: Any, state: TrainState) -> None:
-        names = culprit_names(state)
-        what = f"the gradient of {names} is not finite" if names else "an update is"
+        parts = []
         if not math.isfinite(row["loss"]):
-            what = f"the loss is {float(row['loss'])}" + (
-                f" and the gradient of {names} is not finite" if names else ""
-            )
+            parts.append(f"the loss is {float(row['loss'])}")
+        if names := culprit_names(state):
+            parts.append(f"the gradient of {names} is not finite")
+        what = " and ".join(parts) or "an update of the optimizer is not finite"
         raise TrainingStopped(
             f"stopped at step {step}: {what}; the update was not applied"
             f"{self._what_is_kept()}: lower optimizer.lr, or look at that tensor"

@@ -69,7 +69,7 @@ def make_step(
 
     Returns:
       `(state, frozen, batch, key) -> (state, metrics)`; the metrics are float32 scalars
-      with "loss" and "grad_norm" (before clipping) among them.
+      with "loss", "grad_norm" (before clipping), "weight" and "failed" among them.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -136,7 +136,13 @@ def make_step(
             failed=state.failed | ~fine,
             culprits=jnp.where(state.failed, state.culprits, bad),
         )
-        return after, {**metrics, "grad_norm": norm, "weight": weight}
+        failed = after.failed.astype(jnp.float32)
+        return after, {
+            **metrics,
+            "grad_norm": norm,
+            "weight": weight,
+            "failed": failed,
+        }
 
     return step
 
