@@ -35,7 +35,7 @@ class DistillOptions:
         spreads the student's layers evenly over the teacher's.
       relation_weight: of the loss on attention relations (arXiv 2012.15828).
       relation_layers: `(student layer, teacher layer)`; None takes the last of each.
-      relation_heads: heads of the relations; None takes the student's query heads.
+      relation_heads: heads of the relations; None takes the student's key heads.
 
     Raises:
       ValueError: a field is out of range; names it.
