@@ -7,8 +7,10 @@ into any loss of one's own.
 
 from angeljax.train._fields import ConfigError
 from angeljax.train.checkpoints import Checkpoints
+from angeljax.train.config import TrainConfig
 from angeljax.train.data import PackedTokens, load_tokens
 from angeljax.train.guards import Divergence, TrainingStopped
+from angeljax.train.language_model import HeldOut, LMTask
 from angeljax.train.loop import FitResult, fit
 from angeljax.train.optimizers import (
     OptimizerConfig,
@@ -24,8 +26,11 @@ __all__ = [
     "ConfigError",
     "Divergence",
     "FitResult",
+    "HeldOut",
+    "LMTask",
     "OptimizerConfig",
     "PackedTokens",
+    "TrainConfig",
     "TrainState",
     "TrainingStopped",
     "evaluation_params",

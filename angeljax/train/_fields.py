@@ -43,11 +43,8 @@ def number(where: str, value: Any, low: float, high: float = math.inf) -> None:
     real = isinstance(value, int | float) and not isinstance(value, bool)
     if real and math.isfinite(value) and low <= value <= high:
         return
-    hint = ""
-    if isinstance(value, str) and "e" in value:
-        hint = " (YAML reads 1e-3 as text: write 1.0e-3)"
     top = "" if high == math.inf else f" and <= {high:g}"
-    raise ConfigError(f"{where} must be a number >= {low:g}{top}, not {value!r}{hint}")
+    raise ConfigError(f"{where} must be a number >= {low:g}{top}, not {value!r}")
 
 
 def choice(where: str, value: Any, known: tuple[str, ...]) -> None:

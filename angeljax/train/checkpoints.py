@@ -125,6 +125,16 @@ class Checkpoints:
         treedef = jax.tree.structure(like)
         return jax.tree.unflatten(treedef, [found[name] for name in want])
 
+    def check(self) -> None:
+        """Refuses a directory with checkpoints of another training.
+
+        Raises:
+          ConfigError: names what differs.
+        """
+        step = self.latest()
+        if step is not None:
+            self.check_identity(step)
+
     def check_identity(self, step: int) -> None:
         """Refuses a checkpoint of another training.
 

@@ -139,7 +139,8 @@ def load_tokens(
     if not sources:
         raise ConfigError("data: name at least one source")
     parts = []
-    for source in map(os.fspath, sources):
+    for named in sources:
+        source = os.fspath(named)
         binary = source.endswith((".npy", ".npy.xz"))
         part = _ids(Path(source)) if binary else _encoded(source, tokenizer)
         if not len(part):
