@@ -35,6 +35,7 @@ class Format:
         scale (plus `shift`, where there is one) are what `decode` gives, bit for bit.
         A scale that is given is used in place of one from the data. None: the format
         has no such scale.
+      pack: levels, granule planes, spec -> all planes; with `snap` only.
       clip: spec -> lowest and highest level before rounding, beyond which a weight is
         clipped; with `snap` only.
       level_depends_on_scale: whether another scale chooses other levels.
@@ -53,6 +54,7 @@ class Format:
     options: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     summary: str = ""
     snap: Callable[[jax.Array, Spec, jax.Array | None], Snapped] | None = None
+    pack: Callable[[jax.Array, Planes, Spec], Planes] | None = None
     clip: Callable[[Spec], tuple[float, float]] | None = None
     level_depends_on_scale: bool = True
 

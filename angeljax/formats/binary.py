@@ -54,6 +54,7 @@ register(
         granularities=("group", "channel", "tensor"),
         summary="signs, one bit each",
         snap=snap,
+        pack=pack,
         clip=lambda spec: (-1.0, 1.0),
         level_depends_on_scale=False,
     )

@@ -31,7 +31,12 @@ def cast(x: jax.Array, dtype: Any) -> jax.Array:
 
 def encode(w: jax.Array, spec: Spec, *, dtype: Any) -> Planes:
     """Elements and scales of blocks `[*lead, G, g]`."""
-    levels, granules = snap(w, spec, dtype=dtype)
+    return pack(*snap(w, spec, dtype=dtype), spec, dtype=dtype)
+
+
+def pack(levels: jax.Array, granules: Planes, spec: Spec, *, dtype: Any) -> Planes:
+    """All planes of elements that `snap` gave."""
+    del spec
     return {"codes": rounded(levels, dtype), **granules}
 
 
@@ -69,6 +74,7 @@ for _name, _dtype in (("float8_e4m3", E4M3), ("float8_e5m2", E5M2)):
             granularities=("channel", "tensor", "group", "block"),
             summary=f"8-bit floats ({_name[-4:]})",
             snap=functools.partial(snap, dtype=_dtype),
+            pack=functools.partial(pack, dtype=_dtype),
             clip=functools.partial(clip_range, dtype=_dtype),
         )
     )

@@ -142,6 +142,7 @@ for _bits in (8, 4, 3, 2):
             },
             summary=f"{_bits}-bit integers, symmetric or with a zero point",
             snap=functools.partial(snap, bits=_bits),
+            pack=functools.partial(pack, bits=_bits),
             clip=functools.partial(clip_range, bits=_bits),
         )
     )

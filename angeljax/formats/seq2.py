@@ -9,7 +9,8 @@ largest level is 3/4 alpha.
     s = <w, q> / <q, q> (10 rounds).
   amax: alpha = amax, where ParetoQ starts its training from.
 
-The scale of a granule of zeros is 0. Codes 0..3 stand for the levels in rising order, four to a byte, the lowest bits first.
+The scale of a granule of zeros is 0. Codes 0..3 stand for the levels in rising order,
+four to a byte, the lowest bits first.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ register(
         options={"scale_method": ("lstsq", "amax")},
         summary="2 bits, four levels around zero",
         snap=snap,
+        pack=pack,
         clip=lambda spec: (-CLIP, CLIP),
     )
 )

@@ -88,7 +88,7 @@ def _bits_to_byte(bits: jax.Array) -> jax.Array:
 
 
 def snap(w: jax.Array, spec: Spec, scale: jax.Array | None = None) -> Snapped:
-    """Levels in {-1, 0, 1}, three of four not 0, and scales of blocks `[*lead, G, g]`."""
+    """Levels -1, 0, 1, one zero in four, and scales of blocks `[*lead, G, g]`."""
     granules = Granules(spec)
     stride = spec.option("group_stride")
     levels, zero = _levels(w, stride)
@@ -145,6 +145,7 @@ register(
         options={"group_stride": (1, 16)},
         summary="3:4 sparse ternary, 5 bits for 4 weights",
         snap=snap,
+        pack=pack,
         clip=lambda spec: (-1.0, 1.0),
         level_depends_on_scale=False,
     )

@@ -152,6 +152,7 @@ register(
         options=_OPTIONS,
         summary="ternary, 2 bits each",
         snap=snap,
+        pack=t2_pack,
         clip=lambda spec: (-1.0, 1.0),
     )
 )
@@ -166,6 +167,7 @@ register(
         options=_OPTIONS,
         summary="ternary, five to a byte",
         snap=snap,
+        pack=t1_6_pack,
         clip=lambda spec: (-1.0, 1.0),
     )
 )
