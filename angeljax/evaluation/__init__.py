@@ -20,6 +20,7 @@ perplexity hides.
 """
 
 from angeljax.evaluation._steps import LogitsFn
+from angeljax.evaluation.documents import document_windows, perplexity_per
 from angeljax.evaluation.encoding import EncodedTask, Encoder, encode_task
 from angeljax.evaluation.examples import Example, Task, load_task, load_tasks
 from angeljax.evaluation.quality import EvalResult, evaluate
@@ -38,11 +39,13 @@ __all__ = [
     "Task",
     "TaskResult",
     "Windows",
+    "document_windows",
     "encode_task",
     "evaluate",
     "evaluate_tasks",
     "load_task",
     "load_tasks",
+    "perplexity_per",
     "load_text",
     "reference_logits",
     "score_encoded",
