@@ -140,14 +140,39 @@ def evaluate(
         int, typer.Option(help="Use the first so many tokens; 0 for all.")
     ] = 8192,
     batch_size: Annotated[int, typer.Option(help="Windows in a step.")] = 4,
+    tasks: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Measure accuracy on multiple-choice tasks instead: a .jsonl file or "
+            "a folder of them. May be repeated."
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="At most so many examples of a task.")
+    ] = None,
     dtype: Dtype = "bfloat16",
     as_json: AsJson = False,
 ) -> None:
-    """Measure perplexity, and KL and top-1 agreement against a reference."""
+    """Measure perplexity, and KL and top-1 agreement against a reference; or tasks."""
     import dataclasses
 
     from angeljax import _workflow
 
+    if tasks:
+        if text is not None or reference is not None:
+            raise ValueError("--tasks goes with neither --text nor --reference")
+        examples = _workflow.load_tasks(tasks, limit)
+        loaded = _workflow.open_model(model, dtype=dtype)
+        results = _workflow.evaluate_tasks(
+            loaded, loaded.params, examples, progress=False if as_json else None
+        )
+        if as_json:
+            _print_json([r.to_dict() for r in results])
+        else:
+            _print(_workflow.tasks_table(results))
+        return
+    if limit is not None:
+        raise ValueError("--limit goes with --tasks; --tokens limits a text")
     loaded = _workflow.open_model(model, dtype=dtype)
     base = None if reference is None else _workflow.open_model(reference, dtype=dtype)
     windows = _workflow.text_windows(loaded, text, length, stride, tokens)
