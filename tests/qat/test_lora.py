@@ -68,7 +68,8 @@ def test_a_stack_of_layers_learns(cparams: Any) -> None:
 
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (first, logits), grads = step(lora)
-    np.testing.assert_array_equal(logits, jax.jit(MODEL.logits)(cparams, TOKENS))
+    plain = jax.jit(MODEL.logits)
+    np.testing.assert_array_equal(logits, plain(cparams, TOKENS))
     for g in grads.factors.values():  # B is 0 at first, and A has no gradient then
         assert not np.any(g["a"]) and np.any(g["b"])
     for _ in range(4):
@@ -80,7 +81,7 @@ def test_a_stack_of_layers_learns(cparams: Any) -> None:
     merged = lora_merge(cparams, lora)
     assert isinstance(merged["layers"]["attn"]["q_proj"]["kernel"], jax.Array)
     assert isinstance(merged["layers"]["attn"]["k_proj"]["kernel"], aj.QTensor)
-    _close(jax.jit(MODEL.logits)(merged, TOKENS), logits, rtol=1e-4, atol=1e-5)
+    _close(plain(merged, TOKENS), logits, rtol=1e-4, atol=1e-5)
     packed = lora_merge(cparams, lora, requantize=True)
     assert jax.tree.structure(packed) == jax.tree.structure(cparams)
 
@@ -100,40 +101,34 @@ def test_no_gradient_of_the_size_of_a_weight() -> None:
 
 def test_every_product_and_its_gradient(getkey: Any) -> None:
     """Axes that are merged, transposed or looked up, against the sum as an array."""
-
-    def both(q: Any, f: Any) -> None:
-        lora = _filled(lora_init({"w": q}, getkey(), rank=2, targets="w"), getkey())
-
-        def ours(lora: Lora) -> Any:
-            y = f(lora_apply({"w": q}, lora)["w"])
-            return (y * jnp.cos(y)).sum(), y
-
-        def dense(lora: Lora) -> Any:
-            y = f(q.dequantize() + lora_apply({"w": q}, lora)["w"].addition())
-            return (y * jnp.cos(y)).sum(), y
-
-        a, b = jax.jit(
-            lambda lora: [jax.grad(g, has_aux=True)(lora) for g in (ours, dense)]
-        )(lora)
-        _close(a, b, rtol=1e-3, atol=1e-3)
-
-    def weight(*shape: int, **options: Any) -> Any:
-        w = jax.random.normal(getkey(), shape)
-        return aj.quantize(w, format="int8", **options)
-
     x, ids = jax.random.normal(getkey(), (3, 4, 32)), jnp.asarray([3, 0, 9])
-    both(
-        weight(4, 32, 5, axis=(-3, -2)),
-        lambda w: aj.ops.dot_general(x, w, (((1, 2), (0, 1)), ((), ()))),
-    )
-    both(weight(32, 3, 5, axis=-3), lambda w: aj.ops.einsum("btd,dnh->btnh", x, w))
-    both(
-        weight(10, 32, axis=-1),
-        lambda w: aj.ops.attend(x, w).sum() + aj.ops.embed(w, ids),
-    )
-    both(weight(2, 32, 6), lambda w: aj.ops.ragged_dot(x[0], w, jnp.asarray([1, 3])))
-    both(weight(3, 32, 6), lambda w: aj.ops.einsum("btd,bdn->btn", x, w))
-    both(weight(3, 32, 6), lambda w: x[0] @ w[1])
+    merged = (((1, 2), (0, 1)), ((), ()))
+    cases: list[Any] = [
+        ((4, 32, 5), (-3, -2), lambda w: aj.ops.dot_general(x, w, merged)),
+        ((32, 3, 5), -3, lambda w: aj.ops.einsum("btd,dnh->btnh", x, w)),
+        ((10, 32), -1, lambda w: aj.ops.attend(x, w).sum() + aj.ops.embed(w, ids)),
+        ((2, 32, 6), -2, lambda w: aj.ops.ragged_dot(x[0], w, jnp.asarray([1, 3]))),
+        ((3, 32, 6), -2, lambda w: aj.ops.einsum("btd,bdn->btn", x, w)),
+        ((3, 32, 6), -2, lambda w: x[0] @ w[1]),
+    ]
+    tree = {
+        str(i): aj.quantize(
+            jax.random.normal(getkey(), shape), format="int8", axis=axis
+        )
+        for i, (shape, axis, _) in enumerate(cases)
+    }
+    lora = _filled(lora_init(tree, getkey(), rank=2, targets=".*"), getkey())
+
+    def total(lora: Lora, dense: bool) -> Any:
+        outs = []
+        for i, (_, _, f) in enumerate(cases):
+            w: Any = lora_apply(tree, lora)[str(i)]
+            outs.append(f(tree[str(i)].dequantize() + w.addition() if dense else w))
+        return sum((y * jnp.cos(y)).sum() for y in outs), outs
+
+    grad = jax.grad(total, has_aux=True)
+    ours, dense = jax.jit(lambda lora: [grad(lora, False), grad(lora, True)])(lora)
+    _close(ours, dense, rtol=1e-3, atol=1e-3)
 
 
 def test_in_linen_and_nnx_and_prepared() -> None:
@@ -146,7 +141,7 @@ def test_in_linen_and_nnx_and_prepared() -> None:
     tree = lora_apply(variables, lora)
     limits = {"rtol": 1e-4, "atol": 1e-5}
     _close(jax.jit(aj.bind(linen))(tree, x), expected, **limits)
-    _close(jax.jit(linen.apply)(tree, x), expected, **limits)
+    _close(linen.apply(tree, x), expected, **limits)
     ready = lora_apply(aj.prepare(variables), lora)
     _close(jax.jit(aj.bind(linen))(ready, x), expected, **limits)
     module = nnx.Linear(64, 48, rngs=nnx.Rngs(0))
