@@ -1,6 +1,6 @@
 """angeljax: compression of JAX and Flax models as pure functions on param trees."""
 
-from angeljax import ops
+from angeljax import ops, qat
 from angeljax._partition import combine, partition
 from angeljax._report import CompressionReport, report
 from angeljax.bind import bind
@@ -27,6 +27,7 @@ __all__ = [
     "partition",
     "plan",
     "prepare",
+    "qat",
     "quantize",
     "report",
     "restore",

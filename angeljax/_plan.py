@@ -86,6 +86,7 @@ def _spec(path: str, shape: tuple[int, ...], dtype: str, rule: Rule) -> Spec:
         batch_axes=rule.batch_axes,
         scale_dtype=rule.scale_dtype,
         pad=rule.pad,
+        activation=rule.activation,
         **rule.format_options(),
     )
 

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from angeljax._adapted import AdaptedTensor
 from angeljax._transposed import takes_token, token_dot
 from angeljax.formats import QTensor
+from angeljax.formats._activation import fake_quantize_activation
 from angeljax.formats._blocks import GRANULE_PLANES
 from angeljax.prepare import PreparedTensor, has_kernel, kernel_view
 from pallas_kernels import packed_matmul, ragged_matmul
@@ -80,8 +81,10 @@ def dot(
             f"dot: x has {features} features and the weight takes {w.shape[0]}"
         )
     around = norm is not None or gate is not None or residual is not None
-    if around and isinstance(w, PreparedTensor) and w.shards is None and w.ndim == 2:
+    ready = isinstance(w, PreparedTensor) and w.shards is None and w.ndim == 2
+    if around and ready and not _rounds_activations(w):
         if _takes(x, w, (((x.ndim - 1,), (0,)), ((), ()))):
+            assert isinstance(w, PreparedTensor)
             return packed_matmul(
                 _activation(x, w),
                 w.planes,
@@ -148,6 +151,8 @@ def dot_general(
         y = dot_general(x, w.base, dimension_numbers, **around)
         more = w.times(_inputs_last(x, dimension_numbers, w.ndim))
         return y + more.reshape(y.shape).astype(y.dtype)
+    if _rounds_activations(w):
+        x = _rounded(x, w, dimension_numbers[0][0])
     if out_sharding is None and _takes(x, w, dimension_numbers):
         assert isinstance(w, QTensor)
         x = _inputs_last(x, dimension_numbers, w.ndim)
@@ -181,6 +186,12 @@ def einsum(
             precision=precision,
             preferred_element_type=preferred_element_type,
         )
+    if _rounds_activations(w):
+        # A batched product: what one token holds is what this equation sums over.
+        left, _, right = equation.replace(" ", "").split("->")[0].partition(",")
+        out = equation.split("->")[-1]
+        summed = [i for i, c in enumerate(left) if c in right and c not in out]
+        x = _rounded(x, w, [i - len(left) for i in summed])
     return jnp.einsum(
         equation,
         x,
@@ -288,6 +299,8 @@ def ragged_dot(
         for name in ("a", "b"):
             x = jax.lax.ragged_dot(x, w.planes[name].astype(x.dtype), group_sizes)
         return y + (w.scaling * x).astype(y.dtype)
+    if _rounds_activations(w):
+        x = _rounded(x, w, [1])
     if not isinstance(w, QTensor) or not _ragged(x, w):
         return jax.lax.ragged_dot(
             x,
@@ -369,7 +382,7 @@ def _prepared_dot(x: jax.Array, w: PreparedTensor, out_dtype: Any) -> jax.Array:
 
 def _takes(x: jax.Array, w: jax.Array | QTensor, numbers: Any) -> bool:
     """Whether a product is one of `packed_dot`: all contracted axes, no batch axes."""
-    if not isinstance(w, QTensor) or isinstance(w, AdaptedTensor) or not has_kernel(w):
+    if not isinstance(w, QTensor) or not has_kernel(w):
         return False
     return _whole(w, numbers) and x.dtype != jnp.float64
 
@@ -414,6 +427,23 @@ def _activation(x: Any, w: jax.Array | QTensor) -> jax.Array:
     x = jnp.asarray(x)
     # In the dtype of integers a weight would be rounded to 0.
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(w.dtype)
+
+
+def _rounds_activations(w: Any) -> bool:
+    """Whether the other operand must be rounded here, and is not by the kernel."""
+    if not isinstance(w, QTensor) or w.spec.activation is None:
+        return False
+    return not isinstance(w, PreparedTensor) or w.activation is None
+
+
+def _rounded(x: jax.Array, w: Any, axes: Any) -> jax.Array:
+    """`x` as the weight's recipe wants it, each token (all but `axes`) by itself."""
+    axes = sorted(a % x.ndim for a in axes)
+    last = tuple(range(-len(axes), 0))
+    moved = jnp.moveaxis(x, axes, last)
+    flat = moved.reshape(*moved.shape[: x.ndim - len(axes)], -1)
+    flat = fake_quantize_activation(flat, w.spec.activation)
+    return jnp.moveaxis(flat.reshape(moved.shape), last, axes)
 
 
 def _dense(w: jax.Array | QTensor, dtype: Any) -> jax.Array:

@@ -125,7 +125,7 @@ def prepare(
       device: a `jax.Device`; default the first one of the default backend.
       implementation: of `pallas_kernels`, instead of the device's own.
       activation: "int8" quantizes the activations of every product for each token
-        (W8A8, W1.25A8 ...), the fastest there is; None keeps their precision.
+        (W8A8, W1.25A8 ...), the fastest there is; None does so where the recipe did.
 
     Returns:
       The tree with `PreparedTensor`s.
@@ -157,7 +157,8 @@ def prepare(
             raise KernelError(f"{_label(leaf.path)} is prepared already: restore it")
         # One tensor in two places (tied weights) stays one.
         if id(q) not in ready:
-            ready[id(q)] = _prepare_one(q, leaf.path, name, explicit, activation)
+            rounds = "int8" if q.spec.activation == "int8" else activation
+            ready[id(q)] = _prepare_one(q, leaf.path, name, explicit, rounds)
         out.append(ready[id(q)])
     return unflatten(treedef, leaves, out)
 
@@ -195,7 +196,9 @@ def kernel_view(q: QTensor) -> tuple[Planes, WeightLayout]:
 
 
 def has_kernel(q: QTensor) -> bool:
-    """Whether the format of a QTensor is one that kernels read."""
+    """Whether a QTensor is packed in a format that kernels read."""
+    if not q.packed or "shift" in q.planes:
+        return False
     return q.spec.format in pallas_kernels.TERNARY + pallas_kernels.QUANTIZED
 
 

@@ -16,6 +16,9 @@ from typing import Any
 
 import yaml
 
+from angeljax import _train_options
+from angeljax._train_options import Arenas, QATOptions
+from angeljax.formats._activation import ACTIVATIONS
 from angeljax.formats._registry import get_format
 from angeljax.formats._resolve import check_options
 
@@ -37,9 +40,10 @@ FORMAT_OPTIONS = (
     "scale_method",
     "scale_rounding",
     "group_stride",
+    "shift",
 )
 # Parts of the schema that hold no options yet; a recipe that fills one is refused.
-RESERVED_SECTIONS = ("activations", "kv_cache", "attention", "tokens", "draft", "train")
+RESERVED_SECTIONS = ("activations", "kv_cache", "attention", "tokens", "draft")
 
 
 class RecipeError(ValueError):
@@ -67,8 +71,13 @@ class Rule:
       scale_dtype: "float32", "bfloat16" or "float16".
       pad: whether a group size that does not divide may be padded inside.
       optional: do not complain if the rule matches nothing.
-      symmetric, narrow_range, scale_method, scale_rounding, group_stride: options of
-        the format; see `angeljax.formats`.
+      activation: what the other operand of the layer's product is quantized to on the
+        fly, each token by itself: "int8", "int4", "float8_e4m3", "mxfp8", "mxfp4" or
+        "nvfp4". Default: it is left as it is.
+      qat: how the weight is trained; `QATOptions`, or a mapping of its fields. Without
+        it `angeljax.qat` uses the defaults.
+      symmetric, narrow_range, scale_method, scale_rounding, group_stride, shift:
+        options of the format; see `angeljax.formats`.
 
     Raises:
       RecipeError: an option has a value that the format does not take.
@@ -89,11 +98,15 @@ class Rule:
     scale_method: str | None = None
     scale_rounding: str | None = None
     group_stride: int | None = None
+    shift: bool | None = None
+    activation: str | None = None
+    qat: QATOptions | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.axis, list):
             object.__setattr__(self, "axis", tuple(self.axis))
         try:
+            object.__setattr__(self, "qat", QATOptions.parse(self.qat))
             self._check()
         except ValueError as e:
             raise RecipeError(f"rule {self.label()}: {e}") from None
@@ -122,7 +135,8 @@ class Rule:
         ):
             raise ValueError(f"batch_axes must be an integer >= 0: {self.batch_axes}")
         if self.format is None:
-            for name in ("granularity", "group_size", "scale_dtype", *FORMAT_OPTIONS):
+            more = ("granularity", "group_size", "scale_dtype", "activation", "qat")
+            for name in (*more, *FORMAT_OPTIONS):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} needs a format")
             return
@@ -133,6 +147,31 @@ class Rule:
             scale_dtype=self.scale_dtype,
             options=self.format_options(),
         )
+        if self.activation not in (None, *ACTIVATIONS):
+            raise ValueError(
+                f"activation={self.activation!r}: use {', '.join(ACTIVATIONS)}"
+            )
+        self._check_qat()
+
+    def _check_qat(self) -> None:
+        if self.qat is None or self.format is None:
+            return
+        fixed = get_format(self.format).snap is None or self.symmetric is False
+        for name, on in (
+            ("scale: learned", self.qat.scale == "learned"),
+            ("estimator: clipped", self.qat.estimator == "clipped"),
+        ):
+            if on and fixed:
+                why = "with a zero point " if self.symmetric is False else ""
+                raise ValueError(
+                    f"format {self.format} {why}cannot be trained with qat {name}: "
+                    "its scales follow from the weights; leave that out"
+                )
+        if self.qat.tequila is not None and self.format not in ("t2", "t1_6"):
+            raise ValueError(
+                f"qat.tequila is for weights with a dead zone around 0, formats t2 and "
+                f"t1_6, not {self.format}"
+            )
 
     def format_options(self) -> dict[str, Any]:
         """The options of the format that this rule sets."""
@@ -150,6 +189,8 @@ class Rule:
             value = getattr(self, field.name)
             if field.name == "format" or value != field.default:
                 out[field.name] = list(value) if isinstance(value, tuple) else value
+        if self.qat is not None:
+            out["qat"] = _train_options.to_dict(self.qat)
         out["format"] = self.format or "none"
         return out
 
@@ -182,6 +223,8 @@ class Recipe:
       skip: regular expressions of paths that rules without `match` leave alone.
       requires: fields of a model's configuration that this recipe was made for, such as
         {"model_type": "llama"}; checked where the configuration is known.
+      arenas: the annealed residual that `angeljax.qat` trains with; in YAML the entry
+        `arenas` of the section `train`. None trains without.
 
     Example:
       >>> import angeljax as aj
@@ -195,6 +238,7 @@ class Recipe:
     description: str = ""
     skip: Sequence[str] = DEFAULT_SKIP
     requires: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    arenas: Arenas | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
@@ -213,6 +257,10 @@ class Recipe:
                 raise RecipeError(f"skip {pattern!r}: {e}") from None
         if not isinstance(self.requires, Mapping):
             raise RecipeError(f"requires must be a mapping, not {self.requires!r}")
+        try:
+            object.__setattr__(self, "arenas", Arenas.parse(self.arenas))
+        except ValueError as e:
+            raise RecipeError(f"train: {e}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain YAML / JSON values; `from_dict` restores an equal recipe."""
@@ -226,6 +274,8 @@ class Recipe:
         if tuple(self.skip) != DEFAULT_SKIP:
             out["skip"] = list(self.skip)
         out["rules"] = [rule.to_dict() for rule in self.rules]
+        if self.arenas is not None:
+            out["train"] = {"arenas": _train_options.to_dict(self.arenas)}
         return out
 
     @classmethod
@@ -237,8 +287,8 @@ class Recipe:
         """
         if not isinstance(data, Mapping):
             raise RecipeError("a recipe must be a mapping with a list `rules`")
-        known = {f.name for f in dataclasses.fields(cls)}
-        _check_fields(data, known | set(RESERVED_SECTIONS), "a recipe")
+        known = {f.name for f in dataclasses.fields(cls)} - {"arenas"}
+        _check_fields(data, known | {"train", *RESERVED_SECTIONS}, "a recipe")
         for section in RESERVED_SECTIONS:
             if data.get(section):
                 raise RecipeError(
@@ -249,6 +299,11 @@ class Recipe:
         if not isinstance(rules, Sequence) or isinstance(rules, str):
             raise RecipeError("a recipe needs a list `rules`")
         fields = {k: v for k, v in data.items() if k in known}
+        if (train := data.get("train")) is not None:
+            if not isinstance(train, Mapping):
+                raise RecipeError(f"train must be a mapping, not {train!r}")
+            _check_fields(train, {"arenas"}, "train")
+            fields["arenas"] = train.get("arenas")
         return cls(**{**fields, "rules": [Rule.from_dict(r) for r in rules]})
 
     def to_yaml(self) -> str:

@@ -8,13 +8,17 @@
 | `nf4` | nf4 |
 | `ternary` | t2 (2 bits), t1_6 (base 3) |
 | `sherry` | sherry (1.25 bits) |
+| `seq2` | seq2 (2 bits, no zero) |
+| `binary` | binary (1 bit) |
 """
 
 from angeljax.formats import (  # noqa: F401  (registers the formats)
+    binary,
     float8,
     integer,
     microscaling,
     nf4,
+    seq2,
     sherry,
     ternary,
 )

@@ -19,7 +19,7 @@ import numpy as np
 from angeljax.formats._spec import Spec
 
 # Planes that hold one entry per granule; every other plane holds packed codes.
-GRANULE_PLANES = frozenset({"scale", "scale2", "zero"})
+GRANULE_PLANES = frozenset({"scale", "scale2", "zero", "shift"})
 
 
 def rounded(x: jax.Array, dtype: Any) -> jax.Array:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,8 @@ class QTensor:
 
     planes: dict[str, Any]
     spec: Spec = dataclasses.field(metadata={"static": True})
+    # Whether `planes` are those of the format; a weight in training holds itself.
+    packed: ClassVar[bool] = True
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -12,6 +12,8 @@ import jax
 from angeljax.formats._spec import Spec
 
 Planes = dict[str, jax.Array]
+# Levels and the planes that hold one entry for each granule.
+Snapped = tuple[jax.Array, Planes]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,15 @@ class Format:
       granularities: what may share a scale, the default first.
       group_size: default group size; the only one if `fixed_group`.
       options: option name -> allowed values, the default first.
+      snap: float32 `[*lead, G, g]`, spec, scale `[*lead', G, 1]` or None ->
+        levels and granule planes. Levels are float32 `[*lead, G, g]`; they times the
+        scale (plus `shift`, where there is one) are what `decode` gives, bit for bit.
+        A scale that is given is used in place of one from the data. None: the format
+        has no such scale.
+      pack: levels, granule planes, spec -> all planes; with `snap` only.
+      clip: spec -> lowest and highest level before rounding, beyond which a weight is
+        clipped; with `snap` only.
+      level_depends_on_scale: whether another scale chooses other levels.
     """
 
     name: str
@@ -42,6 +53,10 @@ class Format:
     fixed_scale_dtype: str | None = None
     options: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     summary: str = ""
+    snap: Callable[[jax.Array, Spec, jax.Array | None], Snapped] | None = None
+    pack: Callable[[jax.Array, Planes, Spec], Planes] | None = None
+    clip: Callable[[Spec], tuple[float, float]] | None = None
+    level_depends_on_scale: bool = True
 
     def tail_unit(self, spec: Spec) -> int:
         """Weights in the smallest part of a group that can be stored by itself."""

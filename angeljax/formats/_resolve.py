@@ -110,6 +110,7 @@ def make_spec(
     batch_axes: int | None = None,
     scale_dtype: str | None = None,
     pad: bool = True,
+    activation: str | None = None,
     **options: Any,
 ) -> Spec:
     """Resolves options against an array's shape. Touches no data.
@@ -125,6 +126,7 @@ def make_spec(
         all before the contraction axes, but at least two core axes remain.
       scale_dtype: default bfloat16 for groups, else float32.
       pad: whether a last short group may be padded inside.
+      activation: what products quantize their other operand to.
       **options: of the format.
 
     Returns:
@@ -194,4 +196,5 @@ def make_spec(
         out_block={"tensor": 0, "block": BLOCK}.get(granularity, 1),
         scale_dtype=scale_dtype,
         options=tuple(sorted(full.items())),
+        activation=activation,
     )

@@ -31,6 +31,8 @@ class Spec:
     scale_dtype: str
     # Format options that change the meaning of the codes, sorted by name.
     options: tuple[tuple[str, Any], ...] = ()
+    # What products quantize their other operand to, each token by itself.
+    activation: str | None = None
 
     @property
     def k(self) -> int:
@@ -75,12 +77,14 @@ class Spec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {
+        out = {
             **dataclasses.asdict(self),
             "shape": list(self.shape),
             "axis": list(self.axis),
             "options": dict(self.options),
         }
+        # Left out where there is none: older versions did not know it.
+        return out if self.activation else {k: out[k] for k in out if k != "activation"}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Spec:
@@ -90,8 +94,8 @@ class Spec:
           ValueError: a field is missing or unknown.
         """
         names = {f.name for f in dataclasses.fields(cls)}
-        if set(data) != names:
-            odd = sorted(set(data) ^ names)
+        if {*data, "activation"} != names:
+            odd = sorted({*data, "activation"} ^ names)
             raise ValueError(f"spec has missing or unknown fields: {', '.join(odd)}")
         return cls(
             **{

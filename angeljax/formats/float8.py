@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from angeljax.formats._blocks import Granules, rounded
-from angeljax.formats._registry import Format, Planes, register
+from angeljax.formats._registry import Format, Planes, Snapped, register
 from angeljax.formats._spec import Spec
 from angeljax.formats.integer import inverse, to_scale
 
@@ -31,11 +31,31 @@ def cast(x: jax.Array, dtype: Any) -> jax.Array:
 
 def encode(w: jax.Array, spec: Spec, *, dtype: Any) -> Planes:
     """Elements and scales of blocks `[*lead, G, g]`."""
+    return pack(*snap(w, spec, dtype=dtype), spec, dtype=dtype)
+
+
+def pack(levels: jax.Array, granules: Planes, spec: Spec, *, dtype: Any) -> Planes:
+    """All planes of elements that `snap` gave."""
+    del spec
+    return {"codes": rounded(levels, dtype), **granules}
+
+
+def snap(
+    w: jax.Array, spec: Spec, scale: jax.Array | None = None, *, dtype: Any
+) -> Snapped:
+    """Elements (as float32) and scales of blocks `[*lead, G, g]`."""
     granules = Granules(spec)
-    scale = granules.max(jnp.abs(w)) * inverse(float(jnp.finfo(dtype).max))
+    if scale is None:
+        scale = granules.max(jnp.abs(w)) * inverse(float(jnp.finfo(dtype).max))
     scale = to_scale(scale, spec)
-    codes = cast(granules.divide(w, scale), dtype)
-    return {"codes": codes, "scale": scale}
+    levels = cast(granules.divide(w, scale), dtype).astype(jnp.float32)
+    return levels, {"scale": scale}
+
+
+def clip_range(spec: Spec, *, dtype: Any) -> tuple[float, float]:
+    """The finite range of the type."""
+    del spec
+    return -float(jnp.finfo(dtype).max), float(jnp.finfo(dtype).max)
 
 
 def decode(planes: Planes, spec: Spec) -> jax.Array:
@@ -53,5 +73,8 @@ for _name, _dtype in (("float8_e4m3", E4M3), ("float8_e5m2", E5M2)):
             decode=decode,
             granularities=("channel", "tensor", "group", "block"),
             summary=f"8-bit floats ({_name[-4:]})",
+            snap=functools.partial(snap, dtype=_dtype),
+            pack=functools.partial(pack, dtype=_dtype),
+            clip=functools.partial(clip_range, dtype=_dtype),
         )
     )

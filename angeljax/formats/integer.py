@@ -18,7 +18,7 @@ import numpy as np
 
 from angeljax.formats._blocks import Granules, rounded
 from angeljax.formats._packing import pack_bits, unit_of, unpack_bits
-from angeljax.formats._registry import Format, Planes, register
+from angeljax.formats._registry import Format, Planes, Snapped, register
 from angeljax.formats._spec import Spec
 
 # Below this a scale would underflow when squared or divided by: an all-zero granule.
@@ -41,23 +41,33 @@ def to_scale(scale: jax.Array, spec: Spec) -> jax.Array:
 
 def encode(w: jax.Array, spec: Spec, *, bits: int) -> Planes:
     """Codes, scales (and zero points) of blocks `[*lead, G, g]`."""
-    if spec.option("symmetric"):
-        return _encode_symmetric(w, spec, bits)
-    return _encode_asymmetric(w, spec, bits)
+    return pack(*snap(w, spec, bits=bits), spec, bits=bits)
 
 
-def _encode_symmetric(w: jax.Array, spec: Spec, bits: int) -> Planes:
+def snap(
+    w: jax.Array, spec: Spec, scale: jax.Array | None = None, *, bits: int
+) -> Snapped:
+    """Integer levels (less the zero point) and scales of blocks `[*lead, G, g]`."""
+    if not spec.option("symmetric"):
+        return _snap_asymmetric(w, spec, bits, scale)
     granules = Granules(spec)
-    top = 2 ** (bits - 1) - 1
-    narrow = narrow_range(spec, bits)
-    scale = granules.max(jnp.abs(w)) * inverse(top if narrow else top + 0.5)
+    low, high = clip_range(spec, bits=bits)
+    if scale is None:
+        scale = granules.max(jnp.abs(w)) * inverse(high if low == -high else high + 0.5)
     scale = to_scale(scale, spec)
-    q = jnp.round(granules.divide(w, scale))
-    q = jnp.clip(q, -top if narrow else -top - 1, top).astype(jnp.int8)
-    return {"codes": _pack(q, bits), "scale": scale}
+    return jnp.clip(jnp.round(granules.divide(w, scale)), low, high), {"scale": scale}
 
 
-def _encode_asymmetric(w: jax.Array, spec: Spec, bits: int) -> Planes:
+def clip_range(spec: Spec, *, bits: int) -> tuple[float, float]:
+    """Lowest and highest level of the symmetric code."""
+    top = 2.0 ** (bits - 1) - 1
+    return (-top if narrow_range(spec, bits) else -top - 1), top
+
+
+def _snap_asymmetric(
+    w: jax.Array, spec: Spec, bits: int, scale: jax.Array | None
+) -> Snapped:
+    assert scale is None, "a zero point follows from the data, and so does its scale"
     granules = Granules(spec)
     lowest = -(2 ** (bits - 1))
     # The zero padding of the last group never widens a range that holds 0.
@@ -67,13 +77,19 @@ def _encode_asymmetric(w: jax.Array, spec: Spec, bits: int) -> Planes:
     s = scale.astype(jnp.float32)
     zero = jnp.clip(jnp.round(lowest - low / s), lowest, -lowest - 1)
     q = jnp.round(granules.divide(w, s) + granules.expand(zero))
-    q = jnp.clip(q, lowest, -lowest - 1).astype(jnp.int8)
-    codes = pack_bits((q - lowest).astype(jnp.uint8), bits)
-    return {
-        "codes": codes,
-        "scale": scale,
-        "zero": (zero - lowest).astype(jnp.uint8),
-    }
+    q = jnp.clip(q, lowest, -lowest - 1)
+    granule = {"scale": scale, "zero": (zero - lowest).astype(jnp.uint8)}
+    return q - granules.expand(zero), granule
+
+
+def pack(levels: jax.Array, granules: Planes, spec: Spec, *, bits: int) -> Planes:
+    """All planes of levels that `snap` gave."""
+    if "zero" in granules:
+        zero = Granules(spec).expand(granules["zero"].astype(jnp.float32))
+        codes = pack_bits((levels + zero).astype(jnp.uint8), bits)
+    else:
+        codes = _pack(levels.astype(jnp.int8), bits)
+    return {"codes": codes, **granules}
 
 
 def decode(planes: Planes, spec: Spec, *, bits: int) -> jax.Array:
@@ -125,5 +141,8 @@ for _bits in (8, 4, 3, 2):
                 "narrow_range": ("auto", "yes", "no"),
             },
             summary=f"{_bits}-bit integers, symmetric or with a zero point",
+            snap=functools.partial(snap, bits=_bits),
+            pack=functools.partial(pack, bits=_bits),
+            clip=functools.partial(clip_range, bits=_bits),
         )
     )

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from angeljax.formats._blocks import Granules
-from angeljax.formats._registry import Format, Planes, register
+from angeljax.formats._registry import Format, Planes, Snapped, register
 from angeljax.formats._spec import Spec
 from angeljax.formats.ternary import mean_scale
 
@@ -87,21 +87,43 @@ def _bits_to_byte(bits: jax.Array) -> jax.Array:
     return jnp.sum(bits.astype(jnp.uint8) * weights, axis=-1, dtype=jnp.uint8)
 
 
-def encode(w: jax.Array, spec: Spec) -> Planes:
-    """Sign bytes, high bits and scales of blocks `[*lead, G, g]`."""
+def snap(w: jax.Array, spec: Spec, scale: jax.Array | None = None) -> Snapped:
+    """Levels -1, 0, 1, one zero in four, and scales of blocks `[*lead, G, g]`."""
     granules = Granules(spec)
     stride = spec.option("group_stride")
+    levels, zero = _levels(w, stride)
+    if scale is None:
+        # What is padded is 0: it adds nothing to the sum but must not be counted.
+        inside = jnp.asarray(granules.mask(), jnp.float32)
+        total = granules.sum(jnp.where(zero, 0.0, jnp.abs(w)))
+        count = granules.sum(jnp.where(zero, 0.0, inside))
+        scale = total / jnp.maximum(count, 1.0)
+    return levels, {"scale": mean_scale(jnp.maximum(scale, 0.0), spec)}
+
+
+def _levels(w: jax.Array, stride: int) -> tuple[jax.Array, jax.Array]:
+    """Levels, and which lane of four is the zero: the first with the least |w|."""
     quads = to_quads(w, stride)
-    a = jnp.abs(quads)
-    zero = jnp.argmin(a, axis=-1).astype(jnp.uint8)
-    kept = (zero[..., None] != jnp.arange(4, dtype=jnp.uint8)).astype(jnp.float32)
-    inside = to_quads(jnp.asarray(granules.mask(), jnp.float32), stride)
-    # What is padded is 0: it adds nothing to the sum but must not be counted.
-    total = granules.sum(from_quads(a * kept, stride))
-    count = granules.sum(from_quads(kept * inside, stride))
-    scale = mean_scale(total / jnp.maximum(count, 1.0), spec)
+    a, b, c, d = (jnp.abs(quads[..., i]) for i in range(4))
+    # Comparisons instead of an argmin over four: they fuse with what follows.
+    low, high = jnp.minimum(a, b), jnp.minimum(c, d)
+    first = low <= high
+    lanes = (first & (a <= b), first & (a > b), ~first & (c <= d), ~first & (c > d))
+    zero = from_quads(jnp.stack(lanes, axis=-1), stride)
+    return jnp.where(zero, 0.0, jnp.where(w < 0, -1.0, 1.0)), zero
+
+
+def encode(w: jax.Array, spec: Spec) -> Planes:
+    """Sign bytes, high bits and scales of blocks `[*lead, G, g]`."""
+    return pack(*snap(w, spec), spec)
+
+
+def pack(levels: jax.Array, granules: Planes, spec: Spec) -> Planes:
+    """All planes of levels that `snap` gave."""
+    quads = to_quads(levels, spec.option("group_stride"))
+    zero = jnp.argmax(quads == 0, axis=-1).astype(jnp.uint8)
     codes, high = pack_parity(zero, quads < 0)
-    return {"codes": codes, "high": high, "scale": scale}
+    return {"codes": codes, "high": high, **granules}
 
 
 def decode(planes: Planes, spec: Spec) -> jax.Array:
@@ -122,5 +144,9 @@ register(
         granularities=("group", "channel", "tensor"),
         options={"group_stride": (1, 16)},
         summary="3:4 sparse ternary, 5 bits for 4 weights",
+        snap=snap,
+        pack=pack,
+        clip=lambda spec: (-1.0, 1.0),
+        level_depends_on_scale=False,
     )
 )

@@ -7,6 +7,9 @@
   lstsq: from twn, alternate the nearest ternary value and the least-squares scale
     a = <w, T> / <T, T> until they agree (at most 10 rounds).
 
+With `shift=True` a granule also has an offset, w' = a T + shift, the mean of what is
+left of its weights (learned in training: DLT, TernaryLLM, arXiv 2406.07177).
+
 `t2` stores value + 1 in 2 bits, planar in runs of up to 128 (the order of GGUF's
 TQ2_0); `t1_6` stores five values to a byte. Scales are rounded to `scale_dtype` after
 the codes are chosen; the scale of a granule of zeros is 0.
@@ -26,8 +29,9 @@ from angeljax.formats._packing import (
     unpack_base3,
     unpack_planar2,
 )
-from angeljax.formats._registry import Format, Planes, register
+from angeljax.formats._registry import Format, Planes, Snapped, register
 from angeljax.formats._spec import Spec
+from angeljax.formats.integer import TINY
 
 _ROUNDS = 10
 
@@ -41,8 +45,25 @@ def mean_scale(scale: jax.Array, spec: Spec) -> jax.Array:
     return rounded(jnp.minimum(scale, top), spec.scale_dtype)
 
 
-def ternarize(w: jax.Array, spec: Spec) -> tuple[jax.Array, jax.Array]:
-    """Ternary codes in {-1, 0, 1} and scales of blocks `[*lead, G, g]`."""
+def snap(w: jax.Array, spec: Spec, scale: jax.Array | None = None) -> Snapped:
+    """Ternary levels in {-1, 0, 1} and scales of blocks `[*lead, G, g]`."""
+    granules = Granules(spec)
+    if scale is None:
+        levels, scale = _from_data(w, spec)
+    else:
+        scale = mean_scale(jnp.maximum(scale, TINY), spec)
+        x = granules.divide(w, jnp.maximum(scale.astype(jnp.float32), TINY))
+        levels = jnp.clip(jnp.round(x), -1, 1)
+    planes = {"scale": scale}
+    if spec.option("shift"):
+        rest = w - levels * granules.expand(scale.astype(jnp.float32))
+        inside = jnp.broadcast_to(granules.mask().astype(jnp.float32), w.shape)
+        mean = granules.sum(rest * inside) / granules.sum(inside)
+        planes["shift"] = rounded(mean, spec.scale_dtype)
+    return levels, planes
+
+
+def _from_data(w: jax.Array, spec: Spec) -> tuple[jax.Array, jax.Array]:
     granules = Granules(spec)
     a = jnp.abs(w)
     method = spec.option("scale_method")
@@ -75,33 +96,50 @@ def run_length(spec: Spec) -> int:
     return math.gcd(spec.group_size, k, 128)
 
 
+def decoded(levels: jax.Array, planes: Planes, spec: Spec) -> jax.Array:
+    """Levels times their scale, plus the shift if there is one."""
+    granules = Granules(spec)
+    w = levels * granules.expand(planes["scale"].astype(jnp.float32))
+    if "shift" in planes:
+        w = w + granules.expand(planes["shift"].astype(jnp.float32))
+    return w
+
+
 def t2_encode(w: jax.Array, spec: Spec) -> Planes:
     """2-bit codes and scales of blocks `[*lead, G, g]`."""
-    t, scale = ternarize(w, spec)
-    codes = pack_planar2((t + 1).astype(jnp.uint8), run_length(spec))
-    return {"codes": codes, "scale": scale}
+    return t2_pack(*snap(w, spec), spec)
+
+
+def t2_pack(levels: jax.Array, granules: Planes, spec: Spec) -> Planes:
+    """All planes of levels that `snap` gave."""
+    codes = pack_planar2((levels + 1).astype(jnp.uint8), run_length(spec))
+    return {"codes": codes, **granules}
 
 
 def t2_decode(planes: Planes, spec: Spec) -> jax.Array:
     """Float32 blocks `[*lead, G, g]`."""
     t = unpack_planar2(planes["codes"], run_length(spec)).astype(jnp.float32) - 1
-    return t * Granules(spec).expand(planes["scale"].astype(jnp.float32))
+    return decoded(t, planes, spec)
 
 
 def t1_6_encode(w: jax.Array, spec: Spec) -> Planes:
     """Base-3 codes and scales of blocks `[*lead, G, g]`."""
-    t, scale = ternarize(w, spec)
-    codes = pack_base3((t + 1).astype(jnp.uint8))
-    return {"codes": codes, "scale": scale}
+    return t1_6_pack(*snap(w, spec), spec)
+
+
+def t1_6_pack(levels: jax.Array, granules: Planes, spec: Spec) -> Planes:
+    """All planes of levels that `snap` gave."""
+    del spec
+    return {"codes": pack_base3((levels + 1).astype(jnp.uint8)), **granules}
 
 
 def t1_6_decode(planes: Planes, spec: Spec) -> jax.Array:
     """Float32 blocks `[*lead, G, g]`."""
     t = unpack_base3(planes["codes"], spec.group_size).astype(jnp.float32) - 1
-    return t * Granules(spec).expand(planes["scale"].astype(jnp.float32))
+    return decoded(t, planes, spec)
 
 
-_OPTIONS = {"scale_method": ("absmean", "twn", "lstsq")}
+_OPTIONS = {"scale_method": ("absmean", "twn", "lstsq"), "shift": (False, True)}
 register(
     Format(
         name="t2",
@@ -113,6 +151,9 @@ register(
         granularities=("group", "channel", "tensor"),
         options=_OPTIONS,
         summary="ternary, 2 bits each",
+        snap=snap,
+        pack=t2_pack,
+        clip=lambda spec: (-1.0, 1.0),
     )
 )
 register(
@@ -125,5 +166,8 @@ register(
         granularities=("group", "channel", "tensor"),
         options=_OPTIONS,
         summary="ternary, five to a byte",
+        snap=snap,
+        pack=t1_6_pack,
+        clip=lambda spec: (-1.0, 1.0),
     )
 )

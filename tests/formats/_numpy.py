@@ -89,6 +89,21 @@ def ternary(w, scale, method):
     return np.sign(w) * keep * scale(s)
 
 
+def seq2(w, scale, method):
+    a, levels = np.abs(w), np.array([-1.5, -0.5, 0.5, 1.5])
+
+    def nearest(x, s):  # ties go to even multiples of 2 s: -3/2, 1/2
+        x = np.clip(x / max(s, 1e-30), -1.98, 1.98)
+        return levels[(np.rint(x - 0.5) + 2).astype(int)]
+
+    s = a.max() / 2 if method == "amax" else a.mean()
+    for _ in range(10 if method == "lstsq" else 0):
+        q = nearest(a, s)
+        s = (a * q).sum() / (q * q).sum()
+    s = scale(s)
+    return nearest(w, s) * s
+
+
 def sherry(w, scale, stride, size):
     inside = np.zeros((size, w.shape[1]), bool)
     inside[: len(w)] = True
@@ -130,7 +145,13 @@ def reference(w, spec):
         elif name == "sherry":
             unit = 64 if o["group_stride"] == 16 else 32
             y = sherry(x, scale, o["group_stride"], -(-len(x) // unit) * unit)
+        elif name == "seq2":
+            y = seq2(x, scale, o["scale_method"])
+        elif name == "binary":
+            y = np.where(x < 0, -1, 1) * scale(np.abs(x).mean())
         else:
             y = ternary(x, scale, o["scale_method"])
+            if o["shift"]:
+                y = y + scale((x - y).mean())
         out[tile] = y
     return out

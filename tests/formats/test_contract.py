@@ -18,7 +18,7 @@ STORAGE = {
     "float16",
     "float32",
 }
-MEANS = ("t2", "t1_6", "sherry")
+MEANS = ("t2", "t1_6", "sherry", "seq2", "binary")
 # One case for each format, and what makes an encoder look across its blocks.
 STACKED = [
     (name, options)
@@ -56,8 +56,9 @@ def test_jit_eval_shape_and_error(name, options):
     assert q.nbytes == counted
     assert q.bits_per_weight == pytest.approx(8 * counted / w.size)
     bound = ERROR[name]
-    if options.get("granularity") == "tensor" or "scale_rounding" in options:
-        bound *= 2  # one scale for all, or the largest element saturates
+    crude = "scale_rounding" in options or options.get("scale_method") == "amax"
+    if options.get("granularity") == "tensor" or crude:
+        bound *= 2  # one scale for all, or the largest element decides
     assert relative_error(q, w) < bound
 
 
@@ -171,7 +172,8 @@ def test_zeros_and_outliers_stay_finite(name, options):
         assert np.isfinite(d).all() and d[7, 2] > 0
     else:
         assert d[7, 2] == pytest.approx(1e30, rel=0.6)
-    if (name, options.get("granularity")) != ("sherry", "tensor"):
+    no_zero = name in ("sherry", "seq2", "binary")
+    if not (no_zero and options.get("granularity") == "tensor"):
         np.testing.assert_array_equal(d[:, 3:], 0)  # granules without the outlier
     w[7, 2] = 3e38
     d = np.asarray(aj.quantize(jnp.asarray(w), format=name, **options).dequantize())

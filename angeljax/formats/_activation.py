@@ -1,0 +1,74 @@
+"""Activations in the numbers of a format, each token by itself, for products."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from angeljax.formats import _blocks
+from angeljax.formats._registry import get_format
+from angeljax.formats._resolve import make_spec
+
+ACTIVATIONS = ("int8", "int4", "float8_e4m3", "mxfp8", "mxfp4", "nvfp4")
+
+
+@jax.custom_jvp
+def _straight_through(x: jax.Array, y: jax.Array) -> jax.Array:
+    """`y`, with the derivative of `x`."""
+    del x
+    return y
+
+
+@_straight_through.defjvp
+def _tangent(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    return _straight_through(*primals), tangents[0]
+
+
+def fake_quantize_activation(x: jax.Array, kind: str) -> jax.Array:
+    """`x` rounded to the numbers of a format, scales taken from each token.
+
+    int8, int4 and float8_e4m3 have one scale for each token (the last axis); mxfp8 and
+    mxfp4 one for 32 features, nvfp4 one for 16 under one for the whole array. The
+    derivative is that of `x` itself: no value lies outside its own range.
+
+    Args:
+      x: float `[..., K]`.
+      kind: one of `ACTIVATIONS`.
+
+    Returns:
+      An array of the shape and dtype of `x`.
+
+    Raises:
+      ValueError: an unknown kind.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from angeljax.qat import fake_quantize_activation
+      >>> fake_quantize_activation(jnp.asarray([[7.0, 2.2]]), "int4")
+      Array([[7., 2.]], dtype=float32)
+    """
+    if kind not in ACTIVATIONS:
+        raise ValueError(f"activation {kind!r}: use {', '.join(ACTIVATIONS)}")
+    fmt = get_format(kind)
+    narrow: dict[str, Any] = {"narrow_range": "yes"} if kind == "int4" else {}
+    # One token is one column of a "weight" whose contraction is the last axis.
+    rows = x.reshape(-1, x.shape[-1])
+    spec = make_spec(
+        rows.shape,
+        jnp.float32,
+        format=kind,
+        granularity="channel" if not fmt.fixed_group else None,
+        axis=-1,
+        scale_dtype=fmt.fixed_scale_dtype,
+        **narrow,
+    )
+    blocks = _blocks.to_blocks(jax.lax.stop_gradient(rows), spec)
+    if fmt.snap is None:
+        blocks = fmt.decode(fmt.encode(blocks, spec), spec)
+    else:
+        levels, granules = fmt.snap(blocks, spec, None)
+        blocks = levels * granules["scale"].astype(jnp.float32)
+    y = _blocks.from_blocks(blocks, spec).reshape(x.shape).astype(x.dtype)
+    return _straight_through(x, y)
