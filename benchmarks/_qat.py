@@ -19,11 +19,15 @@ from angeljax.train.language_model import ready
 from angeljax.train.losses import DistillOptions
 from angeljax.train.objective import Objective
 
-ARENAS = aj.qat.Arenas()
+ARENAS = {
+    True: aj.qat.Arenas(),
+    "small": aj.qat.Arenas(peak=0.25),
+    "blend": aj.qat.Arenas(schedule="cosine", form="blend"),
+}
 _G = {"group_size": 128}
 _LEARNED = {"scale": "learned"}
-# Row -> rule of all linear layers, and whether Arenas is on.
-ROWS: dict[str, tuple[dict[str, Any] | None, bool]] = {
+# Row -> rule of all linear layers, and the Arenas schedule.
+ROWS: dict[str, tuple[dict[str, Any] | None, Any]] = {
     "bfloat16": (None, False),
     "absmean": ({"format": "t2", **_G}, False),
     "absmean+arenas": ({"format": "t2", **_G}, True),
@@ -31,6 +35,9 @@ ROWS: dict[str, tuple[dict[str, Any] | None, bool]] = {
     "lsq": ({"format": "t2", **_G, "qat": _LEARNED}, False),
     "sherry": ({"format": "sherry", **_G}, False),
     "sherry+arenas": ({"format": "sherry", **_G}, True),
+    "sherry+small arenas": ({"format": "sherry", **_G}, "small"),
+    "sherry+blend": ({"format": "sherry", **_G}, "blend"),
+    "absmean+blend": ({"format": "t2", **_G}, "blend"),
     "seq2": ({"format": "seq2", "qat": _LEARNED}, False),
     "int4": ({"format": "int4", **_G}, False),
     "binary": ({"format": "binary", **_G}, False),
@@ -43,9 +50,7 @@ def recipe_of(row: str) -> aj.Recipe | None:
     rule, arenas = ROWS[row]
     if rule is None:
         return None
-    return aj.Recipe(
-        name=row, rules=[aj.Rule(**rule)], arenas=ARENAS if arenas else None
-    )
+    return aj.Recipe(name=row, rules=[aj.Rule(**rule)], arenas=ARENAS.get(arenas))
 
 
 @dataclasses.dataclass(frozen=True)

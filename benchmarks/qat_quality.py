@@ -132,14 +132,15 @@ class Diagnosis:
 
 def train(row: str, seed: int, lr: float, args: Any, begin: Any, data: Any) -> Any:
     """One run: its rows, the trained tree and the task."""
-    steps = args.tokens // (args.batch * args.length)
+    # Equal parts, which share a compilation.
+    steps = args.tokens // (args.batch * args.length) // args.points * args.points
     run = _qat.training(begin, row, steps=steps, length=args.length, distill=DISTILL)
     order = _qat.windows_of(len(data), args.length, args.batch, steps, seed)
     case = {"row": row, "seed": seed, "lr": lr, "tokens": args.tokens}
     rows, trainable, state = [], run.trainable, run.opt_state
     watch = Diagnosis(run, data) if row in args.diagnose and seed == 0 else None
     began, done = time.perf_counter(), 0
-    for part in np.array_split(order, args.points):
+    for part in np.split(order, args.points):
         if watch is not None and done % max(steps // 6, 1) < len(part):
             for name, more, value in watch.at(trainable, done):
                 rows.append(Row({**case, **more}, name, value, "1"))
