@@ -181,11 +181,12 @@ def save_packed(path: Path, run: Any, trainable: Any) -> float:
     for leaf in flatten(packed)[0]:
         if isinstance(leaf.value, aj.QTensor):
             for name, plane in leaf.value.planes.items():
-                plane = plane.astype(jnp.float32) if name == "scale" else plane
+                if name == "scale":
+                    plane = jax.lax.bitcast_convert_type(plane, jnp.uint16)
                 arrays[f"{leaf.path}#{name}"] = np.asarray(plane)
         elif "embed" not in leaf.path:
             arrays[leaf.path] = np.asarray(leaf.value)
-    np.savez(path, **arrays)
+    np.savez_compressed(path, **arrays)
     tokens = jnp.arange(256, dtype=jnp.int32)[None] * 7 % 49152
     deployed = run.task.deployed(trainable, run.frozen)
     logits = jax.jit(run.task.objective.model.logits)
@@ -209,8 +210,9 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=30)
     parser.add_argument("--search", help="learning rates with commas")
     parser.add_argument("--lr", default="", help="row=rate with commas")
-    parser.add_argument("--diagnose", default="sherry,sherry+arenas")
+    parser.add_argument("--diagnose", default="sherry,sherry+arenas,sherry+blend")
     parser.add_argument("--packed", type=Path)
+    parser.add_argument("--pack", default="sherry+blend", help="the row to pack")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no run later")
     parser.add_argument("--part", default="0/1", help="every n-th run: part i/n")
     parser.add_argument("--tag", default=None)
@@ -235,7 +237,7 @@ def main() -> None:
         mine = jobs[part::parts]
     out: list[Row] = []
     claim = "qat_search" if args.search else "qat_quality"
-    if not args.search and part == 0:
+    if not args.search and part == parts - 1:
         for row in filter(None, args.untrained.split(",")):
             case = {"row": row, "seed": -1, "lr": 0.0, "tokens": 0}
             values = score(begin, begin.model, data_free(row, begin), args)
@@ -252,7 +254,7 @@ def main() -> None:
             values = score(begin, run.task.objective.model, dense, args)
             out += [Row(case, name, v, "1") for name, v in values]
             print(row, seed, {n: round(v, 4) for n, v in values}, flush=True)
-        if args.packed and row == "sherry+arenas" and seed == 0:
+        if args.packed and row == args.pack and seed == 0:
             worst = save_packed(args.packed, run, trainable)
             out.append(Row(case, "packed minus trained logits", worst, "1"))
             print("largest difference packed - trained", worst, flush=True)
