@@ -8,6 +8,11 @@ os.environ["JAX_PLATFORMS"] = _PLATFORM if _PLATFORM == "cpu" else f"{_PLATFORM}
 _FLAG = "--xla_force_host_platform_device_count"
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
+# Most of the time goes into LLVM. Without its optimizations a CPU compiles in half the
+# time, and a test's arrays are too small to miss them. JAX_DISABLE_MOST_OPTIMIZATIONS=0
+# compiles everything as users do; `optimized` below, and OPTIMIZED, what depends on it.
+if _PLATFORM == "cpu":
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # A test that reaches for the hub fails at once, not after a timeout. Tests marked
 # `network` use PyPI, and skip themselves where it cannot be reached.
 _NETWORK = os.environ.get("ANGELJAX_TEST_NETWORK") != "0"
@@ -23,7 +28,7 @@ import tests.typechecker  # noqa: F401  (the hook below finds it by name)
 # Shapes and dtypes in annotations are checked in the tests and nowhere else.
 jaxtyping.install_import_hook(["angeljax", "pallas_kernels"], "tests.typechecker.check")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -42,6 +47,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for marker in missing.keys() & {mark.name for mark in item.iter_markers()}:
             item.add_marker(pytest.mark.skip(reason=missing[marker]))
+
+
+@pytest.fixture(scope="module")
+def optimized() -> Iterator[None]:
+    """Compiles all of a module as users do: its numbers are compared one by one."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    # What other modules compiled would be taken again.
+    jax.clear_caches()
+    jax.config.update(name, False)
+    yield
+    jax.config.update(name, before)
 
 
 @pytest.fixture

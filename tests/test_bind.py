@@ -78,15 +78,21 @@ def dequantized(tree):
     )
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
-def test_linen_scan_remat_unchanged_and_bound(fmt):
+@pytest.fixture(scope="module")
+def linen():
+    """A model, its variables, and what runs it on dense ones, compiled once."""
     model = Linen()
-    variables = model.init(jax.random.key(0), IDS)
+    return model, jax.jit(model.init)(jax.random.key(0), IDS), jax.jit(model.apply)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_linen_scan_remat_unchanged_and_bound(linen, fmt):
+    model, variables, dense = linen
     c = aj.compress(variables, recipe(fmt))
     packed = sum(a.spec is not None for a in aj.plan(variables, recipe(fmt)))
     assert packed == 8  # embedding, dense, four of attention, einsum, general
-    want = model.apply(dequantized(c), IDS)
-    assert np.abs(want - model.apply(variables, IDS)).max() > 0
+    want = dense(dequantized(c), IDS)
+    assert np.abs(want - dense(variables, IDS)).max() > 0
     np.testing.assert_allclose(jax.jit(model.apply)(c, IDS), want, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(
         jax.jit(aj.bind(model))(c, IDS), want, rtol=1e-5, atol=1e-5
@@ -110,7 +116,7 @@ def test_nnx_unchanged_and_bound(fmt):
     np.testing.assert_allclose(run(bound, IDS), want, rtol=1e-5, atol=1e-5)
 
 
-def test_bound_layers_call_ops(monkeypatch):
+def test_bound_layers_call_ops(linen, monkeypatch):
     calls = []
     for name in ("dot", "dot_general", "einsum", "embed", "attend"):
         real = getattr(aj.ops, name)
@@ -120,16 +126,16 @@ def test_bound_layers_call_ops(monkeypatch):
             return _real(*args, **kwargs)
 
         monkeypatch.setattr(aj.ops, name, spy)
-    model = Linen()
-    variables = model.init(jax.random.key(0), IDS)
+    model, variables, _ = linen
     c = aj.compress(variables, recipe("int8"))
-    model.apply(c, IDS)
+    jax.eval_shape(model.apply, c, IDS)  # traced, and no more
     assert calls == []
-    aj.bind(model)(c, IDS)
+    jax.eval_shape(aj.bind(model), c, IDS)
     assert {"dot", "dot_general", "einsum", "embed", "attend"} <= set(calls)
     calls.clear()
     module = Nnx(nnx.Rngs(0))
-    aj.bind(module, aj.compress(nnx.state(module, nnx.Param), recipe("int8")))(IDS)
+    bound = aj.bind(module, aj.compress(nnx.state(module, nnx.Param), recipe("int8")))
+    nnx.eval_shape(lambda m: m(IDS), bound)
     assert {"dot_general", "embed", "attend"} <= set(calls)
 
 
@@ -227,13 +233,13 @@ def test_custom_layers_and_subclasses_are_left_alone():
 
 def test_bf16_compute_dtype_is_kept():
     model = Linen(dtype=jnp.bfloat16)
-    variables = model.init(jax.random.key(0), IDS)
+    variables = jax.jit(model.init)(jax.random.key(0), IDS)
     c = aj.compress(variables, recipe("int8"))
     dense = nn.Dense(8, dtype=jnp.bfloat16)
     v = dense.init(jax.random.key(0), jnp.ones((2, 64)))
     q = aj.compress(v, aj.Recipe(rules=[aj.Rule(format="int8")]))
     assert aj.bind(dense)(q, jnp.ones((2, 64))).dtype == jnp.bfloat16
-    got, want = aj.bind(model)(c, IDS), model.apply(c, IDS)
+    got, want = jax.jit(aj.bind(model))(c, IDS), jax.jit(model.apply)(c, IDS)
     assert got.dtype == want.dtype
     np.testing.assert_allclose(got, want, rtol=0.1, atol=0.1)
 

@@ -29,6 +29,11 @@ CASES += [
 ]
 IDS = [f"{n}-{'-'.join(map(str, o.values()))}" for n, o in CASES]
 
+# For `jax.jit`: compiled as users do, where tests do without LLVM's optimizations.
+OPTIMIZED = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+}
 # Relative error ||w - w'|| / ||w|| that a normal weight may have, with some air.
 ERROR = {
     "int8": 0.012,

@@ -7,7 +7,14 @@ import pytest
 
 import angeljax as aj
 from angeljax.formats import format_names, get_format
-from tests.formats._cases import CASES, ERROR, IDS, assert_trees_equal, normal
+from tests.formats._cases import (
+    CASES,
+    ERROR,
+    IDS,
+    OPTIMIZED,
+    assert_trees_equal,
+    normal,
+)
 
 STORAGE = {
     "uint8",
@@ -40,7 +47,9 @@ def relative_error(q, w):
 @every_case
 def test_jit_eval_shape_and_error(name, options):
     w = normal((128, 8))
-    f = jax.jit(lambda w: aj.quantize(w, format=name, **options))
+    f = jax.jit(
+        lambda w: aj.quantize(w, format=name, **options), compiler_options=OPTIMIZED
+    )
     q = aj.quantize(w, format=name, **options)
     if (name, options) in STACKED:
         assert_trees_equal(f(w), q)

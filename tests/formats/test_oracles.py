@@ -22,6 +22,8 @@ from angeljax.formats.float8 import E4M3, E5M2, cast
 from angeljax.formats.nf4 import LEVELS
 from tests.formats._cases import normal
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 def unpack_lsb(data, bits):
     """Codes along axis 0 from bytes, bit by bit."""
