@@ -236,9 +236,9 @@ def test_messages_are_those_of_the_guide(act, message):
 
 def option(text: str) -> tuple[str, Any]:
     key, value = text.split("=")
-    return key, {"true": True, "false": False}.get(value) if value.isalpha() else int(
-        value
-    )
+    if value.isalpha():
+        return key, {"true": True, "false": False}.get(value, value)
+    return key, int(value)
 
 
 @pytest.mark.parametrize("block", [b for _, b in blocks(FORMATS, "example")])
@@ -294,6 +294,11 @@ CASES = [
     ("sherry", {}),
     ("sherry", {"group_size": 256, "group_stride": 16}),
     ("sherry", {"granularity": "channel", "group_stride": 16}),
+    ("seq2", {}),
+    ("seq2", {"group_size": 32, "scale_method": "amax"}),
+    ("binary", {}),
+    ("t2", {"granularity": "channel", "shift": True}),
+    ("t1_6", {"shift": True}),
 ]
 
 
