@@ -99,8 +99,9 @@ class QAT:
     ) -> Any:
         """The tree that the model is to be called with in the loss.
 
-        Quantized leaves become `Q(W) + lambda(step) W` (or the blend), computed in float32 from the
-        latent weights; all others stay. Differentiable in `params` and `state`.
+        Quantized leaves become `Q(W) + lambda(step) W` (or the blend), computed in
+        float32 from the latent weights; all others stay. Differentiable in `params` and
+        `state`.
 
         Args:
           params: latent weights, ideally float32.
