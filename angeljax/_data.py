@@ -34,3 +34,21 @@ def configs_dir() -> Path:
     raise FileNotFoundError(
         f"angeljax's recipes are missing from {package}; reinstall angeljax"
     )
+
+
+def recipe_files() -> list[Path]:
+    """The shipped recipes: every YAML file but the trainings in `train/`.
+
+    Returns:
+      Files of `configs_dir()`, sorted.
+
+    Raises:
+      FileNotFoundError: as `configs_dir`.
+
+    Example:
+      >>> from angeljax._data import recipe_files
+      >>> "sherry" in [file.stem for file in recipe_files()]
+      True
+    """
+    root = configs_dir()
+    return [f for f in sorted(root.rglob("*.yaml")) if f.parent != root / "train"]

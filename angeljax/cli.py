@@ -344,11 +344,11 @@ def recipe_list() -> None:
     """List the recipes that come with angeljax."""
     from rich.table import Table
 
-    from angeljax._data import configs_dir
+    from angeljax._data import recipe_files
     from angeljax.recipe import Recipe
 
     table = Table("recipe", "description")
-    for file in sorted(configs_dir().rglob("*.yaml")):
+    for file in recipe_files():
         table.add_row(file.stem, Recipe.load(file).description)
     _print(table)
 

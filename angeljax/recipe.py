@@ -367,7 +367,7 @@ def find_recipe(path: str | Path) -> Path:
     Raises:
       RecipeError: there is none; names close ones.
     """
-    from angeljax._data import configs_dir
+    from angeljax._data import configs_dir, recipe_files
 
     given, shipped = Path(path), configs_dir()
     if given.is_file():
@@ -379,7 +379,7 @@ def find_recipe(path: str | Path) -> Path:
     for file in (inside, inside.with_name(inside.name + ".yaml")):
         if file.is_file():
             return file
-    files = {f.stem: f for f in sorted(shipped.rglob("*.yaml"))}
+    files = {f.stem: f for f in recipe_files()}
     if len(given.parts) == 1 and given.stem in files:
         return files[given.stem]
     near = difflib.get_close_matches(given.stem, files, n=3, cutoff=0.4)

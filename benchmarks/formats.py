@@ -15,7 +15,7 @@ from rich.console import Console
 
 from angeljax import _workflow
 from angeljax._compare import compare, table
-from angeljax._data import configs_dir
+from angeljax._data import recipe_files
 from angeljax.recipe import Recipe
 from benchmarks import _results
 
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--tag", default="cpu", help="names the device in the file")
     args = parser.parse_args()
 
-    recipes = [Recipe.load(f) for f in sorted(configs_dir().rglob("*.yaml"))]
+    recipes = [Recipe.load(f) for f in recipe_files() if f.parent.name != "qat"]
     opened = _workflow.open_model(args.model)
     windows = _workflow.text_windows(opened, args.text, 512, None, args.tokens)
     console, rows, results = Console(width=140), [], []

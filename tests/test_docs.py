@@ -15,16 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import typer
+import yaml
 
 import angeljax as aj
 from angeljax import cli
 from angeljax.formats import format_names, get_format
 from angeljax.recipe import DEFAULT_SKIP
+from angeljax.train import TrainConfig
+from angeljax.train._options import LOSSES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FORMATS = ROOT / "docs" / "formats.md"
 COMPRESS = ROOT / "docs" / "guides" / "compress.md"
+TRAINING = ROOT / "docs" / "guides" / "ternary_qat.md"
 
 
 def name(page: Path) -> str:
@@ -231,14 +235,41 @@ def test_messages_are_those_of_the_guide(act, message):
         act()
 
 
+# docs/guides/ternary_qat.md
+
+
+@pytest.mark.parametrize(
+    ("head", "cls"),
+    [("field of `qat`", aj.qat.QATOptions), ("field of `arenas`", aj.qat.Arenas)],
+)
+def test_options_of_training_are_described(head, cls):
+    rows = table(TRAINING, head)
+    fields = dataclasses.fields(cls)
+    assert list(rows) == [f.name for f in fields]
+    for field in fields:
+        text = yaml.safe_load(rows[field.name][0].strip("`"))
+        assert text == ("none" if field.default is None else field.default), field.name
+
+
+def test_losses_of_the_guide_are_all():
+    rows = table(TRAINING, "`loss`")
+    assert set(re.findall(r"\w+", " ".join(rows))) == set(LOSSES)
+
+
+def test_yaml_blocks_of_training_load():
+    recipe, training = (yaml.safe_load(b) for _, b in blocks(TRAINING, "yaml"))
+    assert aj.Recipe.from_dict(recipe).arenas is not None
+    assert TrainConfig.from_dict(training).loaded_recipe() is not None
+
+
 # docs/formats.md
 
 
 def option(text: str) -> tuple[str, Any]:
     key, value = text.split("=")
-    return key, {"true": True, "false": False}.get(value) if value.isalpha() else int(
-        value
-    )
+    if value.isalpha():
+        return key, {"true": True, "false": False}.get(value, value)
+    return key, int(value)
 
 
 @pytest.mark.parametrize("block", [b for _, b in blocks(FORMATS, "example")])
@@ -294,6 +325,11 @@ CASES = [
     ("sherry", {}),
     ("sherry", {"group_size": 256, "group_stride": 16}),
     ("sherry", {"granularity": "channel", "group_stride": 16}),
+    ("seq2", {}),
+    ("seq2", {"group_size": 32, "scale_method": "amax"}),
+    ("binary", {}),
+    ("t2", {"granularity": "channel", "shift": True}),
+    ("t1_6", {"shift": True}),
 ]
 
 

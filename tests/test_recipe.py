@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import pytest
 
 import angeljax as aj
-from angeljax._data import configs_dir
+from angeljax._data import configs_dir, recipe_files
 from angeljax.formats import format_names
+from angeljax.train import TrainConfig
 
-SHIPPED = sorted(configs_dir().rglob("*.yaml"))
+SHIPPED = recipe_files()
 
 
 def tree():
@@ -44,6 +45,19 @@ def test_shipped_recipe_loads_round_trips_and_fits(file):
     assert aj.Recipe.from_yaml(recipe.to_yaml()) == recipe
     assert aj.Recipe.from_dict(recipe.to_dict()) == recipe
     assert formats_of(recipe)
+
+
+TRAININGS = sorted((configs_dir() / "train").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", TRAININGS, ids=lambda f: f.stem)
+def test_shipped_training_loads_and_is_no_recipe(file):
+    config = TrainConfig.load(file)
+    assert TrainConfig.from_dict(config.to_dict()) == config
+    assert config.loaded_recipe() in map(aj.Recipe.load, SHIPPED)
+    assert file not in SHIPPED
+    with pytest.raises(aj.RecipeError):
+        aj.Recipe.load(file.stem)
 
 
 def test_every_format_has_a_recipe():
