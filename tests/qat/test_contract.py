@@ -90,7 +90,10 @@ def apply(everything):
 
     @jax.jit
     def applied(params, state, step, g):
-        out, back = jax.vjp(lambda p: qat.apply(p, state, step), params)
+        def of_dynamic(part):
+            return qat.apply({**params, **part}, state, step)
+
+        out, back = jax.vjp(of_dynamic, {path: params[path] for path in DYNAMIC})
         return out, back(g)[0]
 
     return applied
@@ -109,12 +112,13 @@ def packed():
 def test_the_end_of_training_is_what_is_packed(everything, apply, packed):
     _, params, state = everything
     assert len(state.learned) == sum("qat" in o for _, o in CASES.values()) > 20
+    some = dict(list(DYNAMIC.items())[::4])
     compressed = jax.jit(
         lambda p: {
             k: v["kernel"].dequantize(jnp.float32)
-            for k, v in aj.compress(p, recipe(DYNAMIC)).items()
+            for k, v in aj.compress(p, recipe(some)).items()
         }
-    )({path: params[path] for path in DYNAMIC})
+    )({path: params[path] for path in some})
     for seed in range(2):
         out, _ = apply(params, state, TOTAL, params)
         want = packed(params, state)
@@ -122,7 +126,7 @@ def test_the_end_of_training_is_what_is_packed(everything, apply, packed):
             found = np.asarray(out[path]["kernel"])
             assert found.dtype == np.float32 and np.isfinite(found).all()
             np.testing.assert_array_equal(found, want[path], err_msg=path)
-            if seed == 0 and path in DYNAMIC:
+            if seed == 0 and path in some:
                 # Without learned scales that is the data-free format.
                 np.testing.assert_array_equal(found, compressed[path], err_msg=path)
         params = jax.tree.map(lambda w: 1.5 * w + 0.1, params)
