@@ -4,6 +4,8 @@ All formats share one tree with a rule for each leaf, so that each statement abo
 of them is one compiled function.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -14,6 +16,10 @@ import angeljax as aj
 from angeljax.formats import format_names, get_format
 
 TOTAL = 10
+# Of all formats together: to compile well would take longer than all that is run.
+quick = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
 SHAPE = (80, 6)  # the last group of 32 is padded
 
 
@@ -81,14 +87,14 @@ def perturbed(state, seed):
 def everything():
     params = {path: {"kernel": normal(SHAPE, i)} for i, path in enumerate(CASES)}
     qat = aj.qat.make(recipe(CASES, arenas=aj.qat.Arenas(end=1)), total_steps=TOTAL)
-    return qat, params, jax.jit(qat.init)(params)
+    return qat, params, quick(qat.init)(params)
 
 
 @pytest.fixture(scope="module")
 def apply(everything):
     qat = everything[0]
 
-    @jax.jit
+    @quick
     def applied(params, state, step, g):
         def of_dynamic(part):
             return qat.apply({**params, **part}, state, step)
@@ -101,7 +107,7 @@ def apply(everything):
 
 @pytest.fixture(scope="module")
 def packed():
-    @jax.jit
+    @quick
     def dequantized(params, state):
         tree = aj.qat.finalize(params, state)
         return {k: v["kernel"].dequantize(jnp.float32) for k, v in tree.items()}
@@ -113,7 +119,7 @@ def test_the_end_of_training_is_what_is_packed(everything, apply, packed):
     _, params, state = everything
     assert len(state.learned) == sum("qat" in o for _, o in CASES.values()) > 20
     some = dict(list(DYNAMIC.items())[::4])
-    compressed = jax.jit(
+    compressed = quick(
         lambda p: {
             k: v["kernel"].dequantize(jnp.float32)
             for k, v in aj.compress(p, recipe(some)).items()
@@ -237,7 +243,10 @@ def test_clipped_gradients_against_float64():
         out, back = jax.vjp(lambda p, s: qat.apply(p, s, TOTAL), params, state)
         return out, *back(g), aj.qat.finalize(params, state)
 
-    _, dw, dstate, packed = run(params, state)
+    out, dw, dstate, packed = run(params, state)
+    for path in leaves:
+        q = packed[path]["kernel"].dequantize()
+        np.testing.assert_array_equal(out[path]["kernel"], q, err_msg=path)
     assert dstate.plan == state.plan
     for path, (name, options) in leaves.items():
         n = options.get("group_size", 64)

@@ -96,7 +96,7 @@ def test_two_weights_feed_one_bias():
     ]
     qat = aj.qat.make(aj.Recipe(rules=rules), total_steps=1)
     state = qat.init({"layer": layer})
-    found = qat.apply({"layer": layer}, state, 1)["layer"]
+    found = jax.jit(qat.apply)({"layer": layer}, state, 1)["layer"]
     want = np.ones(4)
     for k in "ab":
         want = want + 0.1 * np.where(found[k] == 0, layer[k], 0).sum(0)
