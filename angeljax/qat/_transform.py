@@ -225,7 +225,8 @@ def _transform(
             f"the state is of another tree: it has {sorted(missing)[0]}, which is not "
             "among the params"
         )
-    values, biases = {}, {}
+    values: dict[str, Any] = {}
+    biases: dict[str | None, jax.Array] = {}
     for leaf in leaves:
         value = leaf.value
         if leaf.path in plans:

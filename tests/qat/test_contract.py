@@ -34,21 +34,25 @@ def cases():
             size = {} if fmt.fixed_group else {"group_size": 32}
             found.append((name, size))
     found += [
-        ("int4", {"granularity": "tensor"}),
-        ("int4", {"symmetric": False, "group_size": 32}),
-        ("int8", {"group_size": 32, "scale_dtype": "float16"}),
-        ("float8_e4m3", {"granularity": "block"}),
         ("sherry", {"group_size": 64, "group_stride": 16}),
         ("t2", {"shift": True, "group_size": 32}),
         ("t1_6", {"shift": True, "granularity": "channel"}),
         ("t2", {"scale_method": "twn", "group_size": 32}),
-        ("t2", {"scale_method": "lstsq", "granularity": "channel"}),
-        ("seq2", {"scale_method": "amax", "granularity": "channel"}),
     ]
     learned = [
         (name, {**options, "qat": {"scale": "learned"}})
         for name, options in found
-        if get_format(name).snap is not None and options.get("symmetric", True)
+        if get_format(name).snap is not None
+        # Integers and FP8 share their code: one of them by channel is enough.
+        and (
+            name in ("int4", "t2", "t1_6", "sherry", "seq2") or "group_size" in options
+        )
+    ]
+    found += [
+        ("int4", {"granularity": "tensor"}),
+        ("int4", {"symmetric": False, "group_size": 32}),
+        ("int8", {"group_size": 32, "scale_dtype": "float16"}),
+        ("float8_e4m3", {"granularity": "block"}),
     ]
     return found + learned
 
@@ -118,7 +122,7 @@ def packed():
 def test_the_end_of_training_is_what_is_packed(everything, apply, packed):
     _, params, state = everything
     assert len(state.learned) == sum("qat" in o for _, o in CASES.values()) > 20
-    some = dict(list(DYNAMIC.items())[::4])
+    some = dict(list(DYNAMIC.items())[::8])
     compressed = quick(
         lambda p: {
             k: v["kernel"].dequantize(jnp.float32)
