@@ -172,6 +172,11 @@ class Rule:
                 f"qat.tequila is for weights with a dead zone around 0, formats t2 and "
                 f"t1_6, not {self.format}"
             )
+        if self.qat.tequila is not None and self.shift:
+            raise ValueError(
+                "qat.tequila is for weights that become 0, and with shift none does: "
+                "leave one of them out"
+            )
 
     def format_options(self) -> dict[str, Any]:
         """The options of the format that this rule sets."""

@@ -9,6 +9,7 @@ that share a scale (a tensor, a channel, a group or a 128x128 block).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -149,3 +150,16 @@ class Granules:
         """bool `[G, g]`: False where `to_blocks` padded."""
         inside = np.arange(self.spec.k_padded) < self.spec.k
         return inside.reshape(self.spec.groups, self.spec.group_size)
+
+    def count(self) -> np.ndarray:
+        """Weights in each granule, padding left out; broadcasts to `[*lead', G, 1]`."""
+        along = self.mask().sum(axis=-1, keepdims=True)
+        block = self.spec.out_block
+        if block == 1:
+            return along
+        outputs = list(self.spec.merged_shape)
+        del outputs[self.spec.k_position]
+        if block == 0:
+            return along * math.prod(outputs)
+        starts = np.arange(0, outputs[-1], block)
+        return along * np.minimum(block, outputs[-1] - starts)[:, None, None]

@@ -18,11 +18,11 @@ weights and divided by sqrt(N hi):
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from angeljax.formats import QTensor, Spec, _blocks, get_format
 from angeljax.formats._blocks import Granules
@@ -161,8 +161,8 @@ def _backward(
         if fmt.level_depends_on_scale:
             near = inside if estimator == "clipped" else jnp.ones_like(inside)
             step = jnp.where(near, levels - x, levels)
-        n = math.prod(gb.shape) // math.prod(planes["scale"].shape)
-        out["scale"] = granules.sum(gb * step) / math.sqrt(n * max(abs(high), 1.0))
+        n = np.sqrt(granules.count() * max(abs(high), 1.0)).astype(np.float32)
+        out["scale"] = granules.sum(gb * step) / n
     if "shift" in learned:
         out["shift"] = gradient_shift
     stored = _blocks.store(out, spec, 1)

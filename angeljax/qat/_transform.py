@@ -225,14 +225,16 @@ def _transform(
             f"the state is of another tree: it has {sorted(missing)[0]}, which is not "
             "among the params"
         )
-    values, biases = {}, {}
+    values: dict[str, Any] = {}
+    biases: dict[str | None, jax.Array] = {}
     for leaf in leaves:
         value = leaf.value
         if leaf.path in plans:
             plan = _local(plans[leaf.path], value)
             value, bias = one(plan, value, state.learned.get(leaf.path, {}))
             if bias is not None:
-                biases[plan.bias] = bias
+                # Several weights may feed one bias: x A + h B + bias.
+                biases[plan.bias] = bias + biases.get(plan.bias, 0.0)
         elif other_dtype is not None and jnp.issubdtype(value.dtype, jnp.floating):
             value = value.astype(other_dtype)
         values[leaf.path] = value
@@ -259,10 +261,13 @@ def _trained(residual: jax.Array, blend: bool, dtype: Any) -> Callable[..., Any]
 
 def _packed(dtype: Any) -> Callable[..., Any]:
     def one(plan: LeafPlan, w: jax.Array, learned: Learned) -> Any:
-        if not isinstance(w, jax.core.Tracer) and not bool(_finite(w)):
-            raise ValueError(
-                f"{plan.path} holds NaN or infinity: take an earlier checkpoint"
-            )
+        if not isinstance(w, jax.core.Tracer):
+            for name, value in {"": w, **learned}.items():
+                if not bool(_finite(value)):
+                    what = f"the learned {name} of {plan.path}" if name else plan.path
+                    raise ValueError(
+                        f"{what} holds NaN or infinity: take an earlier checkpoint"
+                    )
         spec = plan.spec
         if dtype is not None:
             spec = dataclasses.replace(spec, dtype=jnp.dtype(dtype).name)
@@ -295,7 +300,9 @@ def _local(plan: LeafPlan, w: Any) -> LeafPlan:
         return plan
     part = dataclasses.replace(spec, shape=shape)
     whole_groups = spec.granularity == "group" and part.k % spec.group_size == 0
-    if part.k != spec.k and not whole_groups or spec.out_block != 1:
+    # Two levels of scales: the outer one is for the whole weight.
+    outer = spec.format == "nvfp4"
+    if part.k != spec.k and not whole_groups or spec.out_block != 1 or outer:
         raise ValueError(
             f"{plan.path} has shape {shape} here and {spec.shape} in the state: a part "
             "of a weight must hold whole granules of its scales"
