@@ -14,6 +14,7 @@ import angeljax as aj
 from angeljax.models import DecoderConfig, LanguageModel, stack_layers
 from angeljax.train import blockwise
 from angeljax.train.blockwise import BlockwiseOptions, reconstruct
+from tests.models._random import random_params
 
 CONFIG = DecoderConfig(
     model_type="llama",
@@ -40,8 +41,7 @@ OPTIONS = BlockwiseOptions(
 
 @pytest.fixture(scope="module")
 def params() -> Any:
-    init = jax.jit(LanguageModel(CONFIG).init)(jax.random.key(0))
-    return jax.tree.map(lambda p: p * 8 if p.ndim > 1 else p, init)
+    return random_params(LanguageModel(CONFIG), std=0.16)
 
 
 @pytest.fixture(scope="module")
