@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 ESTIMATORS = ("pass_through", "clipped")
+FORMS = ("residual", "blend")
 SCHEDULES = ("warmup_cosine", "cosine", "linear", "exponential", "constant", "none")
 # How far an exponential schedule falls before its last value is subtracted.
 _DECAY = 5.0
@@ -85,6 +86,9 @@ class Arenas:
       peak: largest value.
       warmup: share of the steps in which lambda rises from 0 ("warmup_cosine").
       end: share of the steps after which it is 0, in (0, 1].
+      form: "residual" adds lambda W, as the paper does; "blend" computes with
+        `(1 - lambda) Q(W) + lambda W` instead, which does not make the weights of a
+        trained model larger: with `schedule="cosine"` it begins as the model itself.
 
     Example:
       >>> from angeljax.qat import Arenas
@@ -97,8 +101,11 @@ class Arenas:
     peak: float = 1.0
     warmup: float = 0.1
     end: float = 0.9
+    form: str = "residual"
 
     def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise ValueError(f"arenas.form={self.form!r}: use {' or '.join(FORMS)}")
         if self.schedule not in SCHEDULES:
             near = difflib.get_close_matches(str(self.schedule), SCHEDULES, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
@@ -108,6 +115,8 @@ class Arenas:
         for name in ("peak", "warmup", "end"):
             value = _number(getattr(self, name), f"arenas.{name}")
             object.__setattr__(self, name, value)
+        if self.form == "blend" and self.peak > 1:
+            raise ValueError(f"arenas.peak={self.peak} of a blend must be at most 1")
         if not 0 < self.end <= 1:
             raise ValueError(
                 f"arenas.end={self.end}: the residual must reach 0 before training "

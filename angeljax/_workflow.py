@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from angeljax.export import Manifest, load, load_manifest, save
 from angeljax.recipe import Recipe
 
 if TYPE_CHECKING:
-    from angeljax.evaluation import EvalResult
+    from angeljax.evaluation import EvalResult, Task, TaskResult
     from angeljax.models import LanguageModel, Tokenizer
 
 DTYPES = ("bfloat16", "float32", "float16")
@@ -196,6 +196,55 @@ def evaluate(
         batch_size=batch_size,
         progress=progress,
     )
+
+
+def load_tasks(paths: Sequence[Path], limit: int | None) -> list[Task]:
+    """Tasks of files and folders, cut to a number of examples each.
+
+    Raises:
+      ValueError: a file is missing or wrong, or the limit is.
+    """
+    from angeljax import evaluation
+
+    return [task.limit(limit) for task in evaluation.load_tasks(paths)]
+
+
+def evaluate_tasks(
+    opened: Opened, params: Any, tasks: Sequence[Task], *, progress: bool | None = None
+) -> list[TaskResult]:
+    """`angeljax.evaluation.evaluate_tasks` with the model's logits."""
+    from angeljax import evaluation
+
+    return evaluation.evaluate_tasks(
+        opened.model.logits,
+        params,
+        opened.need_tokenizer(),
+        tasks,
+        max_length=opened.model.config.max_positions,
+        progress=progress,
+    )
+
+
+def tasks_table(results: Sequence[TaskResult]) -> Any:
+    """A `rich` table with one row for each task."""
+    from rich.table import Table
+
+    def share(value: float, error: float | None = None) -> str:
+        return f"{value:.1%}" + ("" if error is None else f" ± {error:.1%}")
+
+    table = Table("task")
+    for name in ("examples", "acc", "acc_norm", "greedy", "chance"):
+        table.add_column(name, justify="right")
+    for r in results:
+        table.add_row(
+            r.name,
+            str(r.examples),
+            share(r.acc, r.acc_stderr),
+            share(r.acc_norm, r.acc_norm_stderr),
+            share(r.greedy, r.greedy_stderr),
+            share(r.chance),
+        )
+    return table
 
 
 def generate(

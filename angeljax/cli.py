@@ -1,4 +1,4 @@
-"""The command line: compress, evaluate, generate, export and inspect models."""
+"""The command line: compress, train, evaluate, generate, export and inspect."""
 
 from __future__ import annotations
 
@@ -140,14 +140,39 @@ def evaluate(
         int, typer.Option(help="Use the first so many tokens; 0 for all.")
     ] = 8192,
     batch_size: Annotated[int, typer.Option(help="Windows in a step.")] = 4,
+    tasks: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Measure accuracy on multiple-choice tasks instead: a .jsonl file or "
+            "a folder of them. May be repeated."
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="At most so many examples of a task.")
+    ] = None,
     dtype: Dtype = "bfloat16",
     as_json: AsJson = False,
 ) -> None:
-    """Measure perplexity, and KL and top-1 agreement against a reference."""
+    """Measure perplexity, and KL and top-1 agreement against a reference; or tasks."""
     import dataclasses
 
     from angeljax import _workflow
 
+    if tasks:
+        if text is not None or reference is not None:
+            raise ValueError("--tasks goes with neither --text nor --reference")
+        examples = _workflow.load_tasks(tasks, limit)
+        loaded = _workflow.open_model(model, dtype=dtype)
+        results = _workflow.evaluate_tasks(
+            loaded, loaded.params, examples, progress=False if as_json else None
+        )
+        if as_json:
+            _print_json([r.to_dict() for r in results])
+        else:
+            _print(_workflow.tasks_table(results))
+        return
+    if limit is not None:
+        raise ValueError("--limit goes with --tasks; --tokens limits a text")
     loaded = _workflow.open_model(model, dtype=dtype)
     base = None if reference is None else _workflow.open_model(reference, dtype=dtype)
     windows = _workflow.text_windows(loaded, text, length, stride, tokens)
@@ -206,6 +231,47 @@ def generate(
         _print_json({"prompt": prompt, "text": text, "seconds": seconds})
     else:
         _print(text)
+
+
+@app.command()
+@one_line_errors
+def train(
+    config: Annotated[
+        Path, typer.Option("--config", "-c", help="YAML file; see TrainConfig.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.")],
+    set: Annotated[
+        list[str] | None,
+        typer.Option(help="Replace a field of the file: optimizer.lr=1e-4."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Continue the run in --out, if there is one.")
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Train a model for its recipe, with a teacher, and write it packed."""
+    from angeljax.train import TrainConfig
+
+    what = TrainConfig.load(config, set or [])
+    from angeljax import _train_workflow
+
+    done = _train_workflow.train(
+        what, out, resume=resume, show=False if as_json else None
+    )
+    if as_json:
+        _print_json(
+            {
+                "path": str(done.path),
+                "steps": done.steps,
+                "metrics": done.metrics,
+                "evaluation": done.evaluation,
+            }
+        )
+        return
+    numbers = {**done.metrics, **done.evaluation}
+    shown = ("loss", "eval/perplexity", "eval/kl")
+    parts = [f"{name} {numbers[name]:.4g}" for name in shown if name in numbers]
+    _print(f"{done.steps} steps, {', '.join(parts)}; written to {done.path}")
 
 
 @app.command()

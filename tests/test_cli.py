@@ -100,6 +100,18 @@ def test_compress_inspect_eval_generate(checkpoint, tmp_path):
     assert sampled.exit_code == 0
 
 
+def test_eval_tasks(checkpoint, tmp_path):
+    (tmp_path / "tasks").mkdir()
+    line = json.dumps({"context": "2+2=", "choices": [" 4", " 5"], "label": 0})
+    for name in ("a", "b"):
+        (tmp_path / "tasks" / f"{name}.jsonl").write_text(f"{line}\n" * 3)
+    args = ("eval", "-m", checkpoint, "--limit", 2, "--tasks", tmp_path / "tasks")
+    rows = json.loads(run(*args, "--json").stdout)
+    assert [(r["name"], r["examples"]) for r in rows] == [("a", 2), ("b", 2)]
+    assert rows[0]["acc"] in (0, 1) and rows[0]["chance"] == 0.5
+    assert "50.0%" in run(*args).output
+
+
 def test_compress_json(checkpoint, tmp_path):
     out = tmp_path / "x"
     args = ("compress", "-m", checkpoint, "-r", "sherry", "-o", out, "--json")
@@ -146,6 +158,12 @@ def test_recipe_commands(checkpoint):
         ),
         (("eval", "-m", "{m}", "--text", "no.txt"), "no such text file"),
         (("eval", "-m", "{m}", "--dtype", "int3"), "unknown dtype 'int3'"),
+        (("eval", "-m", "{m}", "--tasks", "no.jsonl"), "no such task file"),
+        (("eval", "-m", "{m}", "--limit", "3"), "--limit goes with --tasks"),
+        (
+            ("eval", "-m", "{m}", "--tasks", "x", "--text", "y"),
+            "--tasks goes with neither",
+        ),
         (("generate", "-m", "{m}", "-p", "x", "--top-p", "7"), "top_p must be in"),
         (("inspect", "{o}"), "{o}"),
     ],

@@ -19,7 +19,7 @@ from flax import nnx
 
 from angeljax import ops
 from angeljax.models import features
-from angeljax.models.attention import dense_attention
+from angeljax.models.attention import causal_attention, dense_attention
 from angeljax.models.cache import KVCache
 from angeljax.models.config import DecoderConfig
 from angeljax.models.layers import (
@@ -104,9 +104,10 @@ class Decoder(nnx.Module):
           float32 logits `[B, T, V]`, and the cache with the new keys and values (None
           without a cache).
         """
+        attention_fn = self._attention(mask, cache)
         x, rotation, positions, keys = self._enter(tokens, mask, cache)
         run = self._scan if self.scan_layers else self._loop
-        x, kv = run(x, rotation, positions, keys, cache)
+        x, kv = run(x, rotation, positions, keys, cache, attention_fn)
         if last_only:
             x = x[:, -1:]
         logits = self.head(self.norm(x))
@@ -129,7 +130,7 @@ class Decoder(nnx.Module):
         wanted = features.check_layers(hidden, count)
         inside = features.check_layers(relations, count)
         x, rotation, positions, keys = self._enter(tokens, mask, None)
-        around = (self.attention_fn, wanted, inside, remat)
+        around = (self._attention(mask, None), wanted, inside, remat)
         windows = self._windows()
         masks = {w: attend_mask(positions, keys, w) for w in sorted(set(windows))}
         if self.scan_layers:
@@ -149,10 +150,13 @@ class Decoder(nnx.Module):
         self, tokens: jax.Array, mask: jax.Array | None, cache: KVCache | None
     ) -> tuple[jax.Array, Any, jax.Array, jax.Array]:
         """Embedded tokens, rotation, positions of the tokens and of all keys."""
-        mask = jnp.ones(tokens.shape, bool) if mask is None else mask
         seen = 0 if cache is None else jnp.max(cache.positions, -1, keepdims=True) + 1
-        count = jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1 + seen
-        positions = jnp.where(mask, count, -1)
+        if mask is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+            positions = positions.astype(jnp.int32) + seen
+        else:
+            count = jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1 + seen
+            positions = jnp.where(mask, count, -1)
         keys = positions
         if cache is not None:
             at = (0, cache.length)
@@ -167,11 +171,24 @@ class Decoder(nnx.Module):
             return ops.attend(x, self.embed_tokens.embedding[...])
         return ops.dot(x, self.lm_head.kernel[...], preferred_element_type=jnp.float32)
 
+    def _attention(self, mask: Any, cache: KVCache | None) -> AttentionFn:
+        """`causal_attention` is for full rows: anything else needs the mask."""
+        plain = mask is None and cache is None and not any(self._windows())
+        if self.attention_fn is causal_attention and not plain:
+            return dense_attention
+        return self.attention_fn
+
     def _windows(self) -> list[int]:
         return list(self.config.windows) or [0] * self.config.num_layers
 
     def _loop(
-        self, x: Any, rotation: Any, positions: Any, keys: Any, cache: KVCache | None
+        self,
+        x: Any,
+        rotation: Any,
+        positions: Any,
+        keys: Any,
+        cache: KVCache | None,
+        attention_fn: AttentionFn,
     ) -> tuple[Any, Any]:
         masks = {w: attend_mask(positions, keys, w) for w in set(self._windows())}
         kv: Any = None if cache is None else (cache.k, cache.v)
@@ -184,14 +201,20 @@ class Decoder(nnx.Module):
                 store = cache.k[i], cache.v[i], cache.length, None
             elif cache is not None:
                 store = *kv, cache.length, i
-            x, kv = layer(x, rotation, masks[window], store, self.attention_fn)
+            x, kv = layer(x, rotation, masks[window], store, attention_fn)
             apart.append(kv)
         if cache is not None and isinstance(cache.k, tuple):
             kv = tuple(k for k, _ in apart), tuple(v for _, v in apart)
         return x, kv
 
     def _scan(
-        self, x: Any, rotation: Any, positions: Any, keys: Any, cache: KVCache | None
+        self,
+        x: Any,
+        rotation: Any,
+        positions: Any,
+        keys: Any,
+        cache: KVCache | None,
+        attention_fn: AttentionFn,
     ) -> tuple[Any, Any]:
         graphdef, state = nnx.split(self.layers)
         mixed = len(set(self._windows())) > 1
@@ -206,7 +229,7 @@ class Decoder(nnx.Module):
             store = None if cache is None else (*kv, cache.length, i)
             mask = attend_mask(positions, keys, window) if mixed else shared
             block = nnx.merge(graphdef, state)
-            return block(h, rotation, mask, store, self.attention_fn), None
+            return block(h, rotation, mask, store, attention_fn), None
 
         kv: Any = None if cache is None else (cache.k, cache.v)
         apart = cache is not None and isinstance(cache.k, tuple)

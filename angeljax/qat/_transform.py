@@ -99,7 +99,7 @@ class QAT:
     ) -> Any:
         """The tree that the model is to be called with in the loss.
 
-        Quantized leaves become `Q(W) + lambda(step) W`, computed in float32 from the
+        Quantized leaves become `Q(W) + lambda(step) W` (or the blend), computed in float32 from the
         latent weights; all others stay. Differentiable in `params` and `state`.
 
         Args:
@@ -116,7 +116,8 @@ class QAT:
           quantizes activations.
         """
         residual = self.arenas(step)
-        return _transform(params, state, _trained(residual, dtype))
+        blend = self.recipe.arenas is not None and self.recipe.arenas.form == "blend"
+        return _transform(params, state, _trained(residual, blend, dtype))
 
     def arenas(self, step: jax.Array | int) -> jax.Array:
         """lambda of the Arenas residual at an optimizer step; 0 without a schedule.
@@ -240,12 +241,13 @@ def _transform(
     return _leaves.unflatten(treedef, leaves, [values[leaf.path] for leaf in leaves])
 
 
-def _trained(residual: jax.Array, dtype: Any) -> Callable[..., Any]:
+def _trained(residual: jax.Array, blend: bool, dtype: Any) -> Callable[..., Any]:
     def one(plan: LeafPlan, w: jax.Array, learned: Learned) -> Any:
         fake = fake_quantize(w, plan.spec, learned, plan.options.gradient)
         bias = dead_zone_bias(w, fake, plan.spec, plan.options)
         if plan.options.arenas:
-            fake = fake + residual * w.astype(jnp.float32)
+            rest = w.astype(jnp.float32)
+            fake = fake + residual * (rest - fake if blend else rest)
         fake = fake.astype(w.dtype if dtype is None else dtype)
         if plan.spec.activation is not None:
             return FakeTensor(planes={"codes": fake}, spec=plan.spec), bias
