@@ -105,8 +105,8 @@ def reconstruct(
     Weights outside of the layers are quantized as the recipe says and not trained, and
     neither are norms and biases. A layer that training did not improve keeps its
     weights. Layers of one shape and format share one compiled step. An Arenas schedule
-    in the recipe gets in the way: with few steps for each layer the residual, which
-    doubles the weights, has hardly gone when the layer is done.
+    of the form "residual" gets in the way: with few steps for each layer the residual,
+    which doubles the weights, has hardly gone when the layer is done.
 
     Args:
       model: the architecture; layers apart or stacked.
