@@ -132,12 +132,12 @@ class Decoder(nnx.Module):
         x, rotation, positions, keys = self._enter(tokens, mask, None)
         around = (self._attention(mask, None), wanted, inside, remat)
         windows = self._windows()
-        masks = {w: _attend_mask(positions, keys, w) for w in sorted(set(windows))}
+        masks = {w: attend_mask(positions, keys, w) for w in sorted(set(windows))}
         if self.scan_layers:
             one = masks[windows[0]] if len(masks) == 1 else None
 
             def mask_of(window: Any) -> jax.Array:
-                return _attend_mask(positions, keys, window) if one is None else one
+                return attend_mask(positions, keys, window) if one is None else one
 
             order = jnp.asarray(windows, jnp.int32)
             found = features.scan(self.layers, x, rotation, mask_of, order, *around)
@@ -190,7 +190,7 @@ class Decoder(nnx.Module):
         cache: KVCache | None,
         attention_fn: AttentionFn,
     ) -> tuple[Any, Any]:
-        masks = {w: _attend_mask(positions, keys, w) for w in set(self._windows())}
+        masks = {w: attend_mask(positions, keys, w) for w in set(self._windows())}
         kv: Any = None if cache is None else (cache.k, cache.v)
         apart: list[Any] = []
         for i, (layer, window) in enumerate(
@@ -219,7 +219,7 @@ class Decoder(nnx.Module):
         graphdef, state = nnx.split(self.layers)
         mixed = len(set(self._windows())) > 1
         windows = jnp.asarray(self._windows(), jnp.int32) if mixed else None
-        shared = None if mixed else _attend_mask(positions, keys, self._windows()[0])
+        shared = None if mixed else attend_mask(positions, keys, self._windows()[0])
 
         def step(carry: Any, layer: Any) -> tuple[Any, None]:
             # The cache is carried: as an input and output of the scan it would be
@@ -227,7 +227,7 @@ class Decoder(nnx.Module):
             h, kv = carry
             state, window, i = layer
             store = None if cache is None else (*kv, cache.length, i)
-            mask = _attend_mask(positions, keys, window) if mixed else shared
+            mask = attend_mask(positions, keys, window) if mixed else shared
             block = nnx.merge(graphdef, state)
             return block(h, rotation, mask, store, attention_fn), None
 
@@ -239,7 +239,7 @@ class Decoder(nnx.Module):
         return x, tuple(map(jnp.unstack, kv)) if apart else kv
 
 
-def _attend_mask(queries: jax.Array, keys: jax.Array, window: Any) -> jax.Array:
+def attend_mask(queries: jax.Array, keys: jax.Array, window: Any) -> jax.Array:
     """bool `[B, 1, T, S]`: which key each query sees; window 0 sees all before it."""
     distance = queries[:, :, None] - keys[:, None, :]
     seen = (keys[:, None, :] >= 0) & (distance >= 0)

@@ -16,7 +16,7 @@ from angeljax.models.cache import KVCache, init_cache
 from angeljax.models.config import DecoderConfig
 from angeljax.models.decoder import Decoder
 from angeljax.models.features import Features
-from angeljax.models.layers import AttentionFn
+from angeljax.models.layers import AttentionFn, Block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,18 @@ class LanguageModel:
           ValueError: a parameter is missing; says so if the tree is fused and the model
             is not, or the other way round.
         """
-        graphdef, state = _skeleton(self)
+        return self._fill(_skeleton(self), params)
+
+    def bind_block(self, layer: dict[str, Any]) -> Block:
+        """One layer as an nnx module: `layer` is a numbered subtree, or one of a stack.
+
+        Raises:
+          ValueError: as `bind`.
+        """
+        return self._fill(_block_skeleton(self), layer)
+
+    def _fill(self, skeleton: tuple[Any, Any], params: dict[str, Any]) -> Any:
+        graphdef, state = skeleton
         values = _leaves_by_path(params)
         flat = []
         for path, variable in nnx.to_flat_state(state):
@@ -172,6 +183,17 @@ _FUSED = ("qkv_proj", "gate_up_proj")
 def _skeleton(model: LanguageModel) -> tuple[Any, Any]:
     abstract = nnx.eval_shape(lambda: model.module(nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)
+    return graphdef, nnx.filter_state(state, nnx.Param)
+
+
+@functools.lru_cache(maxsize=16)
+def _block_skeleton(model: LanguageModel) -> tuple[Any, Any]:
+    def block() -> Block:
+        return Block(
+            model.config, fused=model.fused, dtype=jnp.float32, rngs=nnx.Rngs(0)
+        )
+
+    graphdef, state = nnx.split(nnx.eval_shape(block))
     return graphdef, nnx.filter_state(state, nnx.Param)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from angeljax.models import DecoderConfig, LanguageModel, stack_layers
+from tests.models._random import random_params
 
 CONFIG = DecoderConfig(
     model_type="llama",
@@ -27,7 +28,7 @@ TOKENS = jnp.asarray([[5, 9, 1, 30, 2, 7]])
 
 @pytest.fixture(scope="module")
 def params() -> Any:
-    return jax.jit(LanguageModel(CONFIG).init)(jax.random.key(0))
+    return random_params(LanguageModel(CONFIG))
 
 
 def _close(a: Any, b: Any) -> None:

@@ -14,6 +14,7 @@ from flax import nnx
 import angeljax as aj
 from angeljax.models import DecoderConfig, LanguageModel
 from angeljax.qat.lora import Lora, lora_apply, lora_init, lora_merge
+from tests.models._random import random_params
 
 MODEL = LanguageModel(
     DecoderConfig(
@@ -32,8 +33,8 @@ TOKENS = jnp.asarray([[5, 9, 1, 30, 2, 7]])
 # One format that kernels read and one that is expanded.
 RECIPE = aj.Recipe(
     rules=[
-        aj.Rule(match=".*/mlp/.*kernel", format="nf4", group_size=32),
-        aj.Rule(format="int4", group_size=32),
+        aj.Rule(match=".*/up_proj/kernel", format="nf4", group_size=32),
+        aj.Rule(match=".*/(q|k)_proj/kernel", format="int4", group_size=32),
     ]
 )
 
@@ -42,13 +43,18 @@ def _close(a: Any, b: Any, **limits: float) -> None:
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **limits), a, b)
 
 
-def _filled(lora: Lora, key: jax.Array) -> Lora:
-    return jax.tree.map(lambda x: 0.1 * jax.random.normal(key, x.shape), lora)
+def _normal(seed: int, *shape: int) -> jax.Array:
+    # numpy's: compiling jax.random.normal for every shape takes most of the time.
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def _filled(lora: Lora, seed: int) -> Lora:
+    return jax.tree.map(lambda x: 0.1 * _normal(seed, *x.shape), lora)
 
 
 @pytest.fixture(scope="module")
 def cparams() -> Any:
-    return jax.jit(lambda k: aj.compress(MODEL.init(k), RECIPE))(jax.random.key(0))
+    return aj.compress(random_params(MODEL), RECIPE)
 
 
 def test_a_stack_of_layers_learns(cparams: Any) -> None:
@@ -68,8 +74,7 @@ def test_a_stack_of_layers_learns(cparams: Any) -> None:
 
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (first, logits), grads = step(lora)
-    plain = jax.jit(MODEL.logits)
-    np.testing.assert_array_equal(logits, plain(cparams, TOKENS))
+    np.testing.assert_array_equal(logits, jax.jit(MODEL.logits)(cparams, TOKENS))
     for g in grads.factors.values():  # B is 0 at first, and A has no gradient then
         assert not np.any(g["a"]) and np.any(g["b"])
     for _ in range(4):
@@ -81,14 +86,19 @@ def test_a_stack_of_layers_learns(cparams: Any) -> None:
     merged = lora_merge(cparams, lora)
     assert isinstance(merged["layers"]["attn"]["q_proj"]["kernel"], jax.Array)
     assert isinstance(merged["layers"]["attn"]["k_proj"]["kernel"], aj.QTensor)
-    _close(plain(merged, TOKENS), logits, rtol=1e-4, atol=1e-5)
+    f, q = (
+        lora.factors["layers/attn/q_proj/kernel"],
+        cparams["layers"]["attn"]["q_proj"],
+    )
+    expected = q["kernel"].dequantize() + 2.0 * np.asarray(f["a"]) @ np.asarray(f["b"])
+    _close(merged["layers"]["attn"]["q_proj"]["kernel"], expected, atol=1e-5)
     packed = lora_merge(cparams, lora, requantize=True)
     assert jax.tree.structure(packed) == jax.tree.structure(cparams)
 
 
 def test_no_gradient_of_the_size_of_a_weight() -> None:
     for name in ("int4", "nf4"):
-        q = aj.quantize(jax.random.normal(jax.random.key(0), (96, 48)), format=name)
+        q = aj.quantize(_normal(0, 96, 48), format=name)
         lora = lora_init({"w": q}, jax.random.key(1), rank=2)
 
         def loss(lora: Lora, x: Any, q: Any = q) -> Any:
@@ -99,9 +109,9 @@ def test_no_gradient_of_the_size_of_a_weight() -> None:
         assert made and not any("[96,48]" in line.split("=")[0] for line in made)
 
 
-def test_every_product_and_its_gradient(getkey: Any) -> None:
+def test_every_product_and_its_gradient() -> None:
     """Axes that are merged, transposed or looked up, against the sum as an array."""
-    x, ids = jax.random.normal(getkey(), (3, 4, 32)), jnp.asarray([3, 0, 9])
+    x, ids = _normal(0, 3, 4, 32), jnp.asarray([3, 0, 9])
     merged = (((1, 2), (0, 1)), ((), ()))
     cases: list[Any] = [
         ((4, 32, 5), (-3, -2), lambda w: aj.ops.dot_general(x, w, merged)),
@@ -112,12 +122,10 @@ def test_every_product_and_its_gradient(getkey: Any) -> None:
         ((3, 32, 6), -2, lambda w: x[0] @ w[1]),
     ]
     tree = {
-        str(i): aj.quantize(
-            jax.random.normal(getkey(), shape), format="int8", axis=axis
-        )
+        str(i): aj.quantize(_normal(i, *shape), format="float8_e4m3", axis=axis)
         for i, (shape, axis, _) in enumerate(cases)
     }
-    lora = _filled(lora_init(tree, getkey(), rank=2, targets=".*"), getkey())
+    lora = _filled(lora_init(tree, jax.random.key(0), rank=2, targets=".*"), 7)
 
     def total(lora: Lora, dense: bool) -> Any:
         outs = []
@@ -132,11 +140,11 @@ def test_every_product_and_its_gradient(getkey: Any) -> None:
 
 
 def test_in_linen_and_nnx_and_prepared() -> None:
-    x = jax.random.normal(jax.random.key(0), (2, 64))
+    x = _normal(0, 2, 64)
     recipe = aj.Recipe(rules=[aj.Rule(format="int4", group_size=32)])
     linen = nn.Dense(48)
     variables = aj.compress(linen.init(jax.random.key(1), x), recipe)
-    lora = _filled(lora_init(variables, jax.random.key(2), rank=2), jax.random.key(3))
+    lora = _filled(lora_init(variables, jax.random.key(2), rank=2), 3)
     expected = linen.apply(lora_merge(variables, lora), x)
     tree = lora_apply(variables, lora)
     limits = {"rtol": 1e-4, "atol": 1e-5}

@@ -24,6 +24,7 @@ from angeljax.train.losses import (
     next_tokens,
 )
 from angeljax.train.objective import Objective
+from tests.models._random import random_params
 from tests.train import _oracle
 
 CONFIG = DecoderConfig(
@@ -110,13 +111,12 @@ def test_objective_is_the_sum_of_its_terms_and_learns() -> None:
     objective = Objective(
         model=model, teacher=teacher, options=options, chunk_tokens=4, remat=True
     )
-    keys = jax.random.split(jax.random.key(0), 4)
     params = {
-        "model": jax.jit(model.init)(keys[0]),
-        "projections": objective.init_projections(keys[1]),
+        "model": random_params(model, 0),
+        "projections": objective.init_projections(jax.random.key(1)),
     }
-    reference = jax.jit(teacher.init)(keys[2])
-    tokens = jax.random.randint(keys[3], (2, 5), 0, 32)
+    reference = random_params(teacher, 2)
+    tokens = jnp.asarray(np.random.default_rng(3).integers(0, 32, (2, 5)))
     labels = next_tokens(tokens)
 
     def loss(params: Any) -> Any:

@@ -16,6 +16,7 @@ from angeljax.train.generated import generate_tokens
 from angeljax.train.losses import DistillOptions
 from angeljax.train.objective import Objective
 from angeljax.train.teacher import _top_k, read_teacher, write_teacher
+from tests.models._random import random_params
 
 MODEL = LanguageModel(
     DecoderConfig(
@@ -37,8 +38,7 @@ WRITE: dict[str, Any] = {"length": 8, "top_k": 4, "batch_size": 2, "shard_rows":
 
 @pytest.fixture(scope="module")
 def params() -> Any:
-    init = jax.jit(MODEL.init)(jax.random.key(0))
-    return jax.tree.map(lambda p: p * 8 if p.ndim > 1 else p, init)
+    return random_params(MODEL, std=0.16)
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
