@@ -1,4 +1,4 @@
-"""The command line: compress, evaluate, generate, export and inspect models."""
+"""The command line: compress, train, evaluate, generate, export and inspect."""
 
 from __future__ import annotations
 
@@ -231,6 +231,47 @@ def generate(
         _print_json({"prompt": prompt, "text": text, "seconds": seconds})
     else:
         _print(text)
+
+
+@app.command()
+@one_line_errors
+def train(
+    config: Annotated[
+        Path, typer.Option("--config", "-c", help="YAML file; see TrainConfig.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.")],
+    set: Annotated[
+        list[str] | None,
+        typer.Option(help="Replace a field of the file: optimizer.lr=1e-4."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Continue the run in --out, if there is one.")
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Train a model for its recipe, with a teacher, and write it packed."""
+    from angeljax.train import TrainConfig
+
+    what = TrainConfig.load(config, set or [])
+    from angeljax import _train_workflow
+
+    done = _train_workflow.train(
+        what, out, resume=resume, show=False if as_json else None
+    )
+    if as_json:
+        _print_json(
+            {
+                "path": str(done.path),
+                "steps": done.steps,
+                "metrics": done.metrics,
+                "evaluation": done.evaluation,
+            }
+        )
+        return
+    numbers = {**done.metrics, **done.evaluation}
+    shown = ("loss", "eval/perplexity", "eval/kl")
+    parts = [f"{name} {numbers[name]:.4g}" for name in shown if name in numbers]
+    _print(f"{done.steps} steps, {', '.join(parts)}; written to {done.path}")
 
 
 @app.command()

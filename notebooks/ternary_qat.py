@@ -56,7 +56,9 @@ else:
 
     STEPS, BATCH, LENGTH, EVERY = 1000, 8, 512, 50
     # A text file or a dataset; the first use fetches it.
-    TEXT = os.environ.get("ANGELJAX_TEXT", "Salesforce/wikitext:wikitext-2-raw-v1:train")
+    TEXT = os.environ.get(
+        "ANGELJAX_TEXT", "Salesforce/wikitext:wikitext-2-raw-v1:train"
+    )
     CHARACTERS = None
 
 # %% [markdown]

@@ -26,7 +26,13 @@ from angeljax.evaluation.examples import Example, Task, load_task, load_tasks
 from angeljax.evaluation.quality import EvalResult, evaluate
 from angeljax.evaluation.reference import ReferenceCache, reference_logits
 from angeljax.evaluation.tasks import TaskResult, evaluate_tasks, score_encoded
-from angeljax.evaluation.text import DEFAULT_TEXT, Windows, load_text, windows
+from angeljax.evaluation.text import (
+    DEFAULT_TEXT,
+    Windows,
+    load_documents,
+    load_text,
+    windows,
+)
 
 __all__ = [
     "DEFAULT_TEXT",
@@ -43,10 +49,11 @@ __all__ = [
     "encode_task",
     "evaluate",
     "evaluate_tasks",
+    "load_documents",
     "load_task",
     "load_tasks",
-    "perplexity_per",
     "load_text",
+    "perplexity_per",
     "reference_logits",
     "score_encoded",
     "windows",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import lzma
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -43,6 +44,7 @@ def load_text(source: str | os.PathLike[str] | None = None) -> str:
         3.12; another Python version has another text, and other perplexities);
         the path of a `.jsonl` file: the field `text` of every line;
         the path of any other file: its content as UTF-8;
+        either of them compressed, with `.xz` behind its name;
         `name[:config][:split]`: column `text` of a dataset, e.g.
         "wikitext:wikitext-2-raw-v1:test"; `name::train` skips the config, and the
         split is "test" where none is named. Needs the network or a filled cache.
@@ -58,20 +60,37 @@ def load_text(source: str | os.PathLike[str] | None = None) -> str:
       >>> load_text()[:36]
       'The "assert" statement\\n*************'
     """
-    if source is None or source == DEFAULT_TEXT:
-        documents: Iterable[str] = _topics()
-    elif Path(source).is_file():
-        path = Path(source)
-        jsonl = path.suffix == ".jsonl"
-        documents = _jsonl(path) if jsonl else [path.read_text(encoding="utf-8")]
-    elif _looks_like_a_path(source):
-        raise FileNotFoundError(f"{os.fspath(source)}: no such text file")
-    else:
-        documents = _dataset(str(source))
-    text = _SEPARATOR.join(documents)
+    text = _SEPARATOR.join(load_documents(source))
     if not text.strip():
         raise ValueError(f"{os.fspath(source or DEFAULT_TEXT)}: the text is empty")
     return text
+
+
+def load_documents(source: str | os.PathLike[str] | None = None) -> Iterable[str]:
+    """The documents that `source` names, one by one; a text file is one document.
+
+    Args:
+      source: as in `load_text`.
+
+    Returns:
+      An iterable of texts.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_text`, some of it while iterating.
+
+    Example:
+      >>> from angeljax.evaluation import load_documents
+      >>> next(iter(load_documents()))[:22]
+      'The "assert" statement'
+    """
+    if source is None or source == DEFAULT_TEXT:
+        return _topics()
+    if Path(source).is_file():
+        path = Path(source)
+        return _jsonl(path) if ".jsonl" in path.suffixes else _plain(path)
+    if _looks_like_a_path(source):
+        raise FileNotFoundError(f"{os.fspath(source)}: no such text file")
+    return _dataset(str(source))
 
 
 def windows(
@@ -149,8 +168,22 @@ def _topics() -> Iterator[str]:
         yield topics.topics[name]
 
 
+def _open(path: Path) -> TextIO:
+    if path.suffix == ".xz":
+        return lzma.open(path, "rt", encoding="utf-8")
+    return path.open(encoding="utf-8")
+
+
+def _plain(path: Path) -> Iterator[str]:
+    try:
+        with _open(path) as file:
+            yield file.read()
+    except (EOFError, lzma.LZMAError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
 def _jsonl(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
+    with _open(path) as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -168,7 +201,7 @@ def _looks_like_a_path(source: str | os.PathLike[str]) -> bool:
     if not isinstance(source, str):
         return True
     suffix = Path(source).suffix.lower()
-    return suffix in {".txt", ".jsonl", ".json", ".md"} or source.startswith(
+    return suffix in {".txt", ".jsonl", ".json", ".md", ".xz"} or source.startswith(
         (".", "/", "~")
     )
 

@@ -3,10 +3,11 @@
 The rest of angeljax does not import this package: it works on anybody's model.
 """
 
-from angeljax.models.attention import dense_attention
+from angeljax.models.attention import causal_attention, dense_attention
 from angeljax.models.cache import KVCache, init_cache
 from angeljax.models.config import DecoderConfig, ModelError
 from angeljax.models.decoder import Decoder
+from angeljax.models.features import Features
 from angeljax.models.fusion import fuse_projections, split_projections
 from angeljax.models.generate import Generated, decode_step, filter_logits, generate
 from angeljax.models.language_model import LanguageModel, stack_layers, unstack_layers
@@ -17,12 +18,14 @@ from angeljax.models.tokenizer import Tokenizer
 __all__ = [
     "Decoder",
     "DecoderConfig",
+    "Features",
     "Generated",
     "KVCache",
     "LanguageModel",
     "LoadedModel",
     "ModelError",
     "Tokenizer",
+    "causal_attention",
     "decode_step",
     "dense_attention",
     "filter_logits",

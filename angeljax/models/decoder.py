@@ -10,6 +10,7 @@ once.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,7 +18,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from angeljax import ops
-from angeljax.models.attention import dense_attention
+from angeljax.models import features
+from angeljax.models.attention import causal_attention, dense_attention
 from angeljax.models.cache import KVCache
 from angeljax.models.config import DecoderConfig
 from angeljax.models.layers import (
@@ -102,6 +104,52 @@ class Decoder(nnx.Module):
           float32 logits `[B, T, V]`, and the cache with the new keys and values (None
           without a cache).
         """
+        attention_fn = self._attention(mask, cache)
+        x, rotation, positions, keys = self._enter(tokens, mask, cache)
+        run = self._scan if self.scan_layers else self._loop
+        x, kv = run(x, rotation, positions, keys, cache, attention_fn)
+        if last_only:
+            x = x[:, -1:]
+        logits = self.head(self.norm(x))
+        if cache is None:
+            return logits, None
+        length = cache.length + tokens.shape[1]
+        return logits, KVCache(k=kv[0], v=kv[1], positions=keys, length=length)
+
+    def features(
+        self,
+        tokens: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        hidden: Sequence[int] = (),
+        relations: Sequence[int] = (),
+        remat: Any = False,
+    ) -> features.Features:
+        """Hidden states instead of logits; see `LanguageModel.features`."""
+        count = self.config.num_layers
+        wanted = features.check_layers(hidden, count)
+        inside = features.check_layers(relations, count)
+        x, rotation, positions, keys = self._enter(tokens, mask, None)
+        around = (self._attention(mask, None), wanted, inside, remat)
+        windows = self._windows()
+        masks = {w: _attend_mask(positions, keys, w) for w in sorted(set(windows))}
+        if self.scan_layers:
+            one = masks[windows[0]] if len(masks) == 1 else None
+
+            def mask_of(window: Any) -> jax.Array:
+                return _attend_mask(positions, keys, window) if one is None else one
+
+            order = jnp.asarray(windows, jnp.int32)
+            found = features.scan(self.layers, x, rotation, mask_of, order, *around)
+        else:
+            each = [masks[w] for w in windows]
+            found = features.loop(list(self.layers), x, rotation, each, *around)
+        return features.Features(self.norm(found[0]), *found[1:])
+
+    def _enter(
+        self, tokens: jax.Array, mask: jax.Array | None, cache: KVCache | None
+    ) -> tuple[jax.Array, Any, jax.Array, jax.Array]:
+        """Embedded tokens, rotation, positions of the tokens and of all keys."""
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask
         seen = 0 if cache is None else jnp.max(cache.positions, -1, keepdims=True) + 1
         count = jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1 + seen
@@ -112,15 +160,7 @@ class Decoder(nnx.Module):
             keys = jax.lax.dynamic_update_slice(cache.positions, positions, at)
         rotation = cos_sin(self.config, jnp.maximum(positions, 0))
         x = ops.embed(self.embed_tokens.embedding[...], tokens, dtype=self.dtype)
-        run = self._scan if self.scan_layers else self._loop
-        x, kv = run(x, rotation, positions, keys, cache)
-        if last_only:
-            x = x[:, -1:]
-        logits = self.head(self.norm(x))
-        if cache is None:
-            return logits, None
-        length = cache.length + tokens.shape[1]
-        return logits, KVCache(k=kv[0], v=kv[1], positions=keys, length=length)
+        return x, rotation, positions, keys
 
     def head(self, x: jax.Array) -> jax.Array:
         """float32 logits of normalised hidden states."""
@@ -128,11 +168,24 @@ class Decoder(nnx.Module):
             return ops.attend(x, self.embed_tokens.embedding[...])
         return ops.dot(x, self.lm_head.kernel[...], preferred_element_type=jnp.float32)
 
+    def _attention(self, mask: Any, cache: KVCache | None) -> AttentionFn:
+        """`causal_attention` is for full rows: anything else needs the mask."""
+        plain = mask is None and cache is None and not any(self._windows())
+        if self.attention_fn is causal_attention and not plain:
+            return dense_attention
+        return self.attention_fn
+
     def _windows(self) -> list[int]:
         return list(self.config.windows) or [0] * self.config.num_layers
 
     def _loop(
-        self, x: Any, rotation: Any, positions: Any, keys: Any, cache: KVCache | None
+        self,
+        x: Any,
+        rotation: Any,
+        positions: Any,
+        keys: Any,
+        cache: KVCache | None,
+        attention_fn: AttentionFn,
     ) -> tuple[Any, Any]:
         masks = {w: _attend_mask(positions, keys, w) for w in set(self._windows())}
         kv: Any = None if cache is None else (cache.k, cache.v)
@@ -145,14 +198,20 @@ class Decoder(nnx.Module):
                 store = cache.k[i], cache.v[i], cache.length, None
             elif cache is not None:
                 store = *kv, cache.length, i
-            x, kv = layer(x, rotation, masks[window], store, self.attention_fn)
+            x, kv = layer(x, rotation, masks[window], store, attention_fn)
             apart.append(kv)
         if cache is not None and isinstance(cache.k, tuple):
             kv = tuple(k for k, _ in apart), tuple(v for _, v in apart)
         return x, kv
 
     def _scan(
-        self, x: Any, rotation: Any, positions: Any, keys: Any, cache: KVCache | None
+        self,
+        x: Any,
+        rotation: Any,
+        positions: Any,
+        keys: Any,
+        cache: KVCache | None,
+        attention_fn: AttentionFn,
     ) -> tuple[Any, Any]:
         graphdef, state = nnx.split(self.layers)
         mixed = len(set(self._windows())) > 1
@@ -167,7 +226,7 @@ class Decoder(nnx.Module):
             store = None if cache is None else (*kv, cache.length, i)
             mask = _attend_mask(positions, keys, window) if mixed else shared
             block = nnx.merge(graphdef, state)
-            return block(h, rotation, mask, store, self.attention_fn), None
+            return block(h, rotation, mask, store, attention_fn), None
 
         kv: Any = None if cache is None else (cache.k, cache.v)
         apart = cache is not None and isinstance(cache.k, tuple)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from angeljax.models.attention import dense_attention
 from angeljax.models.cache import KVCache, init_cache
 from angeljax.models.config import DecoderConfig
 from angeljax.models.decoder import Decoder
+from angeljax.models.features import Features
 from angeljax.models.layers import AttentionFn
 
 
@@ -125,6 +127,42 @@ class LanguageModel:
     def logits(self, params: dict[str, Any], tokens: jax.Array) -> jax.Array:
         """float32 next-token logits `[B, T, V]` of int32 tokens `[B, T]`."""
         return self.apply(params, tokens)[0]
+
+    def features(
+        self,
+        params: dict[str, Any],
+        tokens: jax.Array,
+        *,
+        mask: jax.Array | None = None,
+        hidden: Sequence[int] = (),
+        relations: Sequence[int] = (),
+        remat: Any = False,
+    ) -> Features:
+        """Hidden states instead of logits, for training losses.
+
+        Args:
+          params: the param tree.
+          tokens: int32 `[B, T]`.
+          mask: bool `[B, T]`, True for real tokens.
+          hidden: numbers of the layers whose outputs are wanted, from 0.
+          relations: numbers of the layers whose queries, keys and values are wanted.
+          remat: True computes the inside of each layer again in the gradient; a policy
+            of `jax.checkpoint_policies` keeps some of it.
+
+        Returns:
+          `Features`; `final` times `head_params(params)` are the logits.
+
+        Raises:
+          ValueError: a layer does not exist.
+        """
+        module = self.bind(params)
+        return module.features(
+            tokens, mask=mask, hidden=hidden, relations=relations, remat=remat
+        )
+
+    def head_params(self, params: dict[str, Any]) -> dict[str, Any]:
+        """`{"embedding": [V, D]}` of a tied head, else `{"kernel": [D, V]}`."""
+        return params["embed_tokens" if self.config.tied else "lm_head"]
 
 
 _FUSED = ("qkv_proj", "gate_up_proj")

@@ -92,6 +92,16 @@ class Tokenizer:
         """Ids of a text; `special` adds what the tokenizer puts around one (BOS)."""
         return self._tokenizer.encode(text, add_special_tokens=special).ids
 
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of many texts, without special tokens around them, on all cores."""
+        found = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [x.ids for x in found]
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Id of every token, added ones included."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of ids."""
         return self._tokenizer.decode(

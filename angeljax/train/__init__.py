@@ -1,0 +1,44 @@
+"""Training: losses, distillation, data, and a loop around any pure loss function.
+
+`fit` is the loop; `angeljax train` puts a language model, a recipe and a teacher into
+it. Nothing else in angeljax needs this package: the transform of `angeljax.qat` goes
+into any loss of one's own.
+"""
+
+from angeljax.train._fields import ConfigError
+from angeljax.train.checkpoints import Checkpoints
+from angeljax.train.config import TrainConfig
+from angeljax.train.data import PackedTokens, load_tokens
+from angeljax.train.guards import Divergence, TrainingStopped
+from angeljax.train.language_model import HeldOut, LMTask
+from angeljax.train.loop import FitResult, fit
+from angeljax.train.optimizers import (
+    OptimizerConfig,
+    evaluation_params,
+    make_optimizer,
+    make_schedule,
+)
+from angeljax.train.sharding import make_mesh
+from angeljax.train.step import TrainState, init_state, make_step
+
+__all__ = [
+    "Checkpoints",
+    "ConfigError",
+    "Divergence",
+    "FitResult",
+    "HeldOut",
+    "LMTask",
+    "OptimizerConfig",
+    "PackedTokens",
+    "TrainConfig",
+    "TrainState",
+    "TrainingStopped",
+    "evaluation_params",
+    "fit",
+    "init_state",
+    "load_tokens",
+    "make_mesh",
+    "make_optimizer",
+    "make_schedule",
+    "make_step",
+]

@@ -1,0 +1,148 @@
+"""`DistillOptions`: what a student learns from, and with which weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+# KL(T||S), KL(S||T), squared error of logits, both weighted by the teacher's
+# confidence, and the two KLs on the likeliest entries alone.
+LOSSES = ("kl", "rkl", "mse", "cakld", "kl_top", "rkl_top")
+HIDDEN_LOSSES = ("mse", "cosine")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillOptions:
+    """The training objective: `lm_weight * CE + weight * KD` and terms on features.
+
+    Attributes:
+      loss: KD on logits, one of `LOSSES`: "kl" KL(T||S); "rkl" KL(S||T); "mse" mean
+        squared difference of logits; "cakld" `c KL(S||T) + (1 - c) KL(T||S)` with the
+        teacher's probability c of the true token (after arXiv 2402.10631, for each
+        token); "kl_top" KL(T||S) over the teacher's `top_k` likeliest entries, both
+        renormalised there; "rkl_top" KL(S||T) over the student's.
+      weight: of the KD term; 0 needs no teacher.
+      lm_weight: of the cross entropy with the true tokens.
+      temperature: divides the logits in the KD term, which is multiplied by its square
+        (arXiv 1503.02531). "mse" does not depend on it.
+      top_k: entries of "kl_top" and "rkl_top"; all that tie with the last one count.
+      hidden_weight: of the loss on hidden states; see `hidden_loss`.
+      hidden_kind: "mse" or "cosine".
+      hidden_layers: pairs `(student layer, teacher layer)`, counted from 0; empty
+        spreads the student's layers evenly over the teacher's.
+      relation_weight: of the loss on attention relations (arXiv 2012.15828).
+      relation_layers: `(student layer, teacher layer)`; None takes the last of each.
+      relation_heads: heads of the relations; None takes the student's key heads.
+
+    Raises:
+      ValueError: a field is out of range; names it.
+
+    Example:
+      >>> from angeljax.train.losses import DistillOptions
+      >>> DistillOptions.from_dict({"loss": "cakld", "lm_weight": 0.5}).weight
+      1.0
+    """
+
+    loss: str = "kl"
+    weight: float = 1.0
+    lm_weight: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 1000
+    hidden_weight: float = 0.0
+    hidden_kind: str = "mse"
+    hidden_layers: tuple[tuple[int, int], ...] = ()
+    relation_weight: float = 0.0
+    relation_layers: tuple[int, int] | None = None
+    relation_heads: int | None = None
+
+    def __post_init__(self) -> None:
+        _choice("loss", self.loss, LOSSES)
+        _choice("hidden_kind", self.hidden_kind, HIDDEN_LOSSES)
+        for name in ("weight", "lm_weight", "hidden_weight", "relation_weight"):
+            value = getattr(self, name)
+            if not _number(value) or value < 0:
+                raise ValueError(f"distill.{name} must be a number >= 0, not {value!r}")
+        if not _number(self.temperature) or self.temperature <= 0:
+            raise ValueError(
+                f"distill.temperature must be > 0, not {self.temperature!r}"
+            )
+        for name in ("top_k", "relation_heads"):
+            value = getattr(self, name)
+            if name == "relation_heads" and value is None:
+                continue
+            if not _count(value) or value < 1:
+                raise ValueError(
+                    f"distill.{name} must be an integer >= 1, not {value!r}"
+                )
+        # Lists (YAML has no tuples) become hashable.
+        pairs = tuple(_pair("hidden_layers", p) for p in self.hidden_layers)
+        object.__setattr__(self, "hidden_layers", pairs)
+        if self.relation_layers is not None:
+            pair = _pair("relation_layers", self.relation_layers)
+            object.__setattr__(self, "relation_layers", pair)
+        total = self.weight + self.lm_weight + self.hidden_weight + self.relation_weight
+        if total == 0:
+            raise ValueError("distill: all weights are 0, there is nothing to learn")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any term compares with a teacher."""
+        return self.weight > 0 or self.needs_features
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether a term looks inside the teacher."""
+        return self.hidden_weight > 0 or self.relation_weight > 0
+
+    @classmethod
+    def from_dict(cls, data: Any) -> DistillOptions:
+        """From a mapping such as a section of a YAML file.
+
+        Raises:
+          ValueError: an unknown or invalid field.
+        """
+        if not isinstance(data, Mapping):
+            raise ValueError(f"distill must be a mapping, not {data!r}")
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in data:
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, 1)
+                hint = f"did you mean {near[0]}?" if near else f"has {', '.join(known)}"
+                raise ValueError(f"distill has no field {name!r}: {hint}")
+        return cls(**data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `from_dict` takes: plain numbers, strings and lists."""
+        data = dataclasses.asdict(self)
+        data["hidden_layers"] = [list(p) for p in self.hidden_layers]
+        if self.relation_layers is not None:
+            data["relation_layers"] = list(self.relation_layers)
+        return data
+
+
+def _choice(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(
+            f"distill.{name} must be one of {', '.join(known)}, not {value!r}"
+        )
+
+
+def _number(value: Any) -> bool:
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    return real and math.isfinite(value)
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _pair(name: str, value: Any) -> tuple[int, int]:
+    ok = isinstance(value, list | tuple) and len(value) == 2
+    if not ok or not all(_count(v) and v >= 0 for v in value):
+        raise ValueError(
+            f"distill.{name} holds pairs [student layer, teacher layer], not {value!r}"
+        )
+    return value[0], value[1]
