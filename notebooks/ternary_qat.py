@@ -33,6 +33,7 @@ if "google.colab" in sys.modules:
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", package], check=True)
 
 # %%
+import functools
 import os
 
 import jax
@@ -50,7 +51,7 @@ if SMOKE:
     from smoke import load_model
 
     STEPS, BATCH, LENGTH, EVERY = 12, 2, 32, 4
-    TEXT, CHARACTERS = None, 20_000
+    TEXT, CHARACTERS, MATCH = None, 20_000, ".*up_proj/kernel"
 else:
     from angeljax.models import load_model
 
@@ -59,7 +60,7 @@ else:
     TEXT = os.environ.get(
         "ANGELJAX_TEXT", "Salesforce/wikitext:wikitext-2-raw-v1:train"
     )
-    CHARACTERS = None
+    CHARACTERS = MATCH = None  # all of the text, and all linear layers
 
 # %% [markdown]
 # ## The model, and some text
@@ -104,7 +105,7 @@ print(answer(teacher))
 # %%
 recipe = aj.Recipe(
     name="sherry-arenas",
-    rules=[aj.Rule(format="sherry", granularity="channel")],
+    rules=[aj.Rule(match=MATCH, format="sherry", granularity="channel")],
     arenas=aj.qat.Arenas(warmup=0.1, end=0.9),
 )
 rounded = aj.compress(teacher, recipe, progress=False)
@@ -128,7 +129,7 @@ print(answer(rounded))
 
 # %%
 qat = aj.qat.make(recipe, total_steps=STEPS)
-plain = aj.qat.make(recipe, total_steps=STEPS, arenas=aj.qat.Arenas(schedule="none"))
+state = qat.init(teacher)  # empty here; learned scales would be in it
 
 steps = np.arange(STEPS + 1)
 figure, axes = plt.subplots(figsize=(6, 2.6), dpi=80, layout="constrained")
@@ -148,15 +149,15 @@ from angeljax.qat import diagnostics, plots
 from angeljax.train.losses import distillation, next_tokens
 
 
-def loss_fn(latent, qat, state, step, batch):
+def loss_fn(latent, step, batch):
     student = model.logits(qat.apply(latent, state, step, dtype=compute), batch)
     expected = jax.lax.stop_gradient(model.logits(teacher, batch))
     return distillation(student, expected, next_tokens(batch), loss="kl")
 
 
 # %% [markdown]
-# The training loop. Every few steps it also asks how many weights changed their code and what
-# rank one gradient has.
+# The training step. Now and then it also asks what rank one gradient has, and how many
+# weights have changed their code.
 
 # %%
 rate = optax.warmup_cosine_decay_schedule(0.0, 5e-4, STEPS // 10, STEPS, 2e-5)
@@ -164,41 +165,42 @@ optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate))
 WATCHED = "layers/mlp/up_proj/kernel"
 
 
-def train(qat):
-    # A copy: a step reuses the memory of the weights that it is given.
-    latent = jax.tree.map(jnp.copy, teacher)
-    state, moments = qat.init(latent), optimizer.init(latent)
+@functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+def update(latent, moments, flips, step, batch, arenas):
+    # At STEPS lambda is 0: asked for that step all along, the same program trains without.
+    at = jnp.where(arenas, step, STEPS)
+    loss, gradients = jax.value_and_grad(loss_fn)(latent, at, batch)
+    updates, moments = optimizer.update(gradients, moments, latent)
+    latent = optax.apply_updates(latent, updates)
 
-    def update(latent, moments, step, batch):
-        loss, gradients = jax.value_and_grad(loss_fn)(latent, qat, state, step, batch)
-        updates, moments = optimizer.update(gradients, moments, latent)
-        return optax.apply_updates(latent, updates), moments, loss
-
-    def rank(latent, step, batch):
-        gradients = jax.grad(loss_fn)(latent, qat, state, step, batch)
+    def rank():
         found = diagnostics.gradient_ranks(gradients, state, paths=(WATCHED,))
         return found[WATCHED].mean()
 
-    update, rank = jax.jit(update, donate_argnums=(0, 1)), jax.jit(rank)
-    compare = jax.jit(diagnostics.update_flips, static_argnames="every")
-    flips = diagnostics.start_flips(latent, state)
-    losses, rates, ranks = [], [], []
-    order = np.random.default_rng(0)
+    done = step + 1
+    rank = jax.lax.cond(done % EVERY == 0, rank, lambda: 0.0)
+    flips = diagnostics.update_flips(flips, latent, state, done, every=EVERY)
+    return latent, moments, flips, (loss, flips.rate, rank)
+
+
+def train(arenas):
+    # A copy: a step reuses the memory of the weights that it is given.
+    latent = jax.tree.map(jnp.copy, teacher)
+    moments, flips = optimizer.init(latent), diagnostics.start_flips(latent, state)
+    order, seen = np.random.default_rng(0), []
     for step in range(STEPS):
-        batch = jnp.asarray(blocks[order.integers(len(blocks), size=BATCH)])
-        if step % EVERY == 0:
-            ranks.append(rank(latent, step, batch))
-        latent, moments, loss = update(latent, moments, step, batch)
-        losses.append(loss)
-        if (step + 1) % EVERY == 0:
-            flips = compare(flips, latent, state, step + 1, every=EVERY)
-            rates.append(flips.rate)
+        batch = blocks[order.integers(len(blocks), size=BATCH)]
+        latent, moments, flips, numbers = update(
+            latent, moments, flips, step, batch, arenas
+        )
+        seen.append(numbers)
     # Numbers leave the device here, once: the loop never waits for it.
-    return latent, state, *map(np.asarray, jax.device_get((losses, rates, ranks)))
+    losses, rates, ranks = np.asarray(jax.device_get(seen)).T
+    return latent, losses, rates[EVERY - 1 :: EVERY], ranks[EVERY - 1 :: EVERY]
 
 
-runs = {"plain": train(plain), "Arenas": train(qat)}
-for name, (_, _, losses, *_) in runs.items():
+runs = {"plain": train(False), "Arenas": train(True)}
+for name, (_, losses, *_) in runs.items():
     print(f"{name:7} KL {losses[:5].mean():.3f} -> {losses[-5:].mean():.3f} nats")
 
 # %% [markdown]
@@ -209,25 +211,24 @@ for name, (_, _, losses, *_) in runs.items():
 
 # %%
 seen = BATCH * LENGTH * np.arange(1, STEPS + 1)
-plots.loss({name: (seen, run[2]) for name, run in runs.items()}, smooth=0.9)
+plots.loss({name: (seen, run[1]) for name, run in runs.items()}, smooth=0.9)
 
 # %% [markdown]
 # How far the latent weights are from zero, in multiples of the scale of their channel. Trapped
 # weights pile up in few places.
 
 # %%
-found = {"start": diagnostics.histogram(teacher, runs["Arenas"][1])}
-found |= {name: diagnostics.histogram(run[0], run[1]) for name, run in runs.items()}
+trees = {"start": teacher} | {name: run[0] for name, run in runs.items()}
+count = jax.jit(diagnostics.histogram)
+found = {name: count(tree, state) for name, tree in trees.items()}
 plots.trapping(found)
 
 # %%
-plots.flips(
-    {k: (np.arange(1, STEPS // EVERY + 1) * EVERY, r[3]) for k, r in runs.items()},
-    every=EVERY,
-)
+asked = np.arange(EVERY, STEPS + 1, EVERY)
+plots.flips({name: (asked, run[2]) for name, run in runs.items()}, every=EVERY)
 
 # %%
-plots.ranks({k: (np.arange(len(r[4])) * EVERY, r[4]) for k, r in runs.items()})
+plots.ranks({name: (asked, run[3]) for name, run in runs.items()})
 
 # %% [markdown]
 # ## Pack it
@@ -235,20 +236,20 @@ plots.ranks({k: (np.arange(len(r[4])) * EVERY, r[4]) for k, r in runs.items()})
 # `finalize` packs the latent weights. The packed model is the one that was trained at the last
 # step, bit for bit.
 
+
 # %%
-latent, state = runs["Arenas"][:2]
+def is_packed(leaf):
+    return isinstance(leaf, aj.QTensor)
+
+
+latent = runs["Arenas"][0]
 small = aj.qat.finalize(latent, state)
-trained = qat.apply(latent, state, STEPS)
-equal = jax.tree.map(
-    lambda a, b: bool((a == b).all()), trained, jax.tree.map(
-        lambda q: q.dequantize() if isinstance(q, aj.QTensor) else q,
-        small,
-        is_leaf=lambda q: isinstance(q, aj.QTensor),
-    )
-)  # fmt: skip
+trained = jax.jit(qat.apply)(latent, state, STEPS)
+unpack = jax.jit(lambda tree: jax.tree.map(jnp.asarray, tree, is_leaf=is_packed))
+equal = jax.tree.map(lambda a, b: bool((a == b).all()), trained, unpack(small))
 print("packed as it was trained:", all(jax.tree.leaves(equal)))
 
-without = measure(aj.qat.finalize(*runs["plain"][:2]))
+without = measure(aj.qat.finalize(runs["plain"][0], state))
 after = measure(small)
 for name, result in (
     ("full precision", full),
