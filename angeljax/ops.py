@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from angeljax._adapted import AdaptedTensor
 from angeljax._transposed import takes_token, token_dot
 from angeljax.formats import QTensor
 from angeljax.formats._activation import fake_quantize_activation
@@ -141,15 +142,20 @@ def dot_general(
       Batch axes, free axes of `x`, free axes of `w`.
     """
     x = _activation(x, w)
+    if isinstance(w, AdaptedTensor) and _whole(w, dimension_numbers):
+        around = {
+            "precision": precision,
+            "preferred_element_type": preferred_element_type,
+            "out_sharding": out_sharding,
+        }
+        y = dot_general(x, w.base, dimension_numbers, **around)
+        more = w.times(_inputs_last(x, dimension_numbers, w.ndim))
+        return y + more.reshape(y.shape).astype(y.dtype)
     if _rounds_activations(w):
         x = _rounded(x, w, dimension_numbers[0][0])
     if out_sharding is None and _takes(x, w, dimension_numbers):
         assert isinstance(w, QTensor)
-        (from_x, from_w), _ = dimension_numbers
-        order = sorted(range(len(from_w)), key=lambda i: from_w[i] % w.ndim)
-        last = range(-len(order), 0)
-        x = jnp.moveaxis(x, [from_x[i] for i in order], list(last))
-        x = x.reshape(*x.shape[: x.ndim - len(order)], -1)
+        x = _inputs_last(x, dimension_numbers, w.ndim)
         return packed_dot(x, w, preferred_element_type)
     return jax.lax.dot_general(
         x,
@@ -207,6 +213,10 @@ def embed(table: jax.Array | QTensor, ids: jax.Array, *, dtype: Any = None) -> A
       `[..., D]`.
     """
     dtype = table.dtype if dtype is None else dtype
+    if isinstance(table, AdaptedTensor):
+        if table.spec.axis != (-1,) or table.ndim != 2:
+            return jnp.take(table.dequantize(dtype), ids, axis=0, mode="clip")
+        return embed(table.base, ids, dtype=dtype) + table.rows(ids).astype(dtype)
     if isinstance(table, PreparedTensor):
         table = table.restored()
     if not isinstance(table, QTensor) or table.spec.axis != (-1,) or table.ndim != 2:
@@ -280,6 +290,15 @@ def ragged_dot(
             "are not [T, K] and [E, K, N]"
         )
     x = _activation(x, w)
+    if isinstance(w, AdaptedTensor):
+        around = {
+            "precision": precision,
+            "preferred_element_type": preferred_element_type,
+        }
+        y = ragged_dot(x, w.base, group_sizes, **around)
+        for name in ("a", "b"):
+            x = jax.lax.ragged_dot(x, w.planes[name].astype(x.dtype), group_sizes)
+        return y + (w.scaling * x).astype(y.dtype)
     if _rounds_activations(w):
         x = _rounded(x, w, [1])
     if not isinstance(w, QTensor) or not _ragged(x, w):
@@ -365,10 +384,23 @@ def _takes(x: jax.Array, w: jax.Array | QTensor, numbers: Any) -> bool:
     """Whether a product is one of `packed_dot`: all contracted axes, no batch axes."""
     if not isinstance(w, QTensor) or not has_kernel(w):
         return False
+    return _whole(w, numbers) and x.dtype != jnp.float64
+
+
+def _whole(w: QTensor, numbers: Any) -> bool:
+    """Whether a product sums over what was packed as the inputs, and over all of it."""
     (_, from_w), (batch, _) = numbers
     axes = sorted(a % w.ndim - w.ndim for a in from_w)
     flat = w.ndim == len(w.spec.shape) and not batch
-    return flat and tuple(axes) == w.spec.axis and x.dtype != jnp.float64
+    return flat and tuple(axes) == w.spec.axis
+
+
+def _inputs_last(x: jax.Array, numbers: Any, ndim: int) -> jax.Array:
+    """`x [..., K]`, contracted axes merged in the order of a weight of `ndim` axes."""
+    (from_x, from_w), _ = numbers
+    order = sorted(range(len(from_w)), key=lambda i: from_w[i] % ndim)
+    x = jnp.moveaxis(x, [from_x[i] for i in order], list(range(-len(order), 0)))
+    return x.reshape(*x.shape[: x.ndim - len(order)], -1)
 
 
 def _as_dot(equation: str, x: jax.Array, w: QTensor) -> Any:

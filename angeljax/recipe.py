@@ -237,7 +237,8 @@ class Recipe:
     name: str = ""
     description: str = ""
     skip: Sequence[str] = DEFAULT_SKIP
-    requires: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # Not part of the hash, so that a recipe has one: `jit` may close over it.
+    requires: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     arenas: Arenas | None = None
 
     def __post_init__(self) -> None:

@@ -149,14 +149,15 @@ from angeljax.qat import diagnostics, plots
 from angeljax.train.losses import distillation, next_tokens
 
 
-def loss_fn(latent, step, batch):
+def loss_fn(latent, step, batch, teacher):
     student = model.logits(qat.apply(latent, state, step, dtype=compute), batch)
     expected = jax.lax.stop_gradient(model.logits(teacher, batch))
     return distillation(student, expected, next_tokens(batch), loss="kl")
 
 
 # %% [markdown]
-# The training step. Now and then it also asks what rank one gradient has, and how many
+# The training step. The teacher is an argument, for what a jitted function only refers to
+# becomes a constant of the compiled program. Now and then it also asks what rank one gradient has, and how many
 # weights have changed their code.
 
 # %%
@@ -166,10 +167,10 @@ WATCHED = "layers/mlp/up_proj/kernel"
 
 
 @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
-def update(latent, moments, flips, step, batch, arenas):
+def update(latent, moments, flips, step, batch, arenas, teacher):
     # At STEPS lambda is 0: asked for that step all along, the same program trains without.
     at = jnp.where(arenas, step, STEPS)
-    loss, gradients = jax.value_and_grad(loss_fn)(latent, at, batch)
+    loss, gradients = jax.value_and_grad(loss_fn)(latent, at, batch, teacher)
     updates, moments = optimizer.update(gradients, moments, latent)
     latent = optax.apply_updates(latent, updates)
 
@@ -191,7 +192,7 @@ def train(arenas):
     for step in range(STEPS):
         batch = blocks[order.integers(len(blocks), size=BATCH)]
         latent, moments, flips, numbers = update(
-            latent, moments, flips, step, batch, arenas
+            latent, moments, flips, step, batch, arenas, teacher
         )
         seen.append(numbers)
     # Numbers leave the device here, once: the loop never waits for it.

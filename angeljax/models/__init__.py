@@ -4,6 +4,7 @@ The rest of angeljax does not import this package: it works on anybody's model.
 """
 
 from angeljax.models.attention import causal_attention, dense_attention
+from angeljax.models.biases import add_biases
 from angeljax.models.cache import KVCache, init_cache
 from angeljax.models.config import DecoderConfig, ModelError
 from angeljax.models.decoder import Decoder
@@ -16,6 +17,7 @@ from angeljax.models.serving import prepare_decoder
 from angeljax.models.tokenizer import Tokenizer
 
 __all__ = [
+    "add_biases",
     "Decoder",
     "DecoderConfig",
     "Features",

@@ -22,6 +22,7 @@ for _p in ("q_proj", "k_proj", "v_proj", "o_proj"):
     _HF_LAYER[f"self_attn.{_p}.bias"] = ("attn", _p, "bias")
 for _p in ("gate_proj", "up_proj", "down_proj"):
     _HF_LAYER[f"mlp.{_p}.weight"] = ("mlp", _p, "kernel")
+    _HF_LAYER[f"mlp.{_p}.bias"] = ("mlp", _p, "bias")
 _HF_TOP = {
     "model.embed_tokens.weight": ("embed_tokens", "embedding"),
     "model.norm.weight": ("norm", "scale"),

@@ -51,6 +51,7 @@ class DecoderConfig:
         without.
       attention_bias: bias on q, k and v (Qwen2).
       output_bias: bias on the output projection.
+      mlp_bias: bias on the three projections of the MLP.
       qk_norm: RMS normalisation of each head of q and k (Qwen3).
       tied: the head is the embedding, transposed.
       windows: sliding window of each layer in tokens, 0 for full attention.
@@ -74,6 +75,7 @@ class DecoderConfig:
     rope_factors: tuple[float, ...] = ()
     attention_bias: bool = False
     output_bias: bool = False
+    mlp_bias: bool = False
     qk_norm: bool = False
     tied: bool = False
     windows: tuple[int, ...] = ()
@@ -148,8 +150,6 @@ class DecoderConfig:
                 raise ModelError(f"config.json has no field {theirs!r}")
             sizes[ours] = _positive(data[theirs], theirs)
         heads, layers = sizes["num_heads"], sizes["num_layers"]
-        if data.get("mlp_bias"):
-            raise ModelError("mlp_bias=true is not supported")
         rope = _rope(data)
         if rope.pop("partial_rotary_factor", 1.0) != 1.0:
             raise ModelError("partial_rotary_factor below 1 is not supported")
@@ -176,6 +176,7 @@ class DecoderConfig:
             rope_scaling=() if rope_type == "default" else tuple(sorted(rope.items())),
             attention_bias=bias,
             output_bias=bias and kind != "qwen2",
+            mlp_bias=bool(data.get("mlp_bias", False)),
             qk_norm=kind == "qwen3",
             tied=bool(data.get("tie_word_embeddings", False)),
             windows=_windows(data, kind, layers),

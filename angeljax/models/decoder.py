@@ -150,10 +150,13 @@ class Decoder(nnx.Module):
         self, tokens: jax.Array, mask: jax.Array | None, cache: KVCache | None
     ) -> tuple[jax.Array, Any, jax.Array, jax.Array]:
         """Embedded tokens, rotation, positions of the tokens and of all keys."""
-        mask = jnp.ones(tokens.shape, bool) if mask is None else mask
         seen = 0 if cache is None else jnp.max(cache.positions, -1, keepdims=True) + 1
-        count = jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1 + seen
-        positions = jnp.where(mask, count, -1)
+        if mask is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+            positions = positions.astype(jnp.int32) + seen
+        else:
+            count = jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1 + seen
+            positions = jnp.where(mask, count, -1)
         keys = positions
         if cache is not None:
             at = (0, cache.length)

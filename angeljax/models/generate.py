@@ -194,14 +194,7 @@ def generate(
     tokens = jnp.asarray(tokens, jnp.int32)
     if tokens.ndim != 2 or tokens.shape[1] == 0:
         raise ValueError(f"tokens must be [batch, length >= 1], not {tokens.shape}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
-    if not temperature >= 0:
-        raise ValueError(f"temperature must be >= 0, not {temperature}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], not {top_p}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, not {top_k}")
+    check_sampling(max_new_tokens, temperature, top_k, top_p)
     if temperature > 0 and key is None:
         raise ValueError("sampling needs a key: pass key=jax.random.key(seed)")
     if mask is None:
@@ -225,6 +218,20 @@ def generate(
         eos_ids=eos,
         pad_id=pad,
     )
+
+
+def check_sampling(
+    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
+    """Refuses options of `generate` that are out of range, with a ValueError."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    if not temperature >= 0:
+        raise ValueError(f"temperature must be >= 0, not {temperature}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], not {top_p}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, not {top_k}")
 
 
 def _check_mask(mask: jax.Array, tokens: jax.Array) -> None:

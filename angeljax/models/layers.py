@@ -120,7 +120,7 @@ class MLP(nnx.Module):
     def __init__(
         self, c: DecoderConfig, *, fused: bool, dtype: Any, rngs: nnx.Rngs
     ) -> None:
-        make = functools.partial(Linear, bias=False, dtype=dtype, rngs=rngs)
+        make = functools.partial(Linear, bias=c.mlp_bias, dtype=dtype, rngs=rngs)
         if fused:
             self.gate_up_proj = make(c.hidden_size, 2 * c.intermediate_size)
         else:

@@ -205,7 +205,6 @@ def test_damaged_folder(tmp_path, damage, message):
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope scaling 'longrope'"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary"),
         ({"num_key_value_heads": 3}, "does not divide"),
-        ({"mlp_bias": True}, "mlp_bias"),
         ({"rope_parameters": {"rope_type": "linear"}}, "needs a number 'factor'"),
         (
             {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},

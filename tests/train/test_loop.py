@@ -158,6 +158,19 @@ def test_a_diverging_loss_stops():
     run(loss_fn=rising, divergence=Divergence(ratio=0))
 
 
+def test_a_learning_rate_that_is_too_high_keeps_the_last_good_checkpoint(tmp_path):
+    kept = Checkpoints(tmp_path, every=2, keep=1)
+    message = (
+        r"stopped at step \d+: .* not finite.* the checkpoints in .* are as before"
+    )
+    with pytest.raises(TrainingStopped, match=message):
+        run(optimizer=optax.sgd(1.0), checkpoints=kept)
+    state = {"step": jnp.zeros((), jnp.int32), "trainable": start()}
+    found = kept.restore({**state, "opt_state": optax.sgd(1.0).init(start())})
+    assert found["step"] == kept.latest() == 2
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
+
+
 def test_resuming_gives_the_same_curve(plain, tmp_path):
     identity = {"recipe": {"rules": [1]}, "data": {"sha256": "a"}}
     kept = Checkpoints(tmp_path / "c", every=4, keep=1, identity=identity)

@@ -1,4 +1,4 @@
-"""`angeljax train` on a tiny model: the packed result, a kill and a resume, refusals."""
+"""`angeljax train` on a tiny model: its result, a kill and a resume, refusals."""
 
 import json
 import os
@@ -26,7 +26,15 @@ RUNNER = CliRunner()
 STEPS = 120
 CONFIG = {
     "recipe": {
-        "rules": [{"match": r"layers/.*/kernel", "format": "int8"}],
+        "rules": [
+            {
+                "match": r"layers/mlp/.*",
+                "format": "int4",
+                "group_size": 16,
+                "qat": {"scale": "learned"},
+            }
+        ],
+        "train": {"arenas": {"peak": 0.3}},
     },
     "steps": STEPS,
     "seq_length": 12,
@@ -51,7 +59,7 @@ def folder(tmp_path_factory):
         vocab_size=100,
         hidden_size=16,
         intermediate_size=32,
-        num_layers=2,
+        num_layers=1,
         num_heads=2,
         num_kv_heads=1,
         head_dim=8,
@@ -92,18 +100,22 @@ def trained(folder):
 def test_trains_packs_and_generates(folder, trained):
     losses, evaluations = curve(folder / "out")
     assert list(losses) == list(range(1, STEPS + 1)) and trained["steps"] == STEPS
-    assert losses[STEPS] < 0.7 * losses[1]
+    assert losses[STEPS] < 0.8 * losses[1]
     assert [e["step"] for e in evaluations] == [60, STEPS]
     first, last = (e["eval/perplexity"] for e in evaluations)
     assert last < first < 100
     assert trained["evaluation"]["eval/kl"] == evaluations[1]["eval/kl"] > 0
     assert set(trained["metrics"]) >= {"ce", "kd", "lr", "tokens", "grad_norm"}
     assert trained["metrics"]["tokens"] == STEPS * 4 * 12
+    text = (folder / "out" / "metrics.jsonl").read_text()
+    rows = [json.loads(x) for x in text.splitlines()]
+    residual = {r["step"]: r["lambda"] for r in rows if "lambda" in r}
+    assert residual[1] < residual[13] == pytest.approx(0.3) and residual[STEPS] == 0
     kept = TrainConfig.load(folder / "out" / "config.yaml")
     assert kept == TrainConfig.load(folder / "config.yaml")
 
     params, recipe = aj.load(trained["path"])
-    assert recipe.rules[0].format == "int8"
+    assert recipe.rules[0].format == "int4"
     assert isinstance(params["layers"]["mlp"]["up_proj"]["kernel"], aj.QTensor)
     start, _ = aj.load(folder / "tiny")
     np.testing.assert_array_equal(params["norm"]["scale"], start["norm"]["scale"])
@@ -119,7 +131,8 @@ def test_trains_packs_and_generates(folder, trained):
 def test_killed_and_resumed_gives_the_same_curve(folder, trained):
     out = folder / "killed"
     command = [sys.executable, "-m", "angeljax.cli", "train", "-o", str(out), "--json"]
-    command += ["-c", str(folder / "config.yaml"), "--resume"]
+    # What is measured on the way does not make it another training.
+    command += ["-c", str(folder / "config.yaml"), "--set", "eval.data=null"]
     root = Path(aj.__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
     process = subprocess.Popen(command, env=environment, cwd=root)
@@ -137,7 +150,7 @@ def test_killed_and_resumed_gives_the_same_curve(folder, trained):
     assert 20 <= max(saved) < STEPS
 
     run(folder, "--no-resume", "--json", out="killed", code=1)
-    run(folder, "--json", out="killed")
+    run(folder, "--json", "--set", "eval.data=null", out="killed")
     losses = curve(out)[0]
     want = curve(folder / "out")[0]
     assert list(losses) == list(want)
@@ -155,7 +168,7 @@ def test_another_training_cannot_be_resumed(folder, trained):
 
     refused(
         "was written with another recipe (rules:",
-        'recipe={"rules": [{"match": "layers/.*/kernel", "format": "int4"}]}',
+        'recipe={"rules": [{"match": "layers/mlp/.*", "format": "int8"}]}',
     )
     refused("another data or order (seed: 0, now 3)", "seed=3")
     refused("another data or order (sha256:", f'data=["{folder / "b.npy"}"]')
@@ -191,18 +204,6 @@ def test_bad_input_is_refused_before_anything_is_written(folder):
     refused(
         "vocabulary of 100 and the teacher of 96", f"distill.teacher={folder}/other"
     )
-
-
-def test_a_learning_rate_that_diverges_stops_and_keeps_checkpoints(folder):
-    """The loss may run away or become infinite: one line either way."""
-    settings = ("optimizer.lr=1e+4", "checkpoint.every=1", "optimizer.warmup=0")
-    args = [x for s in (*settings, "divergence.patience=3") for x in ("--set", s)]
-    error = run(folder, *args, code=1, out="diverged").stderr
-    assert "diverges" in error or "not finite" in error, error
-    assert "the checkpoints in" in error and "error: " in error
-    kept = [p.name for p in (folder / "diverged" / "checkpoints").iterdir()]
-    assert any(name.isdigit() for name in kept)
-    assert not (folder / "diverged" / "model").exists()
 
 
 def test_configurations():

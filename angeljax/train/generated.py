@@ -1,0 +1,165 @@
+"""Training text that the teacher writes itself.
+
+A student of a chat model has seldom the data that the model was trained on. What the
+model itself samples stands in for it (LLM-QAT, arXiv 2305.17888, section 3.1).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from angeljax.evaluation._progress import progress_bar
+from angeljax.models.generate import check_sampling, generate
+from angeljax.models.language_model import LanguageModel
+from angeljax.train import _shards
+
+__all__ = ["generate_tokens"]
+
+_KIND = "generated text"
+
+
+def generate_tokens(
+    path: str | Path,
+    model: LanguageModel,
+    params: Any,
+    *,
+    shards: int,
+    rows: int,
+    max_new_tokens: int,
+    prompts: Sequence[Sequence[int]],
+    eos_ids: tuple[int, ...] | None = None,
+    seed: int = 0,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    progress: bool | None = None,
+) -> list[Path]:
+    """Samples documents from a model and writes them as token streams.
+
+    Shard n is a function of the model, the options and n alone. An interrupted run goes
+    on with the first shard that is missing, more shards can be asked for later, and
+    either way the bytes are those of one run.
+
+    Args:
+      path: a folder, new or begun by the same call.
+      model: the teacher.
+      params: its params, compressed or not.
+      shards: how many files of documents there should be.
+      rows: documents of a shard, sampled as one batch.
+      max_new_tokens: at which a document that has not ended is cut off.
+      prompts: token ids to start from, taken in turn; `[[separator]]` lets the model
+        write whatever it likes.
+      eos_ids: ids that end a document; default those of the configuration.
+      seed: of the sampling.
+      temperature, top_k, top_p: see `angeljax.models.generate`; 0 is greedy.
+      progress: show a progress bar on stderr; default: if it is a terminal.
+
+    Returns:
+      The files in order, each a `.npy` of uint16 or uint32 ids `[tokens]`: prompts and
+      what followed, one document after the other, with the ending token of each unless
+      the next document begins with it.
+
+    Raises:
+      ValueError: an option is out of range, a prompt is empty or outside the
+        vocabulary, or the folder was begun with another model or options.
+
+    Example:
+      >>> import jax, tempfile
+      >>> from angeljax.models import DecoderConfig, LanguageModel
+      >>> from angeljax.train.generated import generate_tokens
+      >>> model = LanguageModel(DecoderConfig(
+      ...     model_type="llama", vocab_size=32, hidden_size=16, num_layers=1,
+      ...     intermediate_size=32, num_heads=2, num_kv_heads=1, head_dim=8,
+      ... ))
+      >>> files = generate_tokens(
+      ...     tempfile.mkdtemp(), model, model.init(jax.random.key(0)),
+      ...     shards=1, rows=2, max_new_tokens=3, prompts=[[0]],
+      ... )
+      >>> len(np.load(files[0]))
+      8
+    """
+    path, vocabulary = Path(path), model.config.vocab_size
+    for name, value in (("shards", shards), ("rows", rows)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    check_sampling(max_new_tokens, temperature, top_k, top_p)
+    if not prompts:
+        raise ValueError("prompts: name at least one, such as [[separator]]")
+    for i, prompt in enumerate(prompts):
+        if not prompt or not all(0 <= t < vocabulary for t in prompt):
+            raise ValueError(
+                f"prompt {i} is empty or outside the vocabulary of {vocabulary}"
+            )
+    ends = model.config.eos_ids if eos_ids is None else tuple(eos_ids)
+    manifest = {
+        "kind": _KIND,
+        "version": 1,
+        "model": _shards.fingerprint(params),
+        "prompts": _shards.fingerprint(
+            [np.asarray(prompt, np.uint32) for prompt in prompts]
+        ),
+        "vocab_size": vocabulary,
+        "rows": rows,
+        "max_new_tokens": max_new_tokens,
+        "eos_ids": list(ends),
+        "seed": seed,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+    }
+    _shards.start(path, manifest)
+    # One width for all shards, so that one program serves them.
+    width = max(map(len, prompts))
+    sample = functools.partial(
+        generate,
+        model,
+        params,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        eos_ids=ends,
+    )
+    files = [path / f"tokens-{shard:05d}.npy" for shard in range(shards)]
+    with progress_bar("generate", shards, progress) as advance:
+        for shard, file in enumerate(files):
+            if not file.exists():
+                first = shard * rows
+                some = [prompts[(first + i) % len(prompts)] for i in range(rows)]
+                tokens = np.zeros((rows, width), np.int32)
+                mask = np.zeros((rows, width), bool)
+                for i, prompt in enumerate(some):
+                    tokens[i, width - len(prompt) :] = prompt
+                    mask[i, width - len(prompt) :] = True
+                key = jax.random.fold_in(jax.random.key(seed), shard)
+                out = sample(jnp.asarray(tokens), jnp.asarray(mask), key=key)
+                ids, lengths = jax.device_get((out.tokens, out.lengths))
+                stream = _stream(some, ids, lengths, ends, prompts[0][0])
+                _shards.save_array(file, stream.astype(_shards.id_dtype(vocabulary)))
+            advance(None)
+    return files
+
+
+def _stream(
+    prompts: Sequence[Sequence[int]],
+    ids: np.ndarray,
+    lengths: np.ndarray,
+    ends: tuple[int, ...],
+    separator: int,
+) -> np.ndarray:
+    parts: list[np.ndarray] = []
+    for i, prompt in enumerate(prompts):
+        body = ids[i, : lengths[i]]
+        # The separator that the next document begins with ends this one already.
+        following = prompts[i + 1][0] if i + 1 < len(prompts) else separator
+        if body[-1] in ends and body[-1] == following:
+            body = body[:-1]
+        parts += [np.asarray(prompt, np.int32), body]
+    return np.concatenate(parts)
