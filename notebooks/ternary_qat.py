@@ -157,8 +157,8 @@ def loss_fn(latent, step, batch, teacher):
 
 # %% [markdown]
 # The training step. The teacher is an argument, for what a jitted function only refers to
-# becomes a constant of the compiled program. Now and then it also asks what rank one gradient has, and how many
-# weights have changed their code.
+# becomes a constant of the compiled program. Now and then the step also asks what rank one
+# gradient has, and how many weights have changed their code.
 
 # %%
 rate = optax.warmup_cosine_decay_schedule(0.0, 5e-4, STEPS // 10, STEPS, 2e-5)
