@@ -2,8 +2,9 @@
 
     python -m benchmarks.tables [--check]
 
-They are docs/results.md, docs/results_kernels.md and the part of README.md between two
-marks. `--check` fails if a page is out of date, and writes nothing.
+They are docs/results.md, docs/results_kernels.md, docs/results_training.md and the
+parts of README.md and of the guide to training between two marks. `--check` fails if a
+page is out of date, and writes nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks import _training_tables
 from benchmarks._results import RESULTS, ROOT
 
 DOCS = ROOT / "docs"
@@ -42,6 +44,8 @@ BASELINES = {
     "cpu_matmul": "dequantized first",
 }
 MARKS = ("<!-- what one token gains -->", "<!-- end -->")
+GUIDE = "guides/ternary_qat.md"
+MEASURED = ("<!-- measured -->", "<!-- end -->")
 README_SHAPES = ("4096 x 4096", "4096 x 14336", "8192 x 8192", "8192 x 28672")
 README_FORMATS = {
     "sherry": "Sherry, 1.25 bits",
@@ -50,6 +54,8 @@ README_FORMATS = {
     "int8": "int8",
     "float8_e4m3": "FP8",
 }
+# Claims about training have a page of their own, by benchmarks/_training_tables.py.
+TRAINING = ("qat_quality", "qat_curves", "qat_search", "qat_throughput")
 TITLES = {"formats": "Quality of the data-free recipes", **KERNELS}
 COLUMNS = {
     "perplexity": ("perplexity", ".2f"),
@@ -128,7 +134,7 @@ def render(directory: Path = RESULTS) -> dict[str, str]:
     files = sorted(directory.glob("*.json"))
     claims = {f: f.name.split(".")[0] for f in files}
     speed = [f for claim in KERNELS for f in files if claims[f] == claim]
-    quality = [f for f in files if claims[f] not in KERNELS]
+    quality = [f for f in files if claims[f] not in (*KERNELS, *TRAINING)]
     heads = {
         "results.md": (HEAD.format(title="Results"), quality),
         "results_kernels.md": (
@@ -136,10 +142,17 @@ def render(directory: Path = RESULTS) -> dict[str, str]:
             speed,
         ),
     }
-    return {
+    pages = {
         name: "\n".join([head, *map(render_file, some)])
         for name, (head, some) in heads.items()
     }
+    if any(claims[f] == "qat_quality" for f in files):
+        head = HEAD.format(title="Results of training")
+        pages["results_training.md"] = "\n".join(
+            [head, *_training_tables.sections(directory)]
+        )
+        pages[GUIDE] = _training_tables.quality(directory)
+    return pages
 
 
 def readme(text: str, directory: Path = RESULTS) -> str:
@@ -191,6 +204,12 @@ def main(
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args(arguments)
     pages = {docs / name: text for name, text in render().items()}
+    guide = docs / GUIDE
+    table = pages.pop(guide, None)
+    if table is not None and guide.is_file():
+        before, _, rest = guide.read_text(encoding="utf-8").partition(MEASURED[0])
+        after = rest.partition(MEASURED[1])[2]
+        pages[guide] = f"{before}{MEASURED[0]}\n{table}{MEASURED[1]}{after}"
     if (front / "README.md").is_file():
         first = front / "README.md"
         pages[first] = readme(first.read_text(encoding="utf-8"))

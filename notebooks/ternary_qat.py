@@ -22,6 +22,10 @@
 #
 # You need a GPU (in Colab: Runtime, Change runtime type). The two training runs below are
 # short; a real one sees many more tokens.
+#
+# The outputs that are kept here are of the smoke mode of the tests: a tiny random model and
+# a dozen steps. Run it to see real ones; [results of training](https://github.com/angeljax/angeljax/blob/main/docs/results_training.md)
+# has what was measured with SmolLM2.
 
 # %%
 import sys
