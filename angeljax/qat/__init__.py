@@ -12,6 +12,8 @@ packed = aj.qat.finalize(params, state)
 | `_transform` | `make`, `finalize`: the pair of functions above |
 | `_fake` | the fake quantizer and its two straight-through gradients |
 | `_tequila` | the dead-zone bias |
+| `lora` | low-rank additions to a frozen packed tree (QLoRA) |
+| `diagnostics`, `plots` | weight trapping: histograms, flips of codes, ranks |
 | `_tensor` | weights whose product also quantizes activations |
 
 The Arenas schedule and the options of a rule are part of a recipe.

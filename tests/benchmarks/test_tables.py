@@ -20,10 +20,30 @@ def test_main_writes_and_checks(tmp_path: Path) -> None:
         tables.main(["--check"], docs=tmp_path, front=tmp_path)
     tables.main([], docs=tmp_path, front=tmp_path)
     tables.main(["--check"], docs=tmp_path, front=tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"results.md", "results_kernels.md"}
+    names = {"results.md", "results_kernels.md", "results_training.md"}
+    assert {p.name for p in tmp_path.iterdir()} == names
     (tmp_path / "results_kernels.md").write_text("old")
     with pytest.raises(SystemExit, match="results_kernels.md is out of date"):
         tables.main(["--check"], docs=tmp_path, front=tmp_path)
+
+
+def test_the_guide_to_training_shows_every_run_between_its_marks(
+    tmp_path: Path,
+) -> None:
+    case = {"row": "sherry", "seed": 1, "lr": 1e-3, "tokens": 16_000_000}
+    rows = [
+        Row(case, "held-out perplexity", 31.25, "1"),
+        Row(case, "minutes", 2, "min"),
+    ]
+    write("qat_quality", rows, device_tag="h100", directory=tmp_path)
+    table = tables.render(tmp_path)[tables.GUIDE]
+    assert (
+        _lines(table)[-1]
+        == "| sherry | 16 M | 0.001 | 1 | 31.25 |  |  |  |  |  | 2.0 |"
+    )
+    guide = (tables.DOCS / tables.GUIDE).read_text(encoding="utf-8")
+    inside = guide.split(tables.MEASURED[0])[1].split(tables.MEASURED[1])[0]
+    assert inside.count("| sherry+arenas | 16 M |") == 2
 
 
 def test_readme_shows_what_one_token_gains() -> None:
