@@ -48,7 +48,7 @@ def quality(directory: Path) -> str:
         )
     lines = []
     for (row, seed, lr, tokens), found in sorted(runs.items(), key=_order):
-        trained = f"{tokens / 1e6:.0f} M" if tokens else "none"
+        trained = f"{tokens / 1e6:.1f} M" if tokens else "none"
         head = [row, trained, f"{lr:g}" if tokens else "", seed if tokens else ""]
         cells = []
         for metric, (_, form) in QUALITY.items():

@@ -30,8 +30,17 @@ from angeljax.train.losses import DistillOptions
 from benchmarks import _qat
 from benchmarks._results import Row, write
 
-# Rate of each row, as `--search` found it.
-LR: dict[str, float] = {}
+# Rate of each row, chosen from what `--search` found (docs/results_training.md).
+LR = {
+    "absmean": 1e-3,
+    "absmean+blend": 2e-3,
+    "tequila": 1e-3,
+    "sherry": 1e-3,
+    "sherry+arenas": 1e-3,
+    "sherry+blend": 2e-3,
+    "seq2": 1e-3,
+    "int4": 3e-4,
+}
 DISTILL = DistillOptions(weight=1.0, lm_weight=0.0)
 # Layers whose gradients are decomposed.
 LAYERS = (0, 10, 20, 29)
@@ -136,7 +145,8 @@ def train(row: str, seed: int, lr: float, args: Any, begin: Any, data: Any) -> A
     steps = args.tokens // (args.batch * args.length) // args.points * args.points
     run = _qat.training(begin, row, steps=steps, length=args.length, distill=DISTILL)
     order = _qat.windows_of(len(data), args.length, args.batch, steps, seed)
-    case = {"row": row, "seed": seed, "lr": lr, "tokens": args.tokens}
+    tokens = steps * args.batch * args.length
+    case = {"row": row, "seed": seed, "lr": lr, "tokens": tokens}
     rows, trainable, state = [], run.trainable, run.opt_state
     watch = Diagnosis(run, data) if row in args.diagnose and seed == 0 else None
     began, done = time.perf_counter(), 0
@@ -221,6 +231,14 @@ def main() -> None:
     part, parts = map(int, args.part.split("/"))
     rates = LR | {r: float(x) for r, x in
                   (p.split("=") for p in args.lr.split(",") if p)}  # fmt: skip
+    unknown = [r for r in args.rows.split(",") if r not in _qat.ROWS]
+    unrated = [r for r in args.rows.split(",") if r not in rates and not args.search]
+    if unknown or unrated:
+        parser.error(
+            f"unknown row {unknown[0]!r}: use {', '.join(_qat.ROWS)}"
+            if unknown
+            else f"row {unrated[0]!r} has no rate: pass --lr {unrated[0]}=1e-3"
+        )
     began = time.perf_counter()
     begin = _qat.start(args.model)
     data = _qat.token_stream(args.data)
