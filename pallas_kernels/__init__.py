@@ -3,6 +3,10 @@
 from pallas_kernels._devices import implementation_for
 from pallas_kernels._dispatch import cannot_hold, packed_matmul, prepare, restore
 from pallas_kernels._weights import QUANTIZED, TERNARY, KernelError, WeightLayout
+from pallas_kernels.block_sparse_attention import (
+    BlockLists,
+    block_sparse_attention,
+)
 from pallas_kernels.quantized_matmul.api import quantized_matmul
 from pallas_kernels.ragged_matmul.api import ragged_matmul
 from pallas_kernels.ternary_matmul.api import ternary_matmul
@@ -10,8 +14,10 @@ from pallas_kernels.ternary_matmul.api import ternary_matmul
 __all__ = [
     "QUANTIZED",
     "TERNARY",
+    "BlockLists",
     "KernelError",
     "WeightLayout",
+    "block_sparse_attention",
     "cannot_hold",
     "implementation_for",
     "packed_matmul",

@@ -1,0 +1,1 @@
+"""Block-sparse attention for long prompts: selectors and the function that uses them."""

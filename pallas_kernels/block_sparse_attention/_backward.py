@@ -1,0 +1,1 @@
+"""The gradient of block-sparse attention, over the same lists."""

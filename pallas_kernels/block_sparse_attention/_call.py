@@ -1,0 +1,98 @@
+"""One implementation with its rules for gradients and `vmap`.
+
+Each module (`reference`, `xla`, `mosaic_gpu`, `triton`, `tpu`) has
+
+  unsupported(q, k, v, lists) -> str | None
+      one clause saying why it cannot run this, None if it can; the arguments have
+      shapes and dtypes only
+  attention(q, k, v, lists, *, scale, q_offset, soft_cap) -> (y, lse)
+      q [B, T, H, D], k and v [B, S, Hkv, D]; lists with B or 1 rows and H, Hkv or 1
+      heads, possibly with counts of 0; q_offset int32 [B]; gives y [B, T, H, D] in the
+      dtype of q and lse float32 [B, H, T]. T and S are as they come. A query that sees
+      no key gives 0 and -inf.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_batching import custom_vmap
+
+from pallas_kernels._implementation import implementation
+from pallas_kernels.block_sparse_attention import _backward
+from pallas_kernels.block_sparse_attention._lists import BlockLists
+
+_PACKAGE = "pallas_kernels.block_sparse_attention"
+
+
+@functools.lru_cache(maxsize=256)
+def function(name: str, scale: float, soft_cap: float | None) -> Any:
+    """`(q, k, v, lists, q_offset) -> (y, lse)`; made once for each setting."""
+    module = implementation(_PACKAGE, name)
+
+    @custom_vmap
+    def forward(q: Any, k: Any, v: Any, lists: Any, q_offset: Any) -> Any:
+        return module.attention(
+            q, k, v, lists, scale=scale, q_offset=q_offset, soft_cap=soft_cap
+        )
+
+    @forward.def_vmap
+    def _(size: int, batched: Any, *args: Any) -> Any:
+        y, lse = forward(*_joined(size, batched, args))
+        both = (x.reshape(size, -1, *x.shape[1:]) for x in (y, lse))
+        return tuple(both), (True, True)
+
+    @jax.custom_vjp
+    def run(q: Any, k: Any, v: Any, lists: Any, q_offset: Any) -> Any:
+        return forward(q, k, v, lists, q_offset)
+
+    def fwd(*args: Any) -> Any:
+        y, lse = forward(*args)
+        return (y, lse), (*args, y, lse)
+
+    def bwd(saved: Any, cotangents: Any) -> Any:
+        q, k, v, lists, q_offset, y, lse = saved
+        gradients = _backward.gradients(
+            q, k, v, lists, y, lse, *cotangents,
+            scale=scale, q_offset=q_offset, soft_cap=soft_cap,
+        )  # fmt: skip
+        none = jax.tree.map(
+            lambda x: np.zeros(x.shape, jax.dtypes.float0), (lists, q_offset)
+        )
+        return *gradients, *none
+
+    run.defvjp(fwd, bwd)
+    return run
+
+
+def _joined(size: int, batched: Any, args: Any) -> Any:
+    """Arguments of a mapped call as those of one call with a larger batch."""
+    q_b, *_ = batched
+    batch = args[0].shape[1 if q_b else 0]
+
+    def join(x: jax.Array, mapped: bool, whole: bool) -> jax.Array:
+        if not mapped and not whole:
+            return x  # lists of one row serve any batch
+        if not mapped:
+            x = jnp.broadcast_to(x, (size, *x.shape))
+        if x.shape[1] != batch:
+            x = jnp.broadcast_to(x, (size, batch, *x.shape[2:]))
+        return x.reshape(size * batch, *x.shape[2:])
+
+    *tensors, lists, q_offset = args
+    *tensors_b, lists_b, offset_b = batched
+    plain = [join(x, b, True) for x, b in zip(tensors, tensors_b, strict=True)]
+    flags = lists_b.indices, lists_b.counts
+    rows = lists.indices.shape[1 if flags[0] else 0]
+    whole = any(flags) or rows > 1
+    joined = BlockLists(
+        join(lists.indices, flags[0], whole),
+        join(lists.counts, flags[1], whole),
+        lists.block_q,
+        lists.block_k,
+    )
+    return *plain, joined, join(q_offset, offset_b, True)

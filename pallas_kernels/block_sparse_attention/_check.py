@@ -1,0 +1,114 @@
+"""What `block_sparse_attention` refuses, before any work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels._weights import KernelError
+from pallas_kernels.block_sparse_attention._lists import BlockLists
+
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def shapes(
+    q: Any,
+    k: Any,
+    v: Any,
+    lists: Any,
+    q_offset: Any,
+    lengths: Any,
+    soft_cap: float | None,
+) -> None:
+    """Everything that is known while tracing.
+
+    Raises:
+      KernelError: one line that names the argument.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise KernelError(f"{name} must be [B, T, heads, D], not {list(x.shape)}")
+        if str(x.dtype) not in _DTYPES or x.dtype != q.dtype:
+            raise KernelError(
+                f"{name} is {x.dtype}: q, k and v must all be one of "
+                f"{', '.join(_DTYPES)}"
+            )
+    batch, t, heads, dim = q.shape
+    if k.shape != v.shape:
+        raise KernelError(f"k {list(k.shape)} and v {list(v.shape)} must be alike")
+    if k.shape[0] != batch or k.shape[3] != dim:
+        raise KernelError(
+            f"k {list(k.shape)} must have the batch {batch} and the head size {dim} of "
+            f"q {list(q.shape)}"
+        )
+    if not k.shape[2] or heads % k.shape[2]:
+        raise KernelError(
+            f"{heads} query heads cannot share {k.shape[2]} key heads: the second "
+            "number must divide the first"
+        )
+    if t > k.shape[1]:
+        raise KernelError(
+            f"q has {t} rows and k {k.shape[1]}: queries are the last of the keys, so "
+            "k cannot be shorter"
+        )
+    if isinstance(q_offset, int) and not 0 <= q_offset <= k.shape[1] - t:
+        raise KernelError(
+            f"q_offset={q_offset}: {t} queries in {k.shape[1]} keys start at 0 to "
+            f"{k.shape[1] - t}"
+        )
+    for name, x in (("q_offset", q_offset), ("lengths", lengths)):
+        if x is not None and jnp.shape(x) not in ((), (batch,)):
+            raise KernelError(
+                f"{name} has shape {list(jnp.shape(x))}: use one integer"
+                f"{'' if name == 'lengths' else ' or'} [{batch}]"
+            )
+    if soft_cap is not None and not soft_cap > 0:
+        raise KernelError(f"soft_cap must be positive, not {soft_cap}")
+    _lists_fit(q, k, lists)
+
+
+def _lists_fit(q: Any, k: Any, lists: Any) -> None:
+    if not isinstance(lists, BlockLists):
+        raise KernelError(f"lists must be BlockLists, not {type(lists).__name__}")
+    batch, t, heads, _ = q.shape
+    for name in ("block_q", "block_k"):
+        size = getattr(lists, name)
+        if type(size) is not int or size < 1:
+            raise KernelError(f"lists.{name} must be a positive integer, not {size!r}")
+    if lists.indices.ndim != 4 or lists.counts.shape != lists.indices.shape[:3]:
+        raise KernelError(
+            "lists must have indices [B, heads, num_q_blocks, width] and counts [B, "
+            f"heads, num_q_blocks], not {list(lists.indices.shape)} and "
+            f"{list(lists.counts.shape)}"
+        )
+    rows, list_heads, blocks, width = lists.indices.shape
+    if rows not in (1, batch):
+        raise KernelError(f"lists are for {rows} rows, q has {batch}: use that or 1")
+    if list_heads not in (1, k.shape[2], heads):
+        raise KernelError(
+            f"lists are for {list_heads} heads: use {heads} (query heads), "
+            f"{k.shape[2]} (key heads) or 1"
+        )
+    if blocks != -(-t // lists.block_q):
+        raise KernelError(
+            f"lists are for {blocks} query blocks: {t} rows of {lists.block_q} make "
+            f"{-(-t // lists.block_q)}"
+        )
+    if not width:
+        raise KernelError("lists have no width: each needs room for one block")
+    for name, x in (("indices", lists.indices), ("counts", lists.counts)):
+        if x.dtype != jnp.int32:
+            raise KernelError(f"lists.{name} must be int32, not {x.dtype}")
+
+
+def values(
+    k: jax.Array,
+    lists: BlockLists,
+    q: jax.Array,
+    q_offset: jax.Array,
+    lengths: jax.Array | None,
+) -> None:
+    """What only the numbers tell; see `block_sparse_attention`, Raises."""
+    del k, lists, q, q_offset, lengths

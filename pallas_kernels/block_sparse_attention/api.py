@@ -1,0 +1,137 @@
+"""`block_sparse_attention`: causal attention on lists of key blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels._devices import elsewhere, implementation_for
+from pallas_kernels._implementation import implementation as module_of
+from pallas_kernels._weights import KernelError
+from pallas_kernels.block_sparse_attention import _call, _check
+from pallas_kernels.block_sparse_attention._lists import BlockLists
+
+PACKAGE = "pallas_kernels.block_sparse_attention"
+
+
+def block_sparse_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lists: BlockLists,
+    *,
+    scale: float | None = None,
+    q_offset: int | jax.Array = 0,
+    lengths: jax.Array | None = None,
+    return_lse: bool = False,
+    soft_cap: float | None = None,
+    implementation: str | None = None,
+) -> Any:
+    """Causal attention in which each query block reads the key blocks of its list.
+
+    A query at position p sees the keys up to p, its own included, that lie in a listed
+    block. A list may name every block (attention without sparsity) or a few; blocks
+    past the diagonal add nothing.
+
+    Args:
+      q: `[B, T, H, D]`, bfloat16, float16 or float32.
+      k, v: `[B, S, Hkv, D]`, dtype of q; Hkv divides H, query head h reads the key head
+        `h // (H // Hkv)`.
+      lists: of the query blocks; see `BlockLists`.
+      scale: of the logits, default `D ** -0.5`.
+      q_offset: position of the first query among the keys, an integer or int32 `[B]`.
+        For chunked prefill it is the number of keys that were there before; it need be
+        no multiple of a block.
+      lengths: int32 `[B]`, real keys of each row of the batch, default S. Queries at
+        positions past them give zeros. Padding stands on the right.
+      return_lse: also return the logarithm of the sum of exponentials.
+      soft_cap: logits become `soft_cap * tanh(logits / soft_cap)`.
+      implementation: "mosaic_gpu", "triton", "tpu", "xla" or "reference"; None takes
+        the one for the device, or "xla" where that one cannot run this.
+
+    Returns:
+      `[B, T, H, D]` in the dtype of q, zeros where a query sees no key; with
+      `return_lse` also float32 `[B, H, T]`, -inf there. Softmax is in float32.
+      Differentiable in q, k and v, through the second output too; the backward pass
+      reads the same lists and stores no weights `[T, S]`. Under `jax.vmap` the mapped
+      axis joins the batch. Not partitioned by GSPMD: split heads or batch with
+      `jax.shard_map`.
+
+    Raises:
+      KernelError: shapes, dtypes or lists that do not go together, or an implementation
+        that cannot run here. Values (lists out of range, not ascending or empty, NaN
+        in k) are checked where they are concrete; inside `jit` the same checks are
+        `jax.experimental.checkify.debug_check`s, which `checkify` turns on.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from pallas_kernels import BlockLists, block_sparse_attention
+      >>> x = jax.random.normal(jax.random.key(0), (1, 256, 2, 64))
+      >>> mask = jnp.tril(jnp.ones((1, 1, 4, 4), bool))
+      >>> lists = BlockLists.from_mask(mask, block_q=64, block_k=64)
+      >>> y = block_sparse_attention(x, x, x, lists)
+      >>> dense = jax.nn.dot_product_attention(x, x, x, is_causal=True)
+      >>> bool(jnp.abs(y - dense).max() < 1e-5)
+      True
+    """
+    _check.shapes(q, k, v, lists, q_offset, lengths, soft_cap)
+    offset = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (q.shape[0],))
+    _check.values(k, lists, q, offset, lengths)
+    name = implementation or choose(q, k, v, lists)
+    module = module_of(PACKAGE, name)
+    if implementation is not None:
+        why = None if name == "tpu" else elsewhere(name)
+        why = why or module.unsupported(q, k, v, lists)
+        if why is not None:
+            raise KernelError(
+                f"implementation {name!r} cannot run this: {why}; "
+                f"use {' or '.join(alternatives(q, k, v, lists))}"
+            )
+    if not q.size:
+        y, lse = jnp.zeros_like(q), jnp.zeros(_lse_shape(q), jnp.float32)
+        return (y, lse) if return_lse else y
+    if lengths is not None:
+        lists = _stop(lists, q.shape[0], offset, jnp.asarray(lengths, jnp.int32))
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    run = _call.function(name, scale, None if soft_cap is None else float(soft_cap))
+    y, lse = run(q, k, v, lists, offset)
+    if lengths is not None:
+        position = jnp.arange(q.shape[1]) + offset[:, None]
+        real = position < jnp.asarray(lengths)[:, None]  # [B, T]
+        y = jnp.where(real[..., None, None], y, 0)
+        lse = jnp.where(real[:, None], lse, -jnp.inf)
+    return (y, lse) if return_lse else y
+
+
+def choose(q: Any, k: Any, v: Any, lists: BlockLists) -> str:
+    """Name of the implementation for the current device, or "xla"."""
+    name = implementation_for()
+    try:
+        can = module_of(PACKAGE, name).unsupported(q, k, v, lists) is None
+    except KernelError:  # not installed
+        can = False
+    return name if can else "xla"
+
+
+def alternatives(q: Any, k: Any, v: Any, lists: BlockLists) -> list[str]:
+    """Implementations that would run here."""
+    names = [choose(q, k, v, lists), "xla", "reference"]
+    return [f"implementation={name!r}" for name in dict.fromkeys(names)]
+
+
+def _stop(
+    lists: BlockLists, batch: int, offset: jax.Array, lengths: jax.Array
+) -> BlockLists:
+    """Lists without those of query blocks that are padding."""
+    start = jnp.arange(lists.counts.shape[-1]) * lists.block_q + offset[:, None]
+    real = (start < lengths[:, None])[:, None]  # [B, 1, num_q_blocks]
+    shape = (batch, *lists.counts.shape[1:])
+    counts = jnp.where(real, jnp.broadcast_to(lists.counts, shape), 0)
+    indices = jnp.broadcast_to(lists.indices, (*shape, lists.width))
+    return BlockLists(indices, counts, lists.block_q, lists.block_k)
+
+
+def _lse_shape(q: jax.Array) -> tuple[int, ...]:
+    return (q.shape[0], q.shape[2], q.shape[1])
