@@ -52,7 +52,6 @@ class Shape:
     soft_cap: float | None
     step: int = 128  # keys of one step
     stages: int = 2
-    turns: bool = False  # warpgroups take turns at the tensor cores
     interpret: bool = False
 
     @property
@@ -106,7 +105,9 @@ def attention(
     unmasked = inside & (lists.indices < whole[:, None, :, None])
     full = jnp.sum(unmasked, axis=-1, dtype=jnp.int32)
     # A tile starts with these three, so they lie together.
-    last = jnp.max(jnp.where(inside, lists.indices, 0), axis=-1)
+    end = jnp.maximum(lists.counts - 1, 0)[..., None]
+    last = jnp.take_along_axis(lists.indices, end, axis=-1)[..., 0]
+    last = jnp.where(lists.counts > 0, last, 0)
     heading = jnp.stack(jnp.broadcast_arrays(lists.counts, full, last), axis=-1)
     # Copies go by 8 rows.
     q, k, v = (
@@ -167,7 +168,6 @@ def build(c: Shape) -> Callable[..., tuple[jax.Array, jax.Array]]:
             ring(num_arrivals=2),
             ring(),
             ring(num_arrivals=2),
-            plgpu.Barrier(num_barriers=2),
         ),
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
@@ -204,7 +204,8 @@ class _Tile:
 
     def block_of(self, s: Any) -> Any:
         """The block of a step; lists are read from their end."""
-        return self.indices[(*self.list, lax.div(self.steps - 1 - s, self.parts))]
+        block = self.indices[(*self.list, lax.div(self.steps - 1 - s, self.parts))]
+        return jnp.where(self.count > 0, block, 0)  # what lies behind a list is rubbish
 
     def key_of(self, s: Any, block: Any) -> Any:
         """The first key of a step in its block."""
@@ -229,7 +230,7 @@ def _body(c: Shape, *refs: Any) -> None:
 def _copy(c: Shape, *refs: Any) -> None:
     """The warpgroup that brings keys and values."""
     _, k, v, indices, heading, *_ = refs
-    k_smem, v_smem, _, _, *ring, _ = refs[9:]
+    k_smem, v_smem, _, _, *ring = refs[9:]
     at = _Tile(c, indices, heading)
 
     def bring(s: Any, block: Any, again: bool) -> None:
@@ -270,7 +271,7 @@ def _compute(c: Shape, group: Any, *refs: Any) -> None:
     """A warpgroup that attends for 64 queries."""
     q, _, _, indices, heading, offset, y, lse = refs[:8]
     q_smem, k_smem, v_smem, lse_smem = refs[8:12]
-    q_full, k_full, k_free, v_full, v_free, turn = refs[12:]
+    q_full, k_full, k_free, v_full, v_free = refs[12:]
     at = _Tile(c, indices, heading)
     first = at.first + group * _ROWS
     queries = q_smem.at[group]
@@ -279,11 +280,6 @@ def _compute(c: Shape, group: Any, *refs: Any) -> None:
     # Where the list is empty no query sees anything.
     position = jnp.where(at.count > 0, first + offset[at.batch], -(2**30))
     factor = (c.soft_cap or c.scale) * math.log2(math.e)  # softmax is of powers of 2
-    if c.turns:
-
-        @pl.when(group == 1)
-        def _() -> None:
-            plgpu.barrier_arrive(turn.at[0])
 
     def slot(s: Any) -> Any:
         return lax.rem(s, c.stages)
@@ -313,15 +309,11 @@ def _compute(c: Shape, group: Any, *refs: Any) -> None:
             """Logits of step s; with p also starts the values of the step before."""
 
             def inside(acc: Any) -> Any:
-                if c.turns:
-                    plgpu.barrier_wait(turn.at[group])
                 plgpu.wgmma(acc, queries, k_smem.at[slot(s)].T)
                 if p is not None:
                     plgpu.barrier_wait(v_full.at[slot(s - 1)])
                     if not c.interpret:
                         plgpu.wgmma(o, p, v_smem.at[slot(s - 1)])
-                if c.turns:
-                    plgpu.barrier_arrive(turn.at[1 - group])
                 got = plgpu.wgmma_accumulator_load(acc, wait_n=int(p is not None))
                 plgpu.barrier_arrive(k_free.at[slot(s)])
                 if c.soft_cap is not None:
@@ -391,8 +383,3 @@ def _compute(c: Shape, group: Any, *refs: Any) -> None:
     plgpu.copy_smem_to_gmem(queries, y.at[at.batch, here, at.head])
     plgpu.copy_smem_to_gmem(lse_smem.at[group], lse.at[at.batch, at.head, here])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    if c.turns and c.interpret:
-
-        @pl.when(group == 0)
-        def _() -> None:
-            plgpu.barrier_wait(turn.at[0])
