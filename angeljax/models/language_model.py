@@ -130,10 +130,18 @@ class LanguageModel:
         mask: jax.Array | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
+        start: int | None = None,
+        total: int | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """`Decoder.__call__` as a pure function."""
-        module = self.bind(params)
-        return module(tokens, mask=mask, cache=cache, last_only=last_only)
+        return self.bind(params)(
+            tokens,
+            mask=mask,
+            cache=cache,
+            last_only=last_only,
+            start=start,
+            total=total,
+        )
 
     def logits(self, params: dict[str, Any], tokens: jax.Array) -> jax.Array:
         """float32 next-token logits `[B, T, V]` of int32 tokens `[B, T]`."""

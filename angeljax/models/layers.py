@@ -11,13 +11,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from angeljax import ops
+from angeljax.attention.prefill import Prefill
 from angeljax.models.cache import write
 from angeljax.models.config import DecoderConfig
 from angeljax.models.rope import rotate
 from pallas_kernels._fused import before
 
 # (q [B,T,H,D], k [B,S,Hkv,D], v [B,S,Hkv,D], mask bool [B,1,T,S]) -> [B,T,H,D]
-AttentionFn = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+# Sparse prefill is told a `Prefill` instead of a mask.
+AttentionFn = Callable[[jax.Array, jax.Array, jax.Array, Any], jax.Array]
 _INIT = nnx.initializers.normal(0.02)
 _ONES = nnx.initializers.ones_init()
 _ZEROS = nnx.initializers.zeros_init()
@@ -82,7 +84,7 @@ class Attention(nnx.Module):
         self,
         x: jax.Array,
         rotation: tuple[jax.Array, jax.Array],
-        mask: jax.Array,
+        mask: jax.Array | Prefill,
         cache: tuple[Any, Any, jax.Array, Any] | None,
         attention_fn: AttentionFn,
         *,
@@ -107,9 +109,12 @@ class Attention(nnx.Module):
         kv = None
         if cache is not None:
             k_store, v_store, slot, layer = cache
+            own = k.astype(k_store.dtype), v.astype(v_store.dtype)
             k_store, k = write(k_store, k, slot, layer)
             v_store, v = write(v_store, v, slot, layer)
             kv = k_store, v_store
+            if isinstance(mask, Prefill) and mask.start == 0:
+                k, v = own  # nothing else is in the cache
         y = attention_fn(q, k.astype(q.dtype), v.astype(q.dtype), mask)
         return self.o_proj(y.reshape(b, t, -1), residual=residual), kv
 
