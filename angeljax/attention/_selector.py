@@ -22,6 +22,8 @@ class Place:
       total: tokens of the whole prompt, static; default the rows of k. Budgets follow
         it, so that the chunks of a prompt select what the prompt would in one piece.
       lengths: int32 `[B]`, real keys of each row of the batch; None if all are.
+      first_head: number of the first query head of a shard of the heads, which tables
+        of heads need; may be traced. None if all heads are here.
     """
 
     layer: int | jax.Array = 0
@@ -29,6 +31,7 @@ class Place:
     q_offset: int | jax.Array = 0
     total: int | None = None
     lengths: jax.Array | None = None
+    first_head: int | jax.Array | None = None
 
 
 @runtime_checkable
