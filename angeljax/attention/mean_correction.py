@@ -1,0 +1,129 @@
+"""`mean_correction`: what a sparse kernel left out, as copies of a mean key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from angeljax.attention._grid import CHUNK_BYTES, block_means, in_blocks
+from pallas_kernels import BlockLists
+
+
+def mean_correction(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lists: BlockLists,
+    y: jax.Array,
+    lse: jax.Array,
+    *,
+    scale: float | None = None,
+    q_offset: int | jax.Array = 0,
+    soft_cap: float | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Adds the key blocks that are not in the lists by their means.
+
+    A block J that a query sees whole but does not read joins its softmax as |J| copies
+    of its mean key, each with the mean value (FlashPrefill V2, arXiv 2608.19758): it
+    adds |J| exp(q . mean(k_J) scale) to the denominator and that times mean(v_J) to the
+    numerator. Exact where keys and values of a block are equal, and never above what
+    the block truly weighs, since the exponential is convex (without a soft cap). Serves
+    any selector. Softmax statistics are float32; 256 MiB of scores, or those of one
+    query block, are held at once, in the backward pass too.
+
+    Args:
+      q, k, v, lists, scale, q_offset, soft_cap: as `block_sparse_attention` had them.
+      y: `[B, T, H, D]`, what it returned.
+      lse: float32 `[B, H, T]`, its second output with `return_lse`. Queries with -inf,
+        padding that is, stay as they are.
+
+    Returns:
+      y in its dtype and lse in float32, of the same shapes. Differentiable.
+
+    Raises:
+      ValueError: shapes that do not go together.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from angeljax.attention.mean_correction import mean_correction
+      >>> from pallas_kernels import BlockLists, block_sparse_attention
+      >>> q = jax.random.normal(jax.random.key(0), (1, 128, 2, 16))
+      >>> k = jnp.repeat(q[:, ::32], 32, axis=1)  # alike within each block
+      >>> own = jnp.eye(4, dtype=bool)[None, None]
+      >>> lists = BlockLists.from_mask(own, block_q=32, block_k=32)
+      >>> y, lse = block_sparse_attention(
+      ...     q, k, k, lists, return_lse=True, implementation="reference"
+      ... )
+      >>> y, lse = mean_correction(q, k, k, lists, y, lse)
+      >>> dense = jax.nn.dot_product_attention(q, k, k, is_causal=True)
+      >>> bool(jnp.abs(y - dense).max() < 1e-5)
+      True
+    """
+    batch, t, heads, dim = q.shape
+    size, kv_heads = k.shape[1:3]
+    if y.shape != q.shape or lse.shape != (batch, heads, t):
+        raise ValueError(
+            f"y must be {list(q.shape)} as q and lse {[batch, heads, t]}, not "
+            f"{list(y.shape)} and {list(lse.shape)}"
+        )
+    rows, block = lists.block_q, lists.block_k
+    if lists.counts.shape[2] != -(-t // rows) or heads % lists.counts.shape[1]:
+        raise ValueError(
+            f"lists are for {lists.counts.shape[1]} heads and {lists.counts.shape[2]} "
+            f"query blocks of {rows} rows: q has {heads} heads and {t} rows"
+        )
+    scale = dim**-0.5 if scale is None else scale
+    num_k = -(-size // block)
+    offset = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (batch,))
+    # Keys past the last query are not there yet; their means would spoil the sum.
+    mean_k, mean_v = (block_means(x, offset + t, block).astype(x.dtype) for x in (k, v))
+    ends = jnp.minimum((jnp.arange(num_k) + 1) * block, size)  # one past the last key
+    copies = jnp.log((ends - jnp.arange(num_k) * block).astype(jnp.float32))
+    left = lists.to_mask(num_k)
+    left = jnp.moveaxis(~jnp.repeat(left, heads // left.shape[1], axis=1), 2, 0)
+    left = left.reshape(*left.shape[:2], 1, kv_heads, -1, num_k)
+
+    def one(args: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+        i, left, q, y, lse = args
+        s = jnp.einsum(
+            "brngd,bjnd->brngj", q, mean_k,
+            precision="highest", preferred_element_type=jnp.float32,
+        ) * scale  # fmt: skip
+        if soft_cap is not None:
+            s = soft_cap * jnp.tanh(s / soft_cap)
+        position = offset[:, None] + i * rows + jnp.arange(rows)
+        seen = (ends <= position[..., None] + 1)[:, :, None, None]
+        # A query without keys stays without; the guard keeps its gradient finite.
+        some = jnp.isfinite(lse)
+        base = jnp.where(some, lse, 0)
+        s = jnp.where(left & seen & some[..., None], s + copies, -jnp.inf)
+        top = jax.lax.stop_gradient(jnp.maximum(base, s.max(-1)))
+        own, p = jnp.exp(base - top), jnp.exp(s - top[..., None])
+        total = own + p.sum(-1)
+        added = jnp.einsum(
+            "brngj,bjnd->brngd", p.astype(v.dtype), mean_v,
+            precision="highest", preferred_element_type=jnp.float32,
+        )  # fmt: skip
+        new = (y.astype(jnp.float32) * own[..., None] + added) / total[..., None]
+        return new.astype(y.dtype), jnp.where(some, top + jnp.log(total), lse)
+
+    def split(x: jax.Array) -> jax.Array:
+        """`[n_q, B, rows, Hkv, G, ...]` of `[B, T, H, ...]`."""
+        return jnp.moveaxis(
+            in_blocks(x.reshape(batch, t, kv_heads, -1, *x.shape[3:]), rows), 1, 0
+        )
+
+    def join(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(batch, -1, heads, *x.shape[5:])[:, :t]
+
+    at_once = CHUNK_BYTES // (4 * batch * heads * rows * num_k)
+    # Weights are computed again for the gradient, so that they are never all there.
+    y, lse = jax.lax.map(
+        jax.checkpoint(one),
+        (jnp.arange(len(left)), left, *map(split, (q, y, lse.swapaxes(1, 2)))),
+        batch_size=max(1, min(at_once, len(left))),
+    )
+    return join(y), join(lse).swapaxes(1, 2)

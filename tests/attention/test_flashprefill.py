@@ -1,0 +1,104 @@
+"""FlashPrefill against a transcription of its definition, block by block."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from angeljax.attention._selector import Place
+from angeljax.attention.flashprefill import FlashPrefill
+from tests.attention._prompts import (
+    DIM,
+    HEADS,
+    KV_HEADS,
+    check,
+    chunks,
+    heaviest,
+    prompt,
+)
+
+BLOCK = 16
+OPTIONS = {"block_size": BLOCK, "sink": 16, "window": 32, "last_n_block_full": 1}
+
+
+def _scores(q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """`[H, n, n]`: energy of each block, not normalised by the row."""
+    blocks = -(-len(q) // BLOCK)
+    score = np.zeros((HEADS, blocks, blocks))
+    for h in range(HEADS):
+        mean = [
+            k[j * BLOCK : (j + 1) * BLOCK, h // (HEADS // KV_HEADS)].mean(0)
+            for j in range(blocks)
+        ]
+        for i in range(blocks):
+            e = {
+                (t, j): q[t, h] @ mean[j] / DIM**0.5
+                for t in range(i * BLOCK, min((i + 1) * BLOCK, len(q)))
+                for j in range(i + 1)
+                if t >= (j + 1) * BLOCK - 1
+            }
+            for (_, j), x in e.items():
+                score[h, i, j] += np.exp(x - max(e.values()))
+    return score
+
+
+def _mask(q, k, start, alpha=0.2, full=1, ratio=None, most=None):
+    assert start == 0
+    score = _scores(q, k)
+    keep = np.zeros(score.shape, bool)
+    blocks = score.shape[1]
+    for h in range(HEADS):
+        for i in range(blocks):
+            row = score[h, i, : i + 1]
+            j = np.arange(i + 1)
+            forced = (j < 1) | (i - j < 2)
+            kept = forced | (row >= alpha * score[h, i].max()) | (i >= blocks - full)
+            if ratio is not None:
+                kept = heaviest(row, forced, int(ratio * (i + 1) + 0.5))
+            elif most is not None:
+                row = np.where(kept, row, -1)
+                kept &= heaviest(row, forced, most)
+            keep[h, i, : i + 1] = kept
+    return keep
+
+
+def test_threshold_against_the_oracle():
+    counts = check(FlashPrefill(alpha=0.7, **OPTIONS), lambda *a: _mask(*a, alpha=0.7))
+    assert len(set(counts[0, :, 4])) > 1  # neither all blocks nor the forced ones alone
+
+
+@pytest.mark.parametrize("options", [{"keep_ratio": 0.8}, {"max_blocks": 3}], ids=str)
+def test_budgets_against_the_oracle(options):
+    ratio, most = options.get("keep_ratio"), options.get("max_blocks")
+    selector = FlashPrefill(**OPTIONS, **options)
+    counts = check(selector, lambda *a: _mask(*a, ratio=ratio, most=most))
+    if most:
+        assert counts.max() == most
+        return
+    assert selector.density(87) == pytest.approx(counts[0, 0].sum() / 21)
+    assert (counts[0] == counts[0, 0]).all()
+
+
+def test_chunks_are_one_shot():
+    q, k, v = prompt(3, rows=96, batch=1)
+    selector = FlashPrefill(alpha=0.6, **OPTIONS)
+    whole = selector.select(q, k, v, Place()).to_mask(6)
+    np.testing.assert_array_equal(chunks(selector, q, k, v, 32, 96), whole)
+    # One query block at a time: the bound on memory decides how many there are.
+    assert np.asarray(whole).sum() < whole.shape[1] * 21
+
+
+def test_alpha_zero_is_dense_and_options_are_checked():
+    q, k, v = prompt()
+    lists = FlashPrefill(alpha=0.0, **OPTIONS).select(q, k, v, Place())
+    assert (lists.counts == jnp.arange(1, 7)).all()
+    assert FlashPrefill(alpha=0.0).density(4096) == 1
+    for wrong in (
+        {"alpha": 2.0}, {"sink": -1}, {"block_size": 0}, {"keep_ratio": 0.0},
+        {"max_blocks": 2},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            FlashPrefill(**wrong)
+    with pytest.raises(ValueError, match="q_offset=8"):
+        FlashPrefill(**OPTIONS).select(q[:, :16], k, v, Place(q_offset=8))
