@@ -181,8 +181,12 @@ class SparseAttention:
         )
         if where.start is None:
             return _anywhere(q, k, v, where, selector.block_size, run)
-        end = where.start + q.shape[1]
-        return run(q, k[:, :end], v[:, :end], q_offset=where.start)
+        # What would stand behind the end of the prompt is padding.
+        t = q.shape[1]
+        end = min(where.start + t, where.total)
+        q = q[:, : end - where.start]
+        y = run(q, k[:, :end], v[:, :end], q_offset=where.start)
+        return jnp.pad(y, ((0, 0), (0, t - y.shape[1]), (0, 0), (0, 0)))
 
 
 def _anywhere(

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from angeljax.attention._selector import Place, Selector
+from angeljax.attention.mean_correction import mean_correction as corrected
 from pallas_kernels import BlockLists, block_sparse_attention
 from pallas_kernels._devices import current_device, is_gpu
 from pallas_kernels.block_sparse_attention._lists import visible_blocks
@@ -231,7 +232,9 @@ def _sparse(
     place: Place,
     mean_correction: bool,
     scale: float,
-    **options: Any,
+    soft_cap: float | None,
+    return_lse: bool,
+    implementation: str | None,
 ) -> Any:
     """Selection and attention; moves the queries onto the grid of blocks."""
     offset, size = place.q_offset, selector.block_size
@@ -245,15 +248,32 @@ def _sparse(
     if scale != usual:
         seen = (seen[0] * (scale / usual)).astype(q.dtype), *seen[1:]
     lists = selector.select(*seen, place)
-    around = dict(q_offset=place.q_offset, lengths=place.lengths, scale=scale)
+    y, lse = block_sparse_attention(
+        q,
+        k,
+        v,
+        lists,
+        scale=scale,
+        q_offset=place.q_offset,
+        lengths=place.lengths,
+        soft_cap=soft_cap,
+        return_lse=True,
+        implementation=implementation,
+    )
     if mean_correction:
-        raise NotImplementedError
-    out = block_sparse_attention(q, k, v, lists, **around, **options)
-    if not before:
-        return out
-    if options["return_lse"]:
-        return out[0][:, before:], out[1][..., before:]
-    return out[:, before:]
+        y, lse = corrected(
+            q,
+            k,
+            v,
+            lists,
+            y,
+            lse,
+            scale=scale,
+            q_offset=place.q_offset,
+            soft_cap=soft_cap,
+        )
+    y, lse = y[:, before:], lse[..., before:]
+    return (y, lse) if return_lse else y
 
 
 def _dense(

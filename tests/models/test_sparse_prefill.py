@@ -1,4 +1,4 @@
-"""Sparse prefill in the decoder: padding, caches, chunks, scans, windows, generation."""
+"""Sparse prefill in the decoder: padding, caches, chunks, scans, generation."""
 
 from __future__ import annotations
 
