@@ -84,7 +84,7 @@ class Stem:
       >>> stem = Stem(block_size=64, keep_ratio=0.25, dense_layers=0)
       >>> lists = stem.select(q, k, v, Place())
       >>> lists.indices.shape, int(lists.counts.max())
-      ((1, 2, 16, 12), 12)
+      ((1, 2, 16, 11), 11)
     """
 
     block_size: int = 128
