@@ -100,9 +100,7 @@ class Hybrid:
         )
         if layer is None:
             return self._select(entries[0], q, k, v, place)
-        possible = (
-            tuple(range(place.num_layers)) if place.among is None else place.among
-        )
+        possible = place.among or tuple(range(place.num_layers))
         distinct = list(dict.fromkeys(entries))
         branches = []
         for entry in distinct:
