@@ -3,6 +3,7 @@
 from angeljax.attention._registry import selector, selector_names
 from angeljax.attention._selector import Place, Selector
 from angeljax.attention.cosa import CoSA
+from angeljax.attention.decode import Quest
 from angeljax.attention.hybrid import Hybrid
 from angeljax.attention.prefill import Prefill, SparseAttention
 from angeljax.attention.sparse import sparse_attention
@@ -18,6 +19,7 @@ __all__ = [
     "Hybrid",
     "Place",
     "Prefill",
+    "Quest",
     "Selector",
     "SparseAttention",
     "Stem",

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from angeljax.attention._selector import Selector
+from angeljax.attention.decode import Quest
 from angeljax.attention.sparse import sparse_attention, worthwhile
 
 
@@ -50,14 +51,15 @@ class SparseAttention:
     """The `attention_fn` of a decoder whose prefill is sparse.
 
     Prompts go through `sparse_attention`; steps that read less than one block of tokens
-    (decoding, checking of drafts) stay as they are, and so do layers with a sliding
-    window. No mask `[T, S]` is made.
+    (decoding, checking of drafts) are dense as before, and so are layers with a sliding
+    window. No mask `[T, S]` is made. With `decode` steps of one token are sparse too.
 
     Attributes:
       selector: names the blocks.
       layers: layers with a selector of their own, `((number, selector), ...)`; negative
         numbers count from the last layer.
       dense_below, dense_above, mean_correction, implementation: see `sparse_attention`.
+      decode: how single tokens read the cache; None for all of it.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -79,6 +81,7 @@ class SparseAttention:
     dense_below: int | None = None
     dense_above: float | None = None
     mean_correction: bool = False
+    decode: Quest | None = None
     implementation: str | None = None
 
     def __post_init__(self) -> None:

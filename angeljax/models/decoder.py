@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from angeljax import ops
+from angeljax.attention.decode import Step
 from angeljax.attention.prefill import (
     Packing,
     Prefill,
@@ -27,7 +28,7 @@ from angeljax.attention.prefill import (
 )
 from angeljax.models import features
 from angeljax.models.attention import causal_attention, dense_attention
-from angeljax.models.cache import KVCache
+from angeljax.models.cache import KVCache, Store
 from angeljax.models.config import DecoderConfig
 from angeljax.models.layers import (
     AttentionFn,
@@ -130,15 +131,19 @@ class Decoder(nnx.Module):
         if mask is not None:
             tokens, mask = packing.pack(tokens), packing.pack(mask)
         x, rotation, positions, keys = self._enter(tokens, mask, cache)
-        prompt = _standing(prompt, mask, cache, keys)
-        run = self._scan if self.scan_layers else self._loop
-        x, kv = run(x, rotation, positions, keys, cache, attention_fn, prompt)
+        told = self._told(positions, keys, _standing(prompt, mask, cache, keys), cache)
+        around = rotation, mask, attention_fn
+        if self.scan_layers:
+            mask_of = self._mask_of(told, positions, keys)
+            x, cache = self._scan(x, cache, mask_of, *around)
+        else:
+            x, cache = self._loop(x, cache, told, *around)
         x = packing.unpack(x, last_only=last_only)
         logits = self.head(self.norm(x))
         if cache is None:
             return logits, None
         length = cache.length + tokens.shape[1]
-        return logits, KVCache(k=kv[0], v=kv[1], positions=keys, length=length)
+        return logits, dataclasses.replace(cache, positions=keys, length=length)
 
     def features(
         self,
@@ -158,15 +163,14 @@ class Decoder(nnx.Module):
         if mask is not None:
             tokens, mask = packing.pack(tokens), packing.pack(mask)
         x, rotation, positions, keys = self._enter(tokens, mask, None)
-        prompt = _standing(prompt, mask, None, keys)
+        told = self._told(positions, keys, _standing(prompt, mask, None, keys), None)
         around = (self._attention(mask, None), wanted, inside, remat)
-        masks = self._masks(positions, keys, prompt)
         if self.scan_layers:
-            mask_of = self._mask_of(masks, positions, keys)
+            mask_of = self._mask_of(told, positions, keys)
             order = jnp.arange(count), jnp.asarray(self._windows(), jnp.int32)
             found = features.scan(self.layers, x, rotation, mask_of, order, *around)
         else:
-            found = features.loop(list(self.layers), x, rotation, masks, *around)
+            found = features.loop(list(self.layers), x, rotation, told, *around)
         found = jax.tree.map(packing.unpack, found)
         return features.Features(self.norm(found[0]), *found[1:])
 
@@ -187,8 +191,9 @@ class Decoder(nnx.Module):
             start = 0
         slots = length if cache is None else cache.positions.shape[1]
         total = slots if total is None else total
-        # Of padded rows it cannot be told.
-        if mask is None and total < (start or 0) + length:
+        # Rows that end in padding are shorter than they look.
+        least = (start or 0) + (length if mask is None else 1)
+        if total < least:
             raise ValueError(
                 f"total={total}: a prompt is no shorter than the {start or 0} tokens "
                 f"before and the {length} of this chunk"
@@ -246,84 +251,110 @@ class Decoder(nnx.Module):
 
     def _loop(
         self,
-        x: Any,
-        rotation: Any,
-        positions: Any,
-        keys: Any,
+        x: jax.Array,
         cache: KVCache | None,
+        told: list[Any],
+        rotation: Any,
+        real: jax.Array | None,
         attention_fn: AttentionFn,
-        prompt: Prefill | None,
-    ) -> tuple[Any, Any]:
-        masks = self._masks(positions, keys, prompt)
-        kv: Any = None if cache is None else (cache.k, cache.v)
-        apart: list[Any] = []
-        for i, (layer, mask) in enumerate(zip(self.layers, masks, strict=True)):
-            store: Any = None
-            if cache is not None and isinstance(cache.k, tuple):
-                store = cache.k[i], cache.v[i], cache.length, None
-            elif cache is not None:
-                store = *kv, cache.length, i
-            x, kv = layer(x, rotation, mask, store, attention_fn)
-            apart.append(kv)
+    ) -> tuple[jax.Array, KVCache | None]:
+        done: list[Any] = []
+        for i, (layer, mask) in enumerate(zip(self.layers, told, strict=True)):
+            store = None if cache is None else cache.store(i, real)
+            x, store = layer(x, rotation, mask, store, attention_fn)
+            done.append(store)
+            if cache is not None and not isinstance(cache.k, tuple):
+                cache = _with(cache, store.k, store.v, store.pages)
         if cache is not None and isinstance(cache.k, tuple):
-            kv = tuple(k for k, _ in apart), tuple(v for _, v in apart)
-        return x, kv
+            pages = None if cache.pages is None else tuple(s.pages for s in done)
+            k, v = tuple(s.k for s in done), tuple(s.v for s in done)
+            cache = _with(cache, k, v, pages)
+        return x, cache
 
     def _scan(
         self,
-        x: Any,
-        rotation: Any,
-        positions: Any,
-        keys: Any,
+        x: jax.Array,
         cache: KVCache | None,
+        mask_of: Any,
+        rotation: Any,
+        real: jax.Array | None,
         attention_fn: AttentionFn,
-        prompt: Prefill | None,
-    ) -> tuple[Any, Any]:
+    ) -> tuple[jax.Array, KVCache | None]:
         graphdef, state = nnx.split(self.layers)
-        masks = self._masks(positions, keys, prompt)
-        mask_of = self._mask_of(masks, positions, keys)
+        count = self.config.num_layers
+        kv: Any = None if cache is None else (cache.k, cache.v, cache.pages)
+        apart = cache is not None and isinstance(cache.k, tuple)
+        if apart:
+            kv = tuple(
+                None if x is None else jax.tree.map(lambda *x: jnp.stack(x), *x)
+                for x in kv
+            )
 
         def step(carry: Any, layer: Any) -> tuple[Any, None]:
             # The cache is carried: as an input and output of the scan it would be
             # copied whole.
             h, kv = carry
             state, (i, window) = layer
-            store = None if cache is None else (*kv, cache.length, i)
+            store = None if cache is None else Store(*kv[:3], cache.length, i, real)
             block = nnx.merge(graphdef, state)
-            mask = mask_of((i, window))
-            return block(h, rotation, mask, store, attention_fn), None
+            h, store = block(h, rotation, mask_of((i, window)), store, attention_fn)
+            return (h, None if store is None else store[:3]), None
 
-        kv: Any = None if cache is None else (cache.k, cache.v)
-        apart = cache is not None and isinstance(cache.k, tuple)
-        kv = tuple(map(jnp.stack, kv)) if apart else kv
-        numbers = jnp.arange(self.config.num_layers)
-        windows = jnp.asarray(self._windows(), jnp.int32)
-        (x, kv), _ = jax.lax.scan(step, (x, kv), (state, (numbers, windows)))
-        return x, tuple(map(jnp.unstack, kv)) if apart else kv
+        order = jnp.arange(count), jnp.asarray(self._windows(), jnp.int32)
+        (x, kv), _ = jax.lax.scan(step, (x, kv), (state, order))
+        if cache is None:
+            return x, None
+        if apart:
+            kv = [
+                None
+                if x is None
+                else tuple(jax.tree.map(lambda a, i=i: a[i], x) for i in range(count))
+                for x in kv
+            ]
+        return x, _with(cache, *kv)
 
-    def _masks(
-        self, positions: jax.Array, keys: jax.Array, prompt: Prefill | None
+    def _told(
+        self,
+        positions: jax.Array,
+        keys: jax.Array,
+        prompt: Prefill | None,
+        cache: KVCache | None,
     ) -> list[Any]:
         """What each layer's attention is told; equal windows share one mask."""
-        windows = self._windows()
+        windows, one = self._windows(), positions.shape[1] == 1
         full = {w for w in windows if w or prompt is None}
+        masks: dict[int, Any]
         masks = {w: attend_mask(positions, keys, w) for w in sorted(full)}
-        return [
-            masks[w] if w in masks or prompt is None else prompt.at(i)
-            for i, w in enumerate(windows)
-        ]
+        sparse: Any = prompt
+        if one and cache is not None and cache.pages is not None:
+            fn = self.attention_fn
+            if not isinstance(fn, SparseAttention) or fn.decode is None:
+                raise ValueError(
+                    "the cache has pages and the model's attention_fn no decode option"
+                )
+            sparse = Step(
+                quest=fn.decode,
+                mask=masks.pop(0),
+                valid=keys >= 0,
+                length=cache.length + 1,
+            )
+        return [masks[w] if w in masks else sparse.at(i) for i, w in enumerate(windows)]
 
-    def _mask_of(self, masks: list[Any], positions: Any, keys: Any) -> Any:
+    def _mask_of(self, told: list[Any], positions: Any, keys: Any) -> Any:
         """`(layer, window) -> mask`, both traced, for a scan over the layers."""
-        first, mixed = masks[0], len(set(self._windows())) > 1
+        first, mixed = told[0], len(set(self._windows())) > 1
 
         def mask_of(place: Any) -> Any:
             layer, window = place
-            if isinstance(first, Prefill):
+            if isinstance(first, Prefill | Step):
                 return first.at(layer)
             return attend_mask(positions, keys, window) if mixed else first
 
         return mask_of
+
+
+def _with(cache: KVCache, k: Any, v: Any, pages: Any) -> KVCache:
+    return dataclasses.replace(cache, k=k, v=v, pages=pages)
 
 
 def _standing(

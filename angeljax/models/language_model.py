@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from angeljax.attention.prefill import SparseAttention
 from angeljax.models.attention import dense_attention
 from angeljax.models.cache import KVCache, init_cache
 from angeljax.models.config import DecoderConfig
@@ -117,9 +118,22 @@ class LanguageModel:
         return f"no {name} in the params"
 
     def init_cache(self, batch: int, slots: int) -> KVCache:
-        """An empty cache in the form that suits the layers, in `dtype`."""
+        """An empty cache in the form that suits the layers, in `dtype`.
+
+        With sparse decoding it has pages, and slots that fill them.
+        """
+        fn, size = self.attention_fn, None
+        decode = fn.decode if isinstance(fn, SparseAttention) else None
+        if decode is not None and decode.helps(slots):
+            size = decode.page_size
+            slots += -slots % size
         return init_cache(
-            self.config, batch, slots, self.dtype, stacked=self.scan_layers
+            self.config,
+            batch,
+            slots,
+            self.dtype,
+            stacked=self.scan_layers,
+            page_size=size,
         )
 
     def apply(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from angeljax.attention import SparseAttention
+from angeljax.attention import Quest, SparseAttention
 from angeljax.models import DecoderConfig, LanguageModel, generate, stack_layers
 from angeljax.models.attention import dense_attention
 from tests.attention._selectors import Means
@@ -197,3 +197,32 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="see angeljax.attention.hooks"):
         sparse().attention_fn(*[jnp.ones((1, 4, 1, 8))] * 3, None)
     assert dense_attention is DENSE.attention_fn
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_quest_decodes_from_pages_of_the_cache(scan):
+    """All pages are the whole cache; few of them are not, but for the first layer."""
+    params = stack_layers(PARAMS) if scan else PARAMS
+    base = dataclasses.replace(DENSE, scan_layers=scan)
+
+    def logits(model):
+        _, cache = apply(model, params, TOKENS, LEFT, slots=T + 3, start=0, total=T)
+        if model.attention_fn is not dense_attention:
+            assert cache.positions.shape == (2, 96) and cache.pages is not None
+        y, cache = apply(model, params, TOKENS[:, :1], None, cache)
+        return apply(model, params, TOKENS[:, 1:2], None, cache)[0]
+
+    want = logits(base)
+    # The option alone would leave a cache of 96 slots without pages.
+    every = Quest(keep_pages=5, page_size=16, dense_layers=0)
+    few = dataclasses.replace(every, keep_pages=2)
+    fn = sparse(0, base, decode=few).attention_fn
+    got = logits(dataclasses.replace(base, attention_fn=fn))
+    assert jnp.abs(got - want).max() > 0.01
+    for quest in (every, dataclasses.replace(few, dense_layers=2)):
+        got = logits(sparse(0, base, decode=quest))
+        if quest is every:
+            # 5 of the 6 pages: the row of 59 tokens has no more, the other may differ.
+            np.testing.assert_allclose(got[1], want[1], atol=1e-3)
+        else:
+            np.testing.assert_allclose(got, want, atol=1e-3)
