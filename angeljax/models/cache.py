@@ -43,11 +43,12 @@ class KVCache:
 
     def store(self, layer: int, real: jax.Array | None = None) -> Store:
         """What an unrolled layer reads and writes."""
-        if not isinstance(self.k, tuple) or not isinstance(self.v, tuple):
-            both: Any = (self.k, self.v)
-            return Store(*both, self.pages, self.length, layer, real)
+        k: Any = self.k
+        v: Any = self.v
+        if not isinstance(k, tuple):
+            return Store(k, v, self.pages, self.length, layer, real)
         pages = self.pages[layer] if isinstance(self.pages, tuple) else None
-        return Store(self.k[layer], self.v[layer], pages, self.length, None, real)
+        return Store(k[layer], v[layer], pages, self.length, None, real)
 
 
 class Store(NamedTuple):

@@ -295,7 +295,10 @@ class Decoder(nnx.Module):
             # copied whole.
             h, kv = carry
             state, (i, window) = layer
-            store = None if cache is None else Store(*kv[:3], cache.length, i, real)
+            store = None
+            if cache is not None:
+                k, v, pages = kv
+                store = Store(k, v, pages, cache.length, i, real)
             block = nnx.merge(graphdef, state)
             h, store = block(h, rotation, mask_of((i, window)), store, attention_fn)
             return (h, None if store is None else store[:3]), None
