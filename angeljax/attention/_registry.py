@@ -14,9 +14,13 @@ _SELECTORS = {
     "a_shape": ("static", "AShape"),
     "dense": ("static", "Dense"),
     "dilated": ("static", "Dilated"),
+    "flashprefill": ("flashprefill", "FlashPrefill"),
+    "flexprefill": ("flexprefill", "FlexPrefill"),
+    "minference": ("minference", "MInference"),
     "stem": ("stem", "Stem"),
     "strided": ("static", "Strided"),
     "tri_shape": ("static", "TriShape"),
+    "vecattention": ("vecattention", "VecAttention"),
 }
 
 
