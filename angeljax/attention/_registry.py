@@ -16,10 +16,14 @@ _SELECTORS = {
     "cosa": ("cosa", "CoSA"),
     "dense": ("static", "Dense"),
     "dilated": ("static", "Dilated"),
+    "flashprefill": ("flashprefill", "FlashPrefill"),
+    "flexprefill": ("flexprefill", "FlexPrefill"),
     "hybrid": ("hybrid", "Hybrid"),
+    "minference": ("minference", "MInference"),
     "stem": ("stem", "Stem"),
     "strided": ("static", "Strided"),
     "tri_shape": ("static", "TriShape"),
+    "vecattention": ("vecattention", "VecAttention"),
     "xattention": ("xattention", "XAttention"),
 }
 

@@ -7,15 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from angeljax.attention._grid import (
-    CHUNK_BYTES,
-    Grid,
-    block_means,
-    in_blocks,
-    make_grid,
-)
-from angeljax.attention._rows import check_options, ratio_density, to_lists
+from angeljax.attention import _choose, _options
+from angeljax.attention._estimate import chunk, in_blocks, key_means
+from angeljax.attention._frame import Frame, make_frame
 from angeljax.attention._selector import Place
 from pallas_kernels import BlockLists
 
@@ -31,7 +27,7 @@ class FlashPrefill:
 
     over the blocks that query i sees whole (arXiv 2603.06199, sections 3.1 to 3.4). A
     block is kept if its score is at least `alpha` times the best of its row; so are the
-    first and the nearest blocks, and every block of the last `last_n_block_full` query
+    first and the nearest blocks, and every block of the last `last_blocks` query
     blocks. No sort and no running sum. Lists are per query head. The softmax over the
     blocks holds 256 MiB at once, or what one query block needs.
 
@@ -41,19 +37,20 @@ class FlashPrefill:
     Attributes:
       alpha: from 0 (all blocks) to 1 (the best one).
       block_size: rows of a block.
-      sink: first tokens that are always read, in whole blocks, at least one.
-      window: nearest tokens that are always read, likewise.
-      last_n_block_full: last query blocks that read everything; not with `keep_ratio`.
+      sink_tokens: first tokens that are always read, in whole blocks, at least one.
+      window_tokens: nearest tokens that are always read, likewise.
+      last_blocks: last query blocks, which read everything; not with `keep_ratio`.
       keep_ratio: keep this share of the causal blocks of each row, by score, in place
         of the threshold.
       max_blocks: most blocks of a row, by score; the width of the lists.
 
     Example:
       >>> import jax
-      >>> from angeljax.attention._selector import Place
-      >>> from angeljax.attention.flashprefill import FlashPrefill
+      >>> from angeljax.attention import FlashPrefill, Place
       >>> q = jax.random.normal(jax.random.key(0), (1, 512, 4, 16))
-      >>> selector = FlashPrefill(block_size=64, sink=64, window=64, keep_ratio=0.5)
+      >>> selector = FlashPrefill(
+      ...     block_size=64, sink_tokens=64, window_tokens=64, keep_ratio=0.5
+      ... )
       >>> lists = selector.select(q, q[:, :, :2], q[:, :, :2], Place())
       >>> lists.counts[0, 0].tolist()
       [1, 2, 2, 2, 3, 3, 4, 4]
@@ -61,99 +58,79 @@ class FlashPrefill:
 
     alpha: float = 0.2
     block_size: int = 128
-    sink: int = 256
-    window: int = 512
-    last_n_block_full: int = 2
+    sink_tokens: int = 256
+    window_tokens: int = 512
+    last_blocks: int = 2
     keep_ratio: float | None = None
     max_blocks: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha must be from 0 to 1, not {self.alpha!r}")
-        for name in ("sink", "window", "last_n_block_full"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 0:
-                raise ValueError(f"{name} must be an integer from 0 on, not {value!r}")
-        check_options(self, lambda: self._always)
+        for name in ("sink_tokens", "window_tokens", "last_blocks"):
+            _options.integer(self, name, 0)
+        _choose.check(self, lambda: self._forced)
 
     def select(
         self, q: jax.Array, k: jax.Array, v: jax.Array, place: Place
     ) -> BlockLists:
         """See `Selector.select`."""
-        del v
-        grid = make_grid(q, k, place, self.block_size)
-        score = mean_key_scores(q, k, grid)
-        total = jnp.int32(place.total or k.shape[1])
+        frame = make_frame(q, k, v, place, self.block_size)
+        score = mean_key_scores(frame, q, frame.real_keys(k))
+        total: Any = frame.total
         if place.lengths is not None:
-            total = jnp.minimum(total, place.lengths)
-        blocks = -(-total // self.block_size)
-        full = grid.own >= jnp.reshape(blocks - self.last_n_block_full, (-1, 1))
+            blocks = -(-jnp.asarray(place.lengths) // self.block_size)
+            total = jnp.minimum(jnp.reshape(blocks, (-1, 1)), total)
+        full = jnp.asarray(frame.rows) >= total - self.last_blocks
         wanted = score >= self.alpha * score.max(-1, keepdims=True)
-        distance = grid.distance
-        forced = (jnp.arange(grid.num_k) < self._sink) | (distance < self._window)
-        return to_lists(
-            score,
-            wanted | full[:, None, :, None],
-            forced,
-            grid,
-            always=self._always,
-            keep_ratio=self.keep_ratio,
-            max_blocks=self.max_blocks,
-        )
+        wanted |= full[:, None, :, None]
+        return _choose.choose(self, frame, score, wanted, self._forced)
 
     def density(self, total: int, **place: Any) -> float | None:
         """See `Selector.density`."""
-        del place
-        if self.keep_ratio is not None:
-            return ratio_density(
-                total, self.block_size, self.keep_ratio, self._always, self.max_blocks
-            )
-        return 1.0 if not self.alpha and self.max_blocks is None else None
+        if not self.alpha and self.keep_ratio is None and self.max_blocks is None:
+            return 1.0
+        return _choose.ratio_density(self, total, self._forced)
 
     @property
-    def _sink(self) -> int:
-        return max(1, self.sink // self.block_size)
-
-    @property
-    def _window(self) -> int:
-        return max(1, self.window // self.block_size)
-
-    @property
-    def _always(self) -> int:
-        return self._sink + self._window
+    def _forced(self) -> tuple[int, int]:
+        """First and last blocks that are always read."""
+        block = self.block_size
+        return max(1, self.sink_tokens // block), max(1, self.window_tokens // block)
 
 
-def mean_key_scores(q: jax.Array, k: jax.Array, grid: Grid) -> jax.Array:
-    """float32 `[B, H, n_q, n_k]`: share of each block, as `FlashPrefill` has it."""
+def mean_key_scores(frame: Frame, q: jax.Array, k: jax.Array) -> jax.Array:
+    """float32 `[B, H, num_q, num_k]`: share of each block, as `FlashPrefill` has it.
+
+    Args:
+      frame: of the call.
+      q: `[B, T, H, D]`.
+      k: `[B, S, Hkv, D]`, zeros in rows that are not real.
+    """
     batch, t, heads, dim = q.shape
-    kv_heads = k.shape[2]
-    real = jnp.arange(t) < (grid.end - grid.start)[:, None]
-    q = jnp.where(real[..., None, None], q, 0)
-    rows = in_blocks(q.reshape(batch, t, kv_heads, -1, dim), grid.block)
-    means = block_means(k, grid.end, grid.block).astype(q.dtype)
+    q = frame.real_queries(q).reshape(batch, t, k.shape[2], -1, dim)
+    blocks = jnp.moveaxis(in_blocks(q, frame.block), 1, 0)
+    means = key_means(frame, k).astype(q.dtype)
     # The last key of each block must not lie ahead of the query.
-    ends = (jnp.arange(grid.num_k) + 1) * grid.block - 1
-    inside = jnp.arange(grid.block)
+    ends = (np.arange(frame.num_k) + 1) * frame.block - 1
+    inside = np.arange(frame.block)
+    keys = jnp.reshape(jnp.asarray(frame.keys), (-1, 1))
 
     def one(args: tuple[jax.Array, jax.Array]) -> jax.Array:
-        rows, own = args
+        queries, row = args
         e = jnp.einsum(
-            "brngd,bjnd->bngrj", rows, means,
+            "brngd,bjnd->bngrj", queries, means,
             precision="highest", preferred_element_type=jnp.float32,
         )  # fmt: skip
-        position = own[:, None] * grid.block + inside
-        seen = ends <= position[..., None]
-        seen = (seen & (position < grid.end[:, None])[..., None])[:, None, None]
-        e = jnp.where(seen, e * dim**-0.5, -jnp.inf)
+        position = row[:, None] * frame.block + inside
+        seen = (ends <= position[..., None]) & (position < keys)[..., None]
+        e = jnp.where(seen[:, None, None], e * dim**-0.5, -jnp.inf)
         top = e.max((-2, -1), keepdims=True)
         p = jnp.exp(e - jnp.where(jnp.isfinite(top), top, 0)).sum(-2)
         p = p / (p.sum(-1, keepdims=True) + 1e-9)
-        return p.reshape(batch, heads, grid.num_k)
+        return p.reshape(batch, heads, frame.num_k)
 
-    at_once = CHUNK_BYTES // (4 * batch * heads * grid.block * grid.num_k)
-    score = jax.lax.map(
-        one,
-        (jnp.moveaxis(rows, 1, 0), grid.own.T),
-        batch_size=max(1, min(at_once, grid.num_q)),
-    )
+    rows = jnp.asarray(frame.rows).T
+    size = chunk(4 * batch * heads * frame.block * frame.num_k, frame.num_q)
+    score = jax.lax.map(one, (blocks, rows), batch_size=size)
     return jnp.moveaxis(score, 0, 2)

@@ -7,20 +7,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.special import rel_entr
 
-from angeljax.attention._grid import (
-    Grid,
+from angeljax.attention import _choose
+from angeljax.attention._estimate import (
     along,
-    block_means,
+    distance,
+    ends,
+    key_means,
     last_queries,
-    make_grid,
+    query_means,
     split_last,
     tail_mass,
 )
-from angeljax.attention._rows import best, check_options, ratio_density, to_lists
+from angeljax.attention._frame import make_frame
 from angeljax.attention._selector import Place
 from pallas_kernels import BlockLists
+
+# First and last blocks of a row that are always read.
+_FORCED = 1, 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,8 +62,7 @@ class FlexPrefill:
 
     Example:
       >>> import jax
-      >>> from angeljax.attention._selector import Place
-      >>> from angeljax.attention.flexprefill import FlexPrefill
+      >>> from angeljax.attention import FlexPrefill, Place
       >>> q = jax.random.normal(jax.random.key(0), (1, 512, 4, 16))
       >>> lists = FlexPrefill(block_size=64, gamma=0.5).select(q, q, q, Place())
       >>> lists.indices.shape, lists.counts.shape
@@ -87,92 +92,75 @@ class FlexPrefill:
             raise ValueError(
                 f"max_budget={self.max_budget} is below min_budget={self.min_budget}"
             )
-        check_options(self, lambda: 2)
+        _choose.check(self, lambda: _FORCED)
 
     def select(
         self, q: jax.Array, k: jax.Array, v: jax.Array, place: Place
     ) -> BlockLists:
         """See `Selector.select`."""
-        del v
         block = self.block_size
-        grid = make_grid(q, k, place, block)
-        # Zeros: a weight of 0 times NaN would be NaN.
-        there = jnp.arange(k.shape[1]) < grid.end[:, None]
-        k = jnp.where(there[..., None, None], k, 0)
-        tail, position, real = last_queries(q, grid, block)
-        column, diagonal = tail_mass(tail, k, position, real)
+        frame = make_frame(q, k, v, place, block)
+        k = frame.real_keys(k)
+        tail, *where = last_queries(frame, q, block)
+        column, diagonal = tail_mass(tail, k, *where)
         vertical = split_last(column, block).sum(-1)
         slash = split_last(diagonal, block).sum(-1)
 
-        means = block_means(k, grid.end, block)
+        means, keys = key_means(frame, k), ends(frame, q.shape[0])
         mean_tail = tail.astype(jnp.float32).sum(1, keepdims=True)
-        mean_tail /= jnp.maximum(real.sum(-1), 1)[:, None, None, None]
-        there = jnp.arange(grid.num_k) <= grid.last[:, None, None]  # [B, 1, n_k]
+        mean_tail /= jnp.maximum(where[1].sum(-1), 1)[:, None, None, None]
+        there = np.arange(frame.num_k) * block < jnp.maximum(keys, 1)[:, None, None]
         guess = jnp.where(there, _pooled(mean_tail, means)[:, :, 0], -jnp.inf)
         aware = _divergence(jax.nn.softmax(guess, -1), vertical) < self.tau  # [B, H]
 
-        columns = self._taken(column, vertical, aware, grid)
-        diagonals = self._taken(diagonal, slash, aware, grid)
-        wanted = columns[:, :, None] | along(diagonals, grid.distance)
-        score = vertical[:, :, None] + along(slash, grid.distance)
+        columns = self._taken(column, vertical, aware, keys)
+        diagonals = self._taken(diagonal, slash, aware, keys)
+        back = distance(frame)
+        wanted = columns[:, :, None] | along(diagonals, back)
+        score = vertical[:, :, None] + along(slash, back)
         if self.tau > 0:
-            rows = block_means(q, grid.end - grid.start, block)
-            pooled = jnp.where(grid.distance >= 0, _pooled(rows, means), -jnp.inf)
-            pooled = jax.nn.softmax(pooled, -1)
-            first = jnp.arange(grid.num_q) * block + grid.start[:, None]
-            live = first < grid.end[:, None]
-            pooled = jnp.where(live[:, None, :, None], pooled, 0)
-            wanted |= self._covered(pooled, aware, live.sum(-1))
+            pooled = _pooled(query_means(frame, q), means)
+            pooled = jax.nn.softmax(jnp.where(back >= 0, pooled, -jnp.inf), -1)
+            pooled = jnp.where(frame.padding[..., None], 0, pooled)
+            live = frame.num_q - frame.padding[:, 0].sum(-1)  # [1 or B]
+            wanted |= self._covered(pooled, aware, live)
             score = jnp.where(aware[..., None, None], pooled, score)
-        return to_lists(
-            score,
-            wanted,
-            jnp.arange(grid.num_k) == 0,
-            grid,
-            always=2,
-            keep_ratio=self.keep_ratio,
-            max_blocks=self.max_blocks,
-        )
+        return _choose.choose(self, frame, score, wanted, _FORCED)
 
     def density(self, total: int, **place: Any) -> float | None:
         """See `Selector.density`."""
-        del place
-        if self.keep_ratio is not None:
-            return ratio_density(
-                total, self.block_size, self.keep_ratio, 2, self.max_blocks
-            )
-        return None
+        return _choose.ratio_density(self, total, _FORCED)
 
     def _taken(
-        self, mass: jax.Array, blocks: jax.Array, aware: jax.Array, grid: Grid
+        self, mass: jax.Array, blocks: jax.Array, aware: jax.Array, keys: jax.Array
     ) -> jax.Array:
-        """bool `[B, H, n_k]`: columns, or diagonals, of each head."""
-        size = grid.block
+        """bool `[B, H, num_k]`: columns, or diagonals, of each head."""
+        size, count = self.block_size, blocks.shape[-1]
         held = jnp.cumsum(-jnp.sort(-mass, -1), -1)
         # Keys that are not there have no mass and would count where gamma is 1.
-        there = jnp.arange(mass.shape[-1]) < grid.end[:, None, None]
+        there = np.arange(mass.shape[-1]) < keys[:, None, None]
         needed = ((held <= self.gamma) & there).sum(-1, dtype=jnp.int32) + 1
         least = -(-(self.min_budget or 1) // size)
-        most = min(-(-(self.max_budget or 2**31 - 1) // size), grid.num_k)
-        budget = jnp.clip(jnp.where(aware, 0, needed // size + 1), least, None)
+        most = -(-(self.max_budget or count * size) // size)
+        budget = jnp.where(aware, least, jnp.maximum(needed // size + 1, least))
         # The first block, and the diagonal, come before all others.
-        priority = blocks.at[..., 0].set(jnp.inf)
-        return best(priority, jnp.minimum(budget, most), grid.num_k)
+        return _choose.best(blocks.at[..., 0].set(jnp.inf), jnp.minimum(budget, most))
 
     def _covered(
-        self, pooled: jax.Array, aware: jax.Array, rows: jax.Array
+        self, pooled: jax.Array, aware: jax.Array, live: jax.Array
     ) -> jax.Array:
-        """bool `[B, H, n_q, n_k]`: greatest entries of query-aware heads."""
+        """bool `[B, H, num_q, num_k]`: greatest entries of query-aware heads."""
         shape = pooled.shape
-        bound = jnp.broadcast_to(self.gamma * rows[:, None], shape[:2])
+        bound = jnp.broadcast_to(self.gamma * live[:, None], shape[:2])
 
         def head(args: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-            def entries(flat: jax.Array) -> jax.Array:
-                held = jnp.cumsum(-jnp.sort(-flat))
-                count = (held <= bound).sum(dtype=jnp.int32)
-                return best(flat, count, flat.size) & (flat > 0)
-
             flat, aware, bound = args
+
+            def entries(flat: jax.Array) -> jax.Array:
+                order = jnp.argsort(-flat)
+                kept = jnp.cumsum(flat[order]) <= bound
+                return (jnp.zeros_like(kept).at[order].set(kept)) & (flat > 0)
+
             return jax.lax.cond(
                 aware, entries, lambda x: jnp.zeros(x.shape, bool), flat
             )

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from angeljax.attention._grid import CHUNK_BYTES, block_means, in_blocks
+from angeljax.attention._estimate import block_means, chunk, in_blocks
 from pallas_kernels import BlockLists
 
 
@@ -47,7 +47,7 @@ def mean_correction(
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from angeljax.attention.mean_correction import mean_correction
+      >>> from angeljax.attention import mean_correction
       >>> from pallas_kernels import BlockLists, block_sparse_attention
       >>> q = jax.random.normal(jax.random.key(0), (1, 128, 2, 16))
       >>> k = jnp.repeat(q[:, ::32], 32, axis=1)  # alike within each block
@@ -78,7 +78,14 @@ def mean_correction(
     num_k = -(-size // block)
     offset = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (batch,))
     # Keys past the last query are not there yet; their means would spoil the sum.
-    mean_k, mean_v = (block_means(x, offset + t, block).astype(x.dtype) for x in (k, v))
+    there = jnp.arange(size) < (offset + t)[:, None]
+    count = in_blocks(there, block).sum(2)
+    mean_k, mean_v = (
+        block_means(jnp.where(there[..., None, None], x, 0), block, count).astype(
+            x.dtype
+        )
+        for x in (k, v)
+    )
     ends = jnp.minimum((jnp.arange(num_k) + 1) * block, size)  # one past the last key
     copies = jnp.log((ends - jnp.arange(num_k) * block).astype(jnp.float32))
     left = lists.to_mask(num_k)
@@ -119,11 +126,10 @@ def mean_correction(
         x = jnp.moveaxis(x, 0, 1)
         return x.reshape(batch, -1, heads, *x.shape[5:])[:, :t]
 
-    at_once = CHUNK_BYTES // (4 * batch * heads * rows * num_k)
     # Weights are computed again for the gradient, so that they are never all there.
     y, lse = jax.lax.map(
         jax.checkpoint(one),
         (jnp.arange(len(left)), left, *map(split, (q, y, lse.swapaxes(1, 2)))),
-        batch_size=max(1, min(at_once, len(left))),
+        batch_size=chunk(4 * batch * heads * rows * num_k, len(left)),
     )
     return join(y), join(lse).swapaxes(1, 2)

@@ -11,13 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from angeljax.attention._grid import (
+from angeljax.attention import _choose
+from angeljax.attention._estimate import (
     along,
+    distance,
+    ends,
     last_queries,
-    make_grid,
     split_last,
     tail_mass,
 )
+from angeljax.attention._frame import make_frame
 from angeljax.attention._patterns import (
     DEFAULT,
     KINDS,
@@ -25,7 +28,6 @@ from angeljax.attention._patterns import (
     check_pattern,
     read_patterns,
 )
-from angeljax.attention._rows import best, check_options, ratio_density, to_lists
 from angeljax.attention._selector import Place
 from pallas_kernels import BlockLists
 
@@ -68,12 +70,13 @@ class MInference:
       keep_ratio: keep this share of the causal blocks of each row in place of the
         budgets, by the sum of column and slash mass; stream heads the first n keys,
         then the nearest.
-      max_blocks: most blocks of a row, by the same scores; the width of the lists.
+      max_blocks: most blocks of a row, by the same scores; the width of the lists. With
+        either of the two, stream heads too read the first and nearest blocks that other
+        heads always do.
 
     Example:
       >>> import jax
-      >>> from angeljax.attention._selector import Place
-      >>> from angeljax.attention.minference import MInference
+      >>> from angeljax.attention import MInference, Place
       >>> q = jax.random.normal(jax.random.key(0), (1, 512, 2, 16))
       >>> heads = (("stream_llm", 64, 1), ("vertical_and_slash", 512, 512))
       >>> selector = MInference(patterns=(heads,), block_size=64)
@@ -101,7 +104,7 @@ class MInference:
             raise ValueError(
                 "patterns must have the same number of heads in each layer"
             )
-        check_options(self, lambda: self._always)
+        _choose.check(self, lambda: self._forced)
 
     @classmethod
     def from_json(
@@ -136,75 +139,49 @@ class MInference:
         self, q: jax.Array, k: jax.Array, v: jax.Array, place: Place
     ) -> BlockLists:
         """See `Selector.select`."""
-        del v
         block = self.block_size
-        grid = make_grid(q, k, place, block)
+        frame = make_frame(q, k, v, place, block)
         stream, first_size, near_size = self._heads(q.shape[2], place)
-        # Zeros: a weight of 0 times NaN would be NaN.
-        real = jnp.arange(k.shape[1]) < grid.end[:, None]
-        k = jnp.where(real[..., None, None], k, 0)
-        tail, *where = last_queries(q, grid, _QUERIES)
+        k, keys = frame.real_keys(k), ends(frame, q.shape[0])[:, None]
+        tail, *where = last_queries(frame, q, _QUERIES)
         column, diagonal = tail_mass(tail, k, *where)
-        blocks, distance = jnp.arange(grid.num_k), grid.distance
+        blocks, back = jnp.arange(frame.num_k), distance(frame)
 
         # What is always in: of stream heads that is the whole pattern.
-        first, near = self._always_blocks
-        sink = jnp.where(stream, -(-first_size // block), first)
-        local = jnp.where(stream, (near_size + block - 2) // block + 1, near)
-        sink, local = blocks < sink[:, None], blocks < local[:, None]  # [H, n_k]
+        first, near = map(jnp.asarray, self._forced)
+        first = jnp.where(stream, -(-first_size // block), first)
+        near = jnp.where(stream, (near_size + block - 2) // block + 1, near)
+        sink, local = (blocks < n[:, None] for n in (first, near))  # [H, num_k]
         vertical = jnp.where(
             stream[:, None], 2.0 * sink, split_last(column, block).sum(-1)
         )
         slash = jnp.where(
-            stream[:, None], 1 / (1.0 + blocks), _split(split_last(diagonal, block))
+            stream[:, None], 1 / (1.0 + blocks), _shares(split_last(diagonal, block))
         )
 
-        def heaviest(mass: jax.Array, always: jax.Array, size: jax.Array, least: int):
-            size = jnp.minimum(jnp.maximum(size, least), grid.end[:, None])
+        def heaviest(
+            mass: jax.Array, always: jax.Array, size: jax.Array, least: int
+        ) -> jax.Array:
+            size = jnp.minimum(jnp.maximum(size, least), keys)
             budget = jnp.where(stream, 0, -(-size // block))  # [B, H]
-            priority = jnp.where(always, jnp.inf, mass)
-            return always | best(priority, budget, grid.num_k)
+            return always | _choose.best(jnp.where(always, jnp.inf, mass), budget)
 
         columns = heaviest(vertical, sink, first_size, _LEAST[0])
         diagonals = heaviest(slash, local, near_size, _LEAST[1])
-        forced = (blocks < first) | (distance < near)
-        return to_lists(
-            vertical[:, :, None] + along(slash, distance),
-            columns[:, :, None] | along(diagonals, distance),
-            forced & ~stream[:, None, None],
-            grid,
-            always=self._always,
-            keep_ratio=self.keep_ratio,
-            max_blocks=self.max_blocks,
-        )
+        score = vertical[:, :, None] + along(slash, back)
+        wanted = columns[:, :, None] | along(diagonals, back)
+        if self.keep_ratio is None and self.max_blocks is None:
+            # Stream heads may be narrower than what others always read.
+            return _choose.choose(self, frame, score, wanted, (0, 1))
+        return _choose.choose(self, frame, score, wanted, self._forced)
 
     def density(self, total: int, **place: Any) -> float | None:
         """See `Selector.density`."""
-        if self.keep_ratio is None:
-            return None
-        rows, layer = self.patterns or ((self.pattern,),), place.get("layer")
-        rows = rows if layer is None or len(rows) == 1 else rows[layer : layer + 1]
-        # Stream heads have no block that is always in but the diagonal.
-        always = [
-            1 if kind == "stream_llm" else self._always
-            for row in rows
-            for kind, *_ in row
-        ]
-        shares = {
-            n: ratio_density(
-                total, self.block_size, self.keep_ratio, n, self.max_blocks
-            )
-            for n in set(always)
-        }
-        return sum(shares[n] for n in always) / len(always)
+        return _choose.ratio_density(self, total, self._forced)
 
     @property
-    def _always(self) -> int:
-        return sum(self._always_blocks)
-
-    @property
-    def _always_blocks(self) -> tuple[int, int]:
-        """Columns and diagonals that hold the first 30 keys and the nearest 100."""
+    def _forced(self) -> tuple[int, int]:
+        """First and last blocks with the first 30 keys and the nearest 100."""
         return -(-_SINK // self.block_size), -(-(_LOCAL - 1) // self.block_size) + 1
 
     def _heads(self, heads: int, place: Place) -> tuple[jax.Array, ...]:
@@ -217,19 +194,17 @@ class MInference:
         layer = place.layer if self.patterns else 0
         if isinstance(layer, int) and not 0 <= layer < len(table):
             raise ValueError(f"layer={layer}: patterns have {len(table)} layers")
-        first, there = place.first_head, table.shape[1]
-        if not self.patterns or (first is None and heads == there):
-            first = 0
-        if first is None or (isinstance(first, int) and first + heads > there):
+        first, there = place.first_head if self.patterns else 0, table.shape[1]
+        if there % heads or (isinstance(first, int) and first + heads > there):
             raise ValueError(
-                f"patterns have {there} heads and q has {heads}: use the table of this "
-                "model, and Place.first_head where the heads are split"
+                f"patterns have {there} heads and q has {heads} from {first} on: use "
+                "the table of this model, and Place.first_head where heads are split"
             )
         row = jax.lax.dynamic_slice_in_dim(jnp.asarray(table)[layer], first, heads)
         return row[:, 0] == 1, row[:, 1], row[:, 2]
 
 
-def _split(mass: jax.Array) -> jax.Array:
+def _shares(mass: jax.Array) -> jax.Array:
     """Mass of distances `[..., n, block]` as that of block diagonals `[..., n]`."""
     part = jnp.arange(mass.shape[-1]) / mass.shape[-1]
     here, beyond = (mass * (1 - part)).sum(-1), (mass * part).sum(-1)

@@ -91,7 +91,7 @@ def update_pages(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from angeljax.attention.quest import init_pages, update_pages
+      >>> from angeljax.attention import init_pages, update_pages
       >>> k = jnp.arange(6.0).reshape(1, 6, 1, 1)
       >>> pages = init_pages(jnp.zeros((1, 1, 8, 1)), page_size=4)
       >>> pages = update_pages(pages, k, 0)
@@ -253,7 +253,7 @@ def quest_attention(
 
     Example:
       >>> import jax
-      >>> from angeljax.attention.quest import init_pages, quest_attention, update_pages
+      >>> from angeljax.attention import init_pages, quest_attention, update_pages
       >>> k = jax.random.normal(jax.random.key(0), (1, 2, 64, 16))
       >>> q = jax.random.normal(jax.random.key(1), (1, 1, 4, 16))
       >>> pages = update_pages(init_pages(k), k.swapaxes(1, 2), 0)

@@ -8,14 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from angeljax.attention._grid import (
-    CHUNK_BYTES,
-    Grid,
-    block_means,
-    make_grid,
-)
-from angeljax.attention._rows import check_options, ratio_density, to_lists
+from angeljax.attention import _choose, _options
+from angeljax.attention._estimate import chunk, query_means
+from angeljax.attention._frame import Frame, make_frame
 from angeljax.attention._selector import Place
 from pallas_kernels import BlockLists
 
@@ -37,110 +34,95 @@ class VecAttention:
     Attributes:
       threshold: from 0 (all blocks) to 1 (the best key alone).
       block_size: rows of a block.
-      sink: first tokens that are always read, in whole blocks; the original has one
-        query block.
-      window: nearest tokens that are always read, in whole blocks.
+      sink_tokens: first tokens that are always read, in whole blocks; the original has
+        one query block.
+      window_tokens: tokens before the query block that are always read, in whole
+        blocks.
       keep_ratio: keep this share of the causal blocks of each row, by their best key,
         in place of the threshold.
       max_blocks: most blocks of a row, by their best key; the width of the lists.
 
     Example:
       >>> import jax
-      >>> from angeljax.attention._selector import Place
-      >>> from angeljax.attention.vecattention import VecAttention
+      >>> from angeljax.attention import Place, VecAttention
       >>> q = jax.random.normal(jax.random.key(0), (1, 512, 4, 16))
-      >>> selector = VecAttention(block_size=64, window=64, threshold=0.0)
+      >>> selector = VecAttention(block_size=64, window_tokens=64, threshold=0.0)
       >>> selector.select(q, q, q, Place()).counts[0, 0].tolist()
       [1, 2, 3, 4, 5, 6, 7, 8]
     """
 
     threshold: float = 0.1
     block_size: int = 128
-    sink: int = 64
-    window: int = 1024
+    sink_tokens: int = 64
+    window_tokens: int = 1024
     keep_ratio: float | None = None
     max_blocks: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"threshold must be from 0 to 1, not {self.threshold!r}")
-        for name in ("sink", "window"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 0:
-                raise ValueError(f"{name} must be an integer from 0 on, not {value!r}")
-        check_options(self, lambda: self._always)
+        for name in ("sink_tokens", "window_tokens"):
+            _options.integer(self, name, 0)
+        _choose.check(self, lambda: self._forced)
 
     def select(
         self, q: jax.Array, k: jax.Array, v: jax.Array, place: Place
     ) -> BlockLists:
         """See `Selector.select`."""
-        del v
-        grid = make_grid(q, k, place, self.block_size)
-        score = best_key_scores(q, k, grid)
+        frame = make_frame(q, k, v, place, self.block_size)
+        best = best_key_scores(frame, q, frame.real_keys(k))
+        top = best.max(-1, keepdims=True)
         gap = -math.log(self.threshold) if self.threshold else math.inf
-        forced = (jnp.arange(grid.num_k) < self._sink) | (grid.distance < self._window)
-        return to_lists(
-            score,
-            score + gap >= score.max(-1, keepdims=True),
-            forced,
-            grid,
-            always=self._always,
-            keep_ratio=self.keep_ratio,
-            max_blocks=self.max_blocks,
-        )
+        # How far from the best, turned round: from 0 on, as scores must be.
+        low = jnp.where(jnp.isfinite(best), best, jnp.inf).min(-1, keepdims=True)
+        score = jnp.where(jnp.isfinite(best), best - low, 0)
+        return _choose.choose(self, frame, score, best + gap >= top, self._forced)
 
     def density(self, total: int, **place: Any) -> float | None:
         """See `Selector.density`."""
-        del place
-        if self.keep_ratio is not None:
-            return ratio_density(
-                total, self.block_size, self.keep_ratio, self._always, self.max_blocks
-            )
-        return 1.0 if not self.threshold and self.max_blocks is None else None
+        if not self.threshold and self.keep_ratio is None and self.max_blocks is None:
+            return 1.0
+        return _choose.ratio_density(self, total, self._forced)
 
     @property
-    def _sink(self) -> int:
-        return max(1, -(-self.sink // self.block_size))
-
-    @property
-    def _window(self) -> int:
-        # The band begins that many tokens before the query block.
-        return 1 + -(-self.window // self.block_size)
-
-    @property
-    def _always(self) -> int:
-        return self._sink + self._window
+    def _forced(self) -> tuple[int, int]:
+        """First and last blocks that are always read."""
+        block = self.block_size
+        # The window begins that many tokens before the query block.
+        return max(1, -(-self.sink_tokens // block)), 1 - (-self.window_tokens // block)
 
 
-def best_key_scores(q: jax.Array, k: jax.Array, grid: Grid) -> jax.Array:
-    """float32 `[B, H, n_q, n_k]`: greatest score of a key of each block.
+def best_key_scores(frame: Frame, q: jax.Array, k: jax.Array) -> jax.Array:
+    """float32 `[B, H, num_q, num_k]`: greatest score of a key of each block.
 
-    Keys ahead of the last query of a block do not count; a block without any other has
-    the lowest number there is.
+    Keys ahead of the last query of a block do not count; -inf without any other.
+
+    Args:
+      frame: of the call.
+      q: `[B, T, H, D]`.
+      k: `[B, S, Hkv, D]`, zeros in rows that are not real.
     """
     batch, _, heads, dim = q.shape
-    kv_heads, size = k.shape[2], k.shape[1]
-    means = block_means(q, grid.end - grid.start, grid.block).astype(q.dtype)
-    means = means.reshape(*means.shape[:2], kv_heads, -1, dim)
-    low = jnp.finfo(jnp.float32).min
+    size, kv_heads = k.shape[1:3]
+    means = query_means(frame, q).astype(q.dtype)
+    means = means.reshape(batch, frame.num_q, kv_heads, -1, dim)
+    keys = jnp.reshape(jnp.asarray(frame.keys), (-1, 1))
 
     def one(args: tuple[jax.Array, jax.Array]) -> jax.Array:
-        mean, own = args
+        mean, row = args
         x = jnp.einsum(
             "bngd,bsnd->bngs", mean, k,
             precision="highest", preferred_element_type=jnp.float32,
         )  # fmt: skip
-        seen = jnp.arange(size) < jnp.minimum((own + 1) * grid.block, grid.end)[:, None]
-        x = jnp.where(seen[:, None, None], x * dim**-0.5, low)
-        tail = ((0, 0),) * 3 + ((0, -size % grid.block),)
-        x = jnp.pad(x, tail, constant_values=low)
-        x = x.reshape(*x.shape[:3], grid.num_k, grid.block).max(-1)
-        return x.reshape(batch, heads, grid.num_k)
+        end = jnp.minimum((row[:, None] + 1) * frame.block, keys)
+        seen = np.arange(size) < end
+        x = jnp.where(seen[:, None, None], x * dim**-0.5, -jnp.inf)
+        tail = ((0, 0),) * 3 + ((0, frame.num_k * frame.block - size),)
+        x = jnp.pad(x, tail, constant_values=-jnp.inf)
+        x = x.reshape(*x.shape[:3], frame.num_k, frame.block).max(-1)
+        return x.reshape(batch, heads, frame.num_k)
 
-    at_once = CHUNK_BYTES // (4 * batch * heads * size)
-    score = jax.lax.map(
-        one,
-        (jnp.moveaxis(means, 1, 0), grid.own.T),
-        batch_size=max(1, min(at_once, grid.num_q)),
-    )
+    rows = jnp.asarray(frame.rows).T
+    at_once = chunk(4 * batch * heads * size, frame.num_q)
+    score = jax.lax.map(one, (jnp.moveaxis(means, 1, 0), rows), batch_size=at_once)
     return jnp.moveaxis(score, 0, 2)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from angeljax.attention._selector import Place
-from angeljax.attention.flashprefill import FlashPrefill
+from angeljax.attention import FlashPrefill
 from tests.attention._prompts import (
     DIM,
     HEADS,
@@ -19,7 +17,12 @@ from tests.attention._prompts import (
 )
 
 BLOCK = 16
-OPTIONS = {"block_size": BLOCK, "sink": 16, "window": 32, "last_n_block_full": 1}
+OPTIONS = {
+    "block_size": BLOCK,
+    "sink_tokens": 16,
+    "window_tokens": 32,
+    "last_blocks": 1,
+}
 
 
 def _scores(q: np.ndarray, k: np.ndarray) -> np.ndarray:
@@ -82,23 +85,17 @@ def test_budgets_against_the_oracle(options):
 
 def test_chunks_are_one_shot():
     q, k, v = prompt(3, rows=96, batch=1)
-    selector = FlashPrefill(alpha=0.6, **OPTIONS)
-    whole = selector.select(q, k, v, Place()).to_mask(6)
-    np.testing.assert_array_equal(chunks(selector, q, k, v, 32, 96), whole)
-    # One query block at a time: the bound on memory decides how many there are.
-    assert np.asarray(whole).sum() < whole.shape[1] * 21
+    mask = chunks(FlashPrefill(alpha=0.6, **OPTIONS), q, k, v, 32, 96)
+    expected = _mask(np.asarray(q[0]), np.asarray(k[0]), 0, alpha=0.6)
+    np.testing.assert_array_equal(mask[0], expected)
 
 
-def test_alpha_zero_is_dense_and_options_are_checked():
-    q, k, v = prompt()
-    lists = FlashPrefill(alpha=0.0, **OPTIONS).select(q, k, v, Place())
-    assert (lists.counts == jnp.arange(1, 7)).all()
+def test_options():
     assert FlashPrefill(alpha=0.0).density(4096) == 1
+    assert FlashPrefill().density(4096) is None
     for wrong in (
-        {"alpha": 2.0}, {"sink": -1}, {"block_size": 0}, {"keep_ratio": 0.0},
+        {"alpha": 2.0}, {"sink_tokens": -1}, {"block_size": 0}, {"keep_ratio": 0.0},
         {"max_blocks": 2},
     ):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(wrong))):
             FlashPrefill(**wrong)
-    with pytest.raises(ValueError, match="q_offset=8"):
-        FlashPrefill(**OPTIONS).select(q[:, :16], k, v, Place(q_offset=8))

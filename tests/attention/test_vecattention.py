@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from angeljax.attention._selector import Place
-from angeljax.attention.vecattention import VecAttention
+from angeljax.attention import VecAttention
 from tests.attention._prompts import (
     DIM,
     HEADS,
@@ -18,7 +17,7 @@ from tests.attention._prompts import (
 )
 
 BLOCK = 16
-OPTIONS = {"block_size": BLOCK, "sink": 10, "window": 16}
+OPTIONS = {"block_size": BLOCK, "sink_tokens": 10, "window_tokens": 16}
 
 
 def _mask(q, k, start, threshold=0.1, ratio=None):
@@ -58,13 +57,13 @@ def test_against_the_oracle(options):
 
 def test_chunks_are_one_shot():
     q, k, v = prompt(3, rows=96, batch=1)
-    selector = VecAttention(threshold=0.6, **OPTIONS)
-    whole = selector.select(q, k, v, Place()).to_mask(6)
-    np.testing.assert_array_equal(chunks(selector, q, k, v, 32, 96), whole)
+    mask = chunks(VecAttention(threshold=0.6, **OPTIONS), q, k, v, 32, 96)
+    expected = _mask(np.asarray(q[0]), np.asarray(k[0]), 0, threshold=0.6)
+    np.testing.assert_array_equal(mask[0], expected)
 
 
 def test_options():
     assert VecAttention(threshold=0.0).density(999) == 1
-    for wrong in ({"threshold": -1.0}, {"window": -1}, {"max_blocks": 9}):
+    for wrong in ({"threshold": -1.0}, {"window_tokens": -1}, {"max_blocks": 9}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             VecAttention(**wrong)
