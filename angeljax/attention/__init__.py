@@ -2,8 +2,10 @@
 
 from angeljax.attention._registry import selector, selector_names
 from angeljax.attention._selector import Place, Selector
+from angeljax.attention.cosa import CoSA
 from angeljax.attention.flashprefill import FlashPrefill
 from angeljax.attention.flexprefill import FlexPrefill
+from angeljax.attention.hybrid import Hybrid
 from angeljax.attention.mean_correction import mean_correction
 from angeljax.attention.minference import MInference
 from angeljax.attention.quest import (
@@ -15,13 +17,16 @@ from angeljax.attention.quest import (
 from angeljax.attention.static import AShape, Dense, Dilated, Strided, TriShape
 from angeljax.attention.stem import Stem
 from angeljax.attention.vecattention import VecAttention
+from angeljax.attention.xattention import XAttention
 
 __all__ = [
     "AShape",
+    "CoSA",
     "Dense",
     "Dilated",
     "FlashPrefill",
     "FlexPrefill",
+    "Hybrid",
     "KeyPages",
     "MInference",
     "Place",
@@ -30,6 +35,7 @@ __all__ = [
     "Strided",
     "TriShape",
     "VecAttention",
+    "XAttention",
     "init_pages",
     "mean_correction",
     "quest_attention",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 from angeljax.attention._selector import Selector
@@ -12,15 +13,18 @@ from angeljax.attention._selector import Selector
 # Name -> module of this package and class; a module is imported when it is asked for.
 _SELECTORS = {
     "a_shape": ("static", "AShape"),
+    "cosa": ("cosa", "CoSA"),
     "dense": ("static", "Dense"),
     "dilated": ("static", "Dilated"),
     "flashprefill": ("flashprefill", "FlashPrefill"),
     "flexprefill": ("flexprefill", "FlexPrefill"),
+    "hybrid": ("hybrid", "Hybrid"),
     "minference": ("minference", "MInference"),
     "stem": ("stem", "Stem"),
     "strided": ("static", "Strided"),
     "tri_shape": ("static", "TriShape"),
     "vecattention": ("vecattention", "VecAttention"),
+    "xattention": ("xattention", "XAttention"),
 }
 
 
@@ -38,7 +42,8 @@ def selector(name: str, **options: Any) -> Selector:
 
     Args:
       name: one of `selector_names()`.
-      **options: its fields; lists become tuples, as YAML has no tuples.
+      **options: its fields. Lists become tuples, and mappings with a `name` the
+        selectors that they describe, as YAML has neither.
 
     Returns:
       The selector.
@@ -66,7 +71,14 @@ def selector(name: str, **options: Any) -> Selector:
                 f"{name} has no option {option!r}: {_near(option, fields)}it has "
                 f"{', '.join(fields)}"
             )
-    return cls(**{key: _tuples(value) for key, value in options.items()})
+    missing = [
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.default is dataclasses.MISSING and field.name not in options
+    ]
+    if missing:
+        raise ValueError(f"{name} needs {' and '.join(missing)}")
+    return cls(**{key: _resolved(value) for key, value in options.items()})
 
 
 def _near(name: Any, known: Any) -> str:
@@ -74,5 +86,9 @@ def _near(name: Any, known: Any) -> str:
     return f"did you mean {' or '.join(near)}? " if near else ""
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+def _resolved(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        if "name" not in value:
+            raise ValueError(f"{dict(value)} describes no selector: it needs a name")
+        return selector(**value)
+    return tuple(map(_resolved, value)) if isinstance(value, list | tuple) else value

@@ -81,10 +81,13 @@ class Stem:
       >>> import jax
       >>> from angeljax.attention import Place, Stem
       >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 1024, 2, 16))
-      >>> stem = Stem(block_size=64, keep_ratio=0.25, dense_layers=0)
+      >>> stem = Stem(
+      ...     block_size=64, keep_ratio=0.5, budget_mode="density",
+      ...     dense_layers=0, sink_blocks=1, window_blocks=2,
+      ... )
       >>> lists = stem.select(q, k, v, Place())
-      >>> lists.indices.shape, int(lists.counts.max())
-      ((1, 2, 16, 12), 12)
+      >>> lists.indices.shape, stem.density(1024), int(lists.counts[0, 0].sum())
+      ((1, 2, 16, 6), 0.5, 68)
     """
 
     block_size: int = 128
