@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,9 +15,46 @@ from angeljax.attention._frame import Frame, strided
 CHUNK_BYTES = 2**28
 
 
-def chunk(bytes_of_one: int, count: int) -> int:
-    """How many query blocks may be scored at once."""
-    return max(1, min(CHUNK_BYTES // max(bytes_of_one, 1), count))
+def by_parts(
+    part: Callable[[jax.Array, int], Any], count: int, bytes_of_one: int
+) -> Any:
+    """A function of query blocks, some of them at a time.
+
+    Args:
+      part: `(first, size)`, first traced and size static, gives arrays whose leading
+        axis is the blocks `first` to `first + size`.
+      count: query blocks.
+      bytes_of_one: what the function holds for one of them.
+
+    Returns:
+      The arrays for all blocks.
+    """
+    size = max(1, min(CHUNK_BYTES // max(bytes_of_one, 1), count))
+    parts = -(-count // size)
+    if parts == 1:
+        return part(jnp.int32(0), size)
+    # The last part begins early where it would not be whole.
+    first = jnp.minimum(jnp.arange(parts, dtype=jnp.int32) * size, count - size)
+    found = jax.lax.map(lambda first: part(first, size), first)
+
+    def join(x: jax.Array) -> jax.Array:
+        whole = x[:-1].reshape(-1, *x.shape[2:])
+        return jnp.concatenate([whole, x[-1, parts * size - count :]])
+
+    return jax.tree.map(join, found)
+
+
+def rows_of_part(x: jax.Array, first: Any, size: int, rows: int = 1) -> jax.Array:
+    """`[B, size, rows, ...]`: some blocks of `[B, blocks * rows, ...]`."""
+    x = jax.lax.dynamic_slice_in_dim(x, first * rows, size * rows, axis=1)
+    return x.reshape(x.shape[0], size, rows, *x.shape[2:])
+
+
+def whole_blocks(x: jax.Array, block: int) -> jax.Array:
+    """`[B, rows, ...]` with zeros up to a multiple of the block."""
+    pad = [(0, 0)] * x.ndim
+    pad[1] = 0, -x.shape[1] % block
+    return jnp.pad(x, pad)
 
 
 def in_blocks(x: jax.Array, block: int) -> jax.Array:

@@ -10,7 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from angeljax.attention import _choose, _options
-from angeljax.attention._estimate import chunk, in_blocks, key_means
+from angeljax.attention._estimate import (
+    by_parts,
+    key_means,
+    rows_of_part,
+    whole_blocks,
+)
 from angeljax.attention._frame import Frame, make_frame
 from angeljax.attention._selector import Place
 from pallas_kernels import BlockLists
@@ -107,30 +112,29 @@ def mean_key_scores(frame: Frame, q: jax.Array, k: jax.Array) -> jax.Array:
       q: `[B, T, H, D]`.
       k: `[B, S, Hkv, D]`, zeros in rows that are not real.
     """
-    batch, t, heads, dim = q.shape
-    q = frame.real_queries(q).reshape(batch, t, k.shape[2], -1, dim)
-    blocks = jnp.moveaxis(in_blocks(q, frame.block), 1, 0)
+    batch, _, heads, dim = q.shape
+    q = whole_blocks(frame.real_queries(q), frame.block)
+    rows, inside = jnp.asarray(frame.rows), np.arange(frame.block)
     means = key_means(frame, k).astype(q.dtype)
     # The last key of each block must not lie ahead of the query.
     ends = (np.arange(frame.num_k) + 1) * frame.block - 1
-    inside = np.arange(frame.block)
-    keys = jnp.reshape(jnp.asarray(frame.keys), (-1, 1))
+    keys = jnp.reshape(jnp.asarray(frame.keys), (-1, 1, 1))
 
-    def one(args: tuple[jax.Array, jax.Array]) -> jax.Array:
-        queries, row = args
+    def part(first: jax.Array, size: int) -> jax.Array:
+        queries = rows_of_part(q, first, size, frame.block)
         e = jnp.einsum(
-            "brngd,bjnd->bngrj", queries, means,
+            "birngd,bjnd->ibngrj",
+            queries.reshape(*queries.shape[:3], k.shape[2], -1, dim), means,
             precision="highest", preferred_element_type=jnp.float32,
         )  # fmt: skip
-        position = row[:, None] * frame.block + inside
+        position = rows_of_part(rows, first, size) * frame.block + inside
         seen = (ends <= position[..., None]) & (position < keys)[..., None]
-        e = jnp.where(seen[:, None, None], e * dim**-0.5, -jnp.inf)
+        seen = seen.swapaxes(0, 1)[:, :, None, None]
+        e = jnp.where(seen, e * dim**-0.5, -jnp.inf)
         top = e.max((-2, -1), keepdims=True)
         p = jnp.exp(e - jnp.where(jnp.isfinite(top), top, 0)).sum(-2)
         p = p / (p.sum(-1, keepdims=True) + 1e-9)
-        return p.reshape(batch, heads, frame.num_k)
+        return p.reshape(size, batch, heads, frame.num_k)
 
-    rows = jnp.asarray(frame.rows).T
-    size = chunk(4 * batch * heads * frame.block * frame.num_k, frame.num_q)
-    score = jax.lax.map(one, (blocks, rows), batch_size=size)
-    return jnp.moveaxis(score, 0, 2)
+    bytes_of_one = 4 * batch * heads * frame.block * frame.num_k
+    return jnp.moveaxis(by_parts(part, frame.num_q, bytes_of_one), 0, 2)

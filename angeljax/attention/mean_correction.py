@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from angeljax.attention._estimate import block_means, chunk, in_blocks
+from angeljax.attention._estimate import (
+    block_means,
+    by_parts,
+    in_blocks,
+    rows_of_part,
+    whole_blocks,
+)
 from pallas_kernels import BlockLists
 
 
@@ -86,50 +93,49 @@ def mean_correction(
         )
         for x in (k, v)
     )
-    ends = jnp.minimum((jnp.arange(num_k) + 1) * block, size)  # one past the last key
-    copies = jnp.log((ends - jnp.arange(num_k) * block).astype(jnp.float32))
-    left = lists.to_mask(num_k)
-    left = jnp.moveaxis(~jnp.repeat(left, heads // left.shape[1], axis=1), 2, 0)
-    left = left.reshape(*left.shape[:2], 1, kv_heads, -1, num_k)
+    counted = np.minimum((np.arange(num_k) + 1) * block, size)  # one past the last key
+    copies = np.log(counted - np.arange(num_k) * block).astype(np.float32)
+    left = ~lists.to_mask(num_k)
+    left = jnp.repeat(left, heads // left.shape[1], axis=1).swapaxes(1, 2)
+    lse = lse.swapaxes(1, 2)
+    wide = [whole_blocks(x, rows) for x in (q, y, lse)]
 
-    def one(args: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
-        i, left, q, y, lse = args
+    # Weights are computed again for the gradient, so that they are never all there.
+    @functools.partial(jax.checkpoint, static_argnums=1)
+    def part(first: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+        q, y, lse = (rows_of_part(x, first, size, rows) for x in wide)
+        q, y = (x.reshape(batch, size, rows, kv_heads, -1, dim) for x in (q, y))
         s = jnp.einsum(
-            "brngd,bjnd->brngj", q, mean_k,
+            "birngd,bjnd->birngj", q, mean_k,
             precision="highest", preferred_element_type=jnp.float32,
         ) * scale  # fmt: skip
         if soft_cap is not None:
             s = soft_cap * jnp.tanh(s / soft_cap)
-        position = offset[:, None] + i * rows + jnp.arange(rows)
-        seen = (ends <= position[..., None] + 1)[:, :, None, None]
+        block_of = first + jnp.arange(size)[:, None]
+        position = offset[:, None, None] + block_of * rows + jnp.arange(rows)
+        seen = (counted <= position[..., None] + 1)[:, :, :, None, None]
+        unread = rows_of_part(left, first, size)
+        unread = unread.reshape(*unread.shape[:3], kv_heads, -1, num_k)
         # A query without keys stays without; the guard keeps its gradient finite.
+        lse = lse.reshape(s.shape[:-1])
         some = jnp.isfinite(lse)
         base = jnp.where(some, lse, 0)
-        s = jnp.where(left & seen & some[..., None], s + copies, -jnp.inf)
+        s = jnp.where(unread & seen & some[..., None], s + copies, -jnp.inf)
         top = jax.lax.stop_gradient(jnp.maximum(base, s.max(-1)))
         own, p = jnp.exp(base - top), jnp.exp(s - top[..., None])
         total = own + p.sum(-1)
         added = jnp.einsum(
-            "brngj,bjnd->brngd", p.astype(v.dtype), mean_v,
+            "birngj,bjnd->birngd", p.astype(v.dtype), mean_v,
             precision="highest", preferred_element_type=jnp.float32,
         )  # fmt: skip
         new = (y.astype(jnp.float32) * own[..., None] + added) / total[..., None]
-        return new.astype(y.dtype), jnp.where(some, top + jnp.log(total), lse)
-
-    def split(x: jax.Array) -> jax.Array:
-        """`[n_q, B, rows, Hkv, G, ...]` of `[B, T, H, ...]`."""
-        return jnp.moveaxis(
-            in_blocks(x.reshape(batch, t, kv_heads, -1, *x.shape[3:]), rows), 1, 0
-        )
+        lse = jnp.where(some, top + jnp.log(total), lse)
+        return new.astype(y.dtype).swapaxes(0, 1), lse.swapaxes(0, 1)
 
     def join(x: jax.Array) -> jax.Array:
-        x = jnp.moveaxis(x, 0, 1)
+        x = x.swapaxes(0, 1)
         return x.reshape(batch, -1, heads, *x.shape[5:])[:, :t]
 
-    # Weights are computed again for the gradient, so that they are never all there.
-    y, lse = jax.lax.map(
-        jax.checkpoint(one),
-        (jnp.arange(len(left)), left, *map(split, (q, y, lse.swapaxes(1, 2)))),
-        batch_size=chunk(4 * batch * heads * rows * num_k, len(left)),
-    )
-    return join(y), join(lse).swapaxes(1, 2)
+    bytes_of_one = 4 * batch * heads * rows * num_k
+    y, lse = map(join, by_parts(part, left.shape[1], bytes_of_one))
+    return y, lse.swapaxes(1, 2)

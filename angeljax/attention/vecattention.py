@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from angeljax.attention import _choose, _options
-from angeljax.attention._estimate import chunk, query_means
+from angeljax.attention._estimate import by_parts, query_means, rows_of_part
 from angeljax.attention._frame import Frame, make_frame
 from angeljax.attention._selector import Place
 from pallas_kernels import BlockLists
@@ -107,22 +107,21 @@ def best_key_scores(frame: Frame, q: jax.Array, k: jax.Array) -> jax.Array:
     means = query_means(frame, q).astype(q.dtype)
     means = means.reshape(batch, frame.num_q, kv_heads, -1, dim)
     keys = jnp.reshape(jnp.asarray(frame.keys), (-1, 1))
+    rows = jnp.asarray(frame.rows)
 
-    def one(args: tuple[jax.Array, jax.Array]) -> jax.Array:
-        mean, row = args
+    def part(first: jax.Array, count: int) -> jax.Array:
         x = jnp.einsum(
-            "bngd,bsnd->bngs", mean, k,
+            "bingd,bsnd->ibngs", rows_of_part(means, first, count)[:, :, 0], k,
             precision="highest", preferred_element_type=jnp.float32,
         )  # fmt: skip
-        end = jnp.minimum((row[:, None] + 1) * frame.block, keys)
-        seen = np.arange(size) < end
-        x = jnp.where(seen[:, None, None], x * dim**-0.5, -jnp.inf)
-        tail = ((0, 0),) * 3 + ((0, frame.num_k * frame.block - size),)
+        ends = (rows_of_part(rows, first, count)[..., 0] + 1) * frame.block
+        ends = jnp.minimum(ends, keys)[..., None]  # [1 or B, count, 1]
+        seen = (np.arange(size) < ends).swapaxes(0, 1)[:, :, None, None]
+        x = jnp.where(seen, x * dim**-0.5, -jnp.inf)
+        tail = ((0, 0),) * 4 + ((0, frame.num_k * frame.block - size),)
         x = jnp.pad(x, tail, constant_values=-jnp.inf)
-        x = x.reshape(*x.shape[:3], frame.num_k, frame.block).max(-1)
-        return x.reshape(batch, heads, frame.num_k)
+        x = x.reshape(*x.shape[:4], frame.num_k, frame.block).max(-1)
+        return x.reshape(count, batch, heads, frame.num_k)
 
-    rows = jnp.asarray(frame.rows).T
-    at_once = chunk(4 * batch * heads * size, frame.num_q)
-    score = jax.lax.map(one, (jnp.moveaxis(means, 1, 0), rows), batch_size=at_once)
+    score = by_parts(part, frame.num_q, 4 * batch * heads * size)
     return jnp.moveaxis(score, 0, 2)

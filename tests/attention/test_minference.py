@@ -16,10 +16,10 @@ from tests.attention._prompts import (
     DIM,
     HEADS,
     KV_HEADS,
-    chunks,
     heaviest,
     prompt,
     softmax,
+    spoil,
 )
 
 BLOCK, ROWS = 32, 400
@@ -75,42 +75,47 @@ def tokens() -> Any:
     return prompt(1, rows=ROWS, batch=1, sharp=0.6)
 
 
-@pytest.mark.parametrize("ratio", [None, 0.6])
-def test_against_the_oracle(tokens, ratio):
-    """Layers and shards of the heads are traced."""
+# As one piece, and as the second of two chunks.
+@pytest.mark.parametrize("ratio, start", [(0.6, 0), (None, 192)])
+def test_against_the_oracle(tokens, ratio, start):
+    """Layers, shards of the heads and chunks are traced."""
     q, k, v = tokens
+    q, end = q[:, start:], ROWS - 7
     other = ((VS, 30, 50),) * HEADS
     selector = MInference(
         patterns=(other, HEAD_PATTERNS), block_size=BLOCK, keep_ratio=ratio
     )
 
-    def select(q: Any, k: Any, layer: Any, head: Any) -> Any:
-        place = Place(layer=layer, first_head=head, lengths=jnp.asarray([ROWS - 7]))
+    def select(q: Any, k: Any, layer: Any, head: Any, start: Any) -> Any:
+        place = Place(
+            layer=layer, first_head=head, q_offset=start, lengths=jnp.asarray([end])
+        )
         return selector.select(q, k, k, place).to_mask(-(-ROWS // BLOCK))
 
-    half, run = HEADS // 2, jax.jit(select)
+    half, run, k_bad = HEADS // 2, jax.jit(select), spoil(k, (end,))
     heads = [
-        run(q[:, :, h * half : (h + 1) * half], k[:, :, h : h + 1], 1, h * half)
+        run(
+            q[:, :, h * half : (h + 1) * half],
+            k_bad[:, :, h : h + 1],
+            1,
+            h * half,
+            start,
+        )
         for h in range(2)
     ]
     mask = np.asarray(jnp.concatenate(heads, 1))[0]
-    q, k = (np.asarray(x[0, : ROWS - 7]) for x in (q, k))
-    np.testing.assert_array_equal(mask, _oracle(q, k, 0, ratio=ratio))
-    share = mask.sum((1, 2)) / (13 * 14 / 2)
-    if ratio is None:
-        assert share[3] == 1 and share[1] < share[0] < share[5] < 1
-    else:
-        np.testing.assert_allclose(share, selector.density(ROWS))
-
-
-def test_a_chunk_is_selected_by_its_own_queries(tokens):
-    q, k, v = (x[:, :384] for x in tokens)
-    selector = MInference(pattern=(VS, 70, 200), block_size=BLOCK)
-    mask = chunks(selector, q, k, v, 192, 384)[0]
     expected = _oracle(
-        np.asarray(q[0, 192:]), np.asarray(k[0]), 192, ((VS, 70, 200),) * HEADS
+        np.asarray(q[0, : end - start]), np.asarray(k[0, :end]), start, ratio=ratio
     )
-    np.testing.assert_array_equal(mask[:, 6:], expected)
+    np.testing.assert_array_equal(mask, expected)
+    share = mask.sum((1, 2))
+    if ratio is None:
+        rows = np.arange(start // BLOCK, 13)
+        assert (
+            share[3] == (rows + 1).sum() and share[1] < share[0] < share[5] < share[3]
+        )
+    else:
+        np.testing.assert_allclose(share / (13 * 14 / 2), selector.density(ROWS))
 
 
 def test_tables(tmp_path):

@@ -11,9 +11,7 @@ from tests.attention._prompts import (
     HEADS,
     KV_HEADS,
     check,
-    chunks,
     heaviest,
-    prompt,
 )
 
 BLOCK = 16
@@ -53,13 +51,6 @@ def test_against_the_oracle(options):
     )
     assert (counts[0, :, 5] < 6).any()
     assert (selector.density(87) is None) == (ratio is None)
-
-
-def test_chunks_are_one_shot():
-    q, k, v = prompt(3, rows=96, batch=1)
-    mask = chunks(VecAttention(threshold=0.6, **OPTIONS), q, k, v, 32, 96)
-    expected = _mask(np.asarray(q[0]), np.asarray(k[0]), 0, threshold=0.6)
-    np.testing.assert_array_equal(mask[0], expected)
 
 
 def test_options():
