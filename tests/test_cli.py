@@ -121,15 +121,12 @@ def test_attention_of_a_recipe_is_used(checkpoint, tmp_path):
     )
     run("compress", "-m", checkpoint, "-r", recipe, "-o", out)
     jax.tree.map(np.testing.assert_array_equal, aj.load(out)[0], aj.load(checkpoint)[0])
-    around = ("--reference", checkpoint, "--length", 80, "--tokens", 160, "--json")
-    found = [
-        json.loads(run("eval", "-m", *more, *around).output)
-        for more in ((checkpoint,), (out,), (checkpoint, "--attention", recipe))
-    ]
-    assert found[0]["kl"] == 0 and found[1]["kl"] > 1e-4 and found[1] == found[2]
-    long = ("generate", "-p", "ab cd " * 12, "--raw", "--max-new-tokens", 2, "--json")
-    texts = [json.loads(run(*long, "-m", m).output)["text"] for m in (out, checkpoint)]
-    assert isinstance(texts[0], str)
+    opened = _workflow.open_model(str(out))
+    assert opened.model.attention_fn == aj.Recipe.load(recipe).attention.attention_fn()
+    args = ("eval", "-m", checkpoint, "--attention", recipe, "--reference", checkpoint)
+    found = run(*args, "--length", 80, "--tokens", 160, "--json")
+    # The reference is dense; a model against itself has a divergence of 0.
+    assert json.loads(found.output)["kl"] > 1e-4
     failed = run(
         "generate", "-m", out, "-p", "a", "--attention", "int8-channel", code=1
     )
