@@ -19,11 +19,13 @@ from angeljax.attention.quest import (
 from angeljax.attention.sparse import sparse_attention
 from angeljax.attention.static import AShape, Dense, Dilated, Strided, TriShape
 from angeljax.attention.stem import Stem
+from angeljax.attention.telemetry import AttentionReport, attention_report
 from angeljax.attention.vecattention import VecAttention
 from angeljax.attention.xattention import XAttention
 
 __all__ = [
     "AShape",
+    "AttentionReport",
     "CoSA",
     "Dense",
     "Dilated",
@@ -42,6 +44,7 @@ __all__ = [
     "TriShape",
     "VecAttention",
     "XAttention",
+    "attention_report",
     "init_pages",
     "mean_correction",
     "quest_attention",
