@@ -102,7 +102,17 @@ def open_checkpoint(path: str | Path) -> Opened:
         else Tokenizer.from_folder(manifest.tokenizer_dir)
     )
     model = LanguageModel(config, jnp.dtype(compute_dtype()), scan_layers)
-    return Opened(model, params, tokenizer, str(path), recipe)
+    opened = Opened(model, params, tokenizer, str(path), recipe)
+    return read_sparsely(opened, recipe)
+
+
+def read_sparsely(opened: Opened, recipe: Recipe | None) -> Opened:
+    """The same with the attention of a recipe, if it has such a section."""
+    if recipe is None or recipe.attention is None:
+        return opened
+    fn = recipe.attention.attention_fn()
+    model = dataclasses.replace(opened.model, attention_fn=fn)
+    return dataclasses.replace(opened, model=model)
 
 
 def abstract_params(source: str) -> tuple[dict[str, Any], Any]:
@@ -182,6 +192,7 @@ def evaluate(
     windows: Any,
     *,
     reference: Any = None,
+    reference_model: LanguageModel | None = None,
     batch_size: int = 4,
     progress: bool | None = None,
 ) -> EvalResult:
@@ -193,6 +204,7 @@ def evaluate(
         params,
         windows,
         reference=reference,
+        reference_fn=None if reference_model is None else reference_model.logits,
         batch_size=batch_size,
         progress=progress,
     )

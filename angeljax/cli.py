@@ -31,6 +31,13 @@ RECIPE_HELP = "A recipe file, or the name of a shipped one (`angeljax recipe lis
 Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
 RecipeFile = Annotated[str, typer.Option("--recipe", "-r", help=RECIPE_HELP)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+Attention = Annotated[
+    str | None,
+    typer.Option(
+        help="A recipe whose section `attention` says how long prompts are read. "
+        "Default: that of the checkpoint, if it has one."
+    ),
+]
 Dtype = Annotated[str, typer.Option(help="Dtype of the weights: bfloat16 or float32.")]
 
 
@@ -150,6 +157,7 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(help="At most so many examples of a task.")
     ] = None,
+    attention: Attention = None,
     dtype: Dtype = "bfloat16",
     as_json: AsJson = False,
 ) -> None:
@@ -162,7 +170,7 @@ def evaluate(
         if text is not None or reference is not None:
             raise ValueError("--tasks goes with neither --text nor --reference")
         examples = _workflow.load_tasks(tasks, limit)
-        loaded = _workflow.open_model(model, dtype=dtype)
+        loaded = _open(model, dtype, attention)
         results = _workflow.evaluate_tasks(
             loaded, loaded.params, examples, progress=False if as_json else None
         )
@@ -173,7 +181,7 @@ def evaluate(
         return
     if limit is not None:
         raise ValueError("--limit goes with --tasks; --tokens limits a text")
-    loaded = _workflow.open_model(model, dtype=dtype)
+    loaded = _open(model, dtype, attention)
     base = None if reference is None else _workflow.open_model(reference, dtype=dtype)
     windows = _workflow.text_windows(loaded, text, length, stride, tokens)
     result = _workflow.evaluate(
@@ -181,6 +189,7 @@ def evaluate(
         loaded.params,
         windows,
         reference=None if base is None else base.params,
+        reference_model=None if base is None else base.model,
         batch_size=batch_size,
         progress=False if as_json else None,
     )
@@ -207,13 +216,14 @@ def generate(
     raw: Annotated[
         bool, typer.Option("--raw", help="Do not wrap the prompt as a chat turn.")
     ] = False,
+    attention: Attention = None,
     dtype: Dtype = "bfloat16",
     as_json: AsJson = False,
 ) -> None:
     """Generate text with a model or a compressed checkpoint."""
     from angeljax import _workflow
 
-    loaded = _workflow.open_model(model, dtype=dtype)
+    loaded = _open(model, dtype, attention)
     start = time.perf_counter()
     text = _workflow.generate(
         loaded,
@@ -404,6 +414,20 @@ def recipe_check(
             str(row["format"] or row["reason"]),
         )
     _print(table)
+
+
+def _open(model: str, dtype: str, attention: str | None) -> Any:
+    """A model that reads its prompts as a recipe says."""
+    from angeljax import _workflow
+    from angeljax.recipe import Recipe
+
+    what = None if attention is None else Recipe.load(attention)
+    if what is not None and what.attention is None:
+        raise ValueError(f"recipe {what.name} has no section `attention`")
+    loaded = _workflow.open_model(model, dtype=dtype)
+    if what is not None:
+        what.check_model(loaded.config_dict)
+    return _workflow.read_sparsely(loaded, what)
 
 
 def _print(what: Any) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from angeljax import _train_options
+from angeljax._attention_options import AttentionOptions
 from angeljax._train_options import Arenas, QATOptions
 from angeljax.formats._activation import ACTIVATIONS
 from angeljax.formats._registry import get_format
@@ -43,7 +44,7 @@ FORMAT_OPTIONS = (
     "shift",
 )
 # Parts of the schema that hold no options yet; a recipe that fills one is refused.
-RESERVED_SECTIONS = ("activations", "kv_cache", "attention", "tokens", "draft")
+RESERVED_SECTIONS = ("activations", "kv_cache", "tokens", "draft")
 
 
 class RecipeError(ValueError):
@@ -224,12 +225,16 @@ class Recipe:
 
     Attributes:
       rules: the first rule that matches a leaf decides; a leaf that none matches stays.
+        There may be none if there is a section `attention`.
       name, description: for people.
       skip: regular expressions of paths that rules without `match` leave alone.
       requires: fields of a model's configuration that this recipe was made for, such as
         {"model_type": "llama"}; checked where the configuration is known.
       arenas: the annealed residual that `angeljax.qat` trains with; in YAML the entry
         `arenas` of the section `train`. None trains without.
+      attention: how the model reads long prompts; `AttentionOptions`, or a mapping of
+        its fields. It changes no weight: `attention.attention_fn()` goes into a
+        `LanguageModel`, and the command line does so by itself. None is dense.
 
     Example:
       >>> import angeljax as aj
@@ -238,20 +243,21 @@ class Recipe:
       True
     """
 
-    rules: Sequence[Rule]
+    rules: Sequence[Rule] = ()
     name: str = ""
     description: str = ""
     skip: Sequence[str] = DEFAULT_SKIP
     # Not part of the hash, so that a recipe has one: `jit` may close over it.
     requires: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     arenas: Arenas | None = None
+    attention: AttentionOptions | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
         if isinstance(self.skip, str):
             raise RecipeError("skip must be a list of regular expressions")
         object.__setattr__(self, "skip", tuple(self.skip))
-        if not self.rules:
+        if not self.rules and self.attention is None:
             raise RecipeError("a recipe needs at least one rule")
         for rule in self.rules:
             if not isinstance(rule, Rule):
@@ -267,6 +273,11 @@ class Recipe:
             object.__setattr__(self, "arenas", Arenas.parse(self.arenas))
         except ValueError as e:
             raise RecipeError(f"train: {e}") from None
+        try:
+            options = AttentionOptions.parse(self.attention)
+        except ValueError as e:
+            raise RecipeError(str(e)) from None
+        object.__setattr__(self, "attention", options)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain YAML / JSON values; `from_dict` restores an equal recipe."""
@@ -282,6 +293,8 @@ class Recipe:
         out["rules"] = [rule.to_dict() for rule in self.rules]
         if self.arenas is not None:
             out["train"] = {"arenas": _train_options.to_dict(self.arenas)}
+        if self.attention is not None:
+            out["attention"] = self.attention.to_dict()
         return out
 
     @classmethod
@@ -301,7 +314,7 @@ class Recipe:
                     f"section {section!r} has no options in this version: remove it "
                     "(weights are described under `rules`)"
                 )
-        rules = data.get("rules")
+        rules = data.get("rules", None if data.get("attention") is None else [])
         if not isinstance(rules, Sequence) or isinstance(rules, str):
             raise RecipeError("a recipe needs a list `rules`")
         fields = {k: v for k, v in data.items() if k in known}

@@ -112,6 +112,27 @@ def test_eval_tasks(checkpoint, tmp_path):
     assert "50.0%" in run(*args).output
 
 
+def test_attention_of_a_recipe_is_used(checkpoint, tmp_path):
+    """It travels with a checkpoint, or comes from an option; weights stay."""
+    recipe, out = tmp_path / "near.yaml", tmp_path / "sparse"
+    recipe.write_text(
+        "attention: {selector: a_shape, dense_below: 0, dense_above: 1, options: "
+        "{block_size: 16, sink_tokens: 16, window_tokens: 1}}"
+    )
+    run("compress", "-m", checkpoint, "-r", recipe, "-o", out)
+    jax.tree.map(np.testing.assert_array_equal, aj.load(out)[0], aj.load(checkpoint)[0])
+    opened = _workflow.open_model(str(out))
+    assert opened.model.attention_fn == aj.Recipe.load(recipe).attention.attention_fn()
+    args = ("eval", "-m", checkpoint, "--attention", recipe, "--reference", checkpoint)
+    found = run(*args, "--length", 80, "--tokens", 160, "--json")
+    # The reference is dense; a model against itself has a divergence of 0.
+    assert json.loads(found.output)["kl"] > 1e-4
+    failed = run(
+        "generate", "-m", out, "-p", "a", "--attention", "int8-channel", code=1
+    )
+    assert "int8-channel has no section `attention`" in failed.output
+
+
 def test_compress_json(checkpoint, tmp_path):
     out = tmp_path / "x"
     args = ("compress", "-m", checkpoint, "-r", "sherry", "-o", out, "--json")

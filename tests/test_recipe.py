@@ -8,6 +8,7 @@ import pytest
 
 import angeljax as aj
 from angeljax._data import configs_dir, recipe_files
+from angeljax.attention import AShape, Dense, Quest
 from angeljax.formats import format_names
 from angeljax.train import TrainConfig
 
@@ -44,7 +45,7 @@ def test_shipped_recipe_loads_round_trips_and_fits(file):
     assert recipe.name == file.stem
     assert aj.Recipe.from_yaml(recipe.to_yaml()) == recipe
     assert aj.Recipe.from_dict(recipe.to_dict()) == recipe
-    assert formats_of(recipe)
+    assert formats_of(recipe) or recipe.attention is not None
 
 
 TRAININGS = sorted((configs_dir() / "train").glob("*.yaml"))
@@ -116,11 +117,28 @@ def test_recipe_is_hashable_by_value_and_frozen():
         ("rules: int8", "list `rules`"),
         ("rules: [int8]", "must be a mapping"),
         ("[1, 2]", "must be a mapping"),
-        ("rules: [{format: int8}]\nattention: {name: stem}", "'attention'"),
+        ("rules: [{format: int8}]\nkv_cache: {name: x}", "'kv_cache'"),
         ("rules: [{format: int8}]\nskip: ['(']", "skip '('"),
         ("rules: [{format: int8}]\nskip: abc", "list of regular expressions"),
         ("rules: [{format: int8}]\nrequires: 3", "requires must be a mapping"),
         ("rules: [{format: int8}", "not valid YAML"),
+        ("attention: {selectr: stem}", "did you mean 'selector'"),
+        ("attention: {selector: stm}", "did you mean stem"),
+        ("attention: {selector: stem, options: {alpa: 1}}", "did you mean alpha"),
+        ("attention: {selector: stem, options: 3}", "options must be a mapping"),
+        ("attention: {selector: stem, options: {alpha: x}}", "alpha must be a number"),
+        ("attention: {}", "attention needs a field 'selector'"),
+        ("attention: {selector: stem, dense_above: 2}", "dense_above must be a number"),
+        ("attention: {selector: stem, layers: [{layers: 1}]}", "layers needs a field"),
+        (
+            "attention: {selector: stem, layers: [{layers: [a], selector: stem}]}",
+            "'a' is no number of a layer",
+        ),
+        ("attention: {selector: stem, decode: {name: best}}", "use quest"),
+        (
+            "attention: {selector: stem, decode: {name: quest, keep_pages: 0}}",
+            "keep_pages must be an integer",
+        ),
         ("rules: !!python/object/apply:os.system ['true']", "not valid YAML"),
     ],
 )
@@ -129,6 +147,29 @@ def test_bad_recipe_is_refused_in_one_line(text, message):
         aj.Recipe.from_yaml(text)
     assert message in str(info.value)
     assert "\n" not in str(info.value)
+
+
+def test_attention_alone_is_a_recipe_and_changes_no_weight():
+    text = """
+    attention:
+      selector: hybrid
+      options: {selectors: [{name: dense}, {name: stem, alpha: 0.5}], layers: [1]}
+      layers:
+        - {layers: [0, -1], selector: dense}
+        - {layers: [3], selector: a_shape, options: {window_tokens: 256}}
+      decode: {name: quest, keep_pages: 32}
+      mean_correction: true
+    """
+    recipe = aj.Recipe.from_yaml(text)
+    again = aj.Recipe.from_dict(recipe.to_dict())
+    assert again == recipe and hash(again) == hash(recipe)
+    assert not formats_of(recipe)
+    fn = recipe.attention.attention_fn()
+    assert fn == again.attention.attention_fn() and hash(fn)
+    assert fn.selector.selectors[1].alpha == 0.5
+    assert fn.selector_of(29, 30) == Dense() == fn.selector_of(0, 30)
+    assert fn.selector_of(3, 30) == AShape(window_tokens=256)
+    assert fn.decode == Quest(keep_pages=32) and fn.mean_correction
 
 
 def test_missing_file_names_close_ones():

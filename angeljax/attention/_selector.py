@@ -22,6 +22,10 @@ class Place:
       total: tokens of the whole prompt, static; default the rows of k. Budgets follow
         it, so that the chunks of a prompt select what the prompt would in one piece.
       lengths: int32 `[B]`, real keys of each row of the batch; None if all are.
+      first_head: number of the first query head given, where heads are split over
+        devices; may be traced. Options that differ between heads follow it.
+      among: the layers that a traced `layer` may be; static, default all. Lists are as
+        wide as the widest of these layers needs.
     """
 
     layer: int | jax.Array = 0
@@ -29,6 +33,8 @@ class Place:
     q_offset: int | jax.Array = 0
     total: int | None = None
     lengths: jax.Array | None = None
+    first_head: int | jax.Array = 0
+    among: tuple[int, ...] | None = None
 
 
 @runtime_checkable
@@ -56,6 +62,6 @@ class Selector(Protocol):
     def density(self, total: int, **place: Any) -> float | None:
         """Share of the causal blocks that a prompt of `total` tokens will read.
 
-        None where it depends on the tokens.
+        None where it depends on the tokens. `layer` and `num_layers` may be given.
         """
         ...

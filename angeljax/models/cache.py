@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from angeljax.attention.quest import KeyPages, init_pages
 from angeljax.models.config import DecoderConfig
 
 # One array for each layer, or one for all of them with a leading layer axis.
@@ -30,12 +31,43 @@ class KVCache:
       positions: int32 `[B, slots]`, position of each slot, -1 for padding and for
         slots that are not filled.
       length: int32 scalar, slots that are filled.
+      pages: bounds of the keys for sparse decoding, stacked or apart as `k` is; None
+        without.
     """
 
     k: Layers
     v: Layers
     positions: jax.Array
     length: jax.Array
+    pages: KeyPages | tuple[KeyPages, ...] | None = None
+
+    def store(self, layer: int, real: jax.Array | None = None) -> Store:
+        """What an unrolled layer reads and writes."""
+        k: Any = self.k
+        v: Any = self.v
+        if not isinstance(k, tuple):
+            return Store(k, v, self.pages, self.length, layer, real)
+        pages = self.pages[layer] if isinstance(self.pages, tuple) else None
+        return Store(k[layer], v[layer], pages, self.length, None, real)
+
+
+class Store(NamedTuple):
+    """The part of a cache that one layer is given.
+
+    Attributes:
+      k, v: `[B, num_kv_heads, slots, head_dim]`, or with a leading layer axis.
+      pages: bounds of the keys, likewise; None without.
+      slot: int32 scalar, where the first of the new tokens goes.
+      layer: index of the layer if `k` and `v` hold all of them.
+      real: bool `[B, T]`, which of the new tokens are no padding; None if all are.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    pages: Any
+    slot: jax.Array
+    layer: Any = None
+    real: jax.Array | None = None
 
 
 def init_cache(
@@ -45,6 +77,7 @@ def init_cache(
     dtype: Any = jnp.bfloat16,
     *,
     stacked: bool = False,
+    page_size: int | None = None,
 ) -> KVCache:
     """An empty cache.
 
@@ -54,9 +87,14 @@ def init_cache(
       slots: tokens that a row can hold, prompt and padding included.
       dtype: of keys and values.
       stacked: one array for all layers, for `scan_layers`.
+      page_size: slots of a page, for sparse decoding, which divides `slots`; None for
+        a cache without pages.
 
     Returns:
       A `KVCache` of zeros, length 0.
+
+    Raises:
+      ValueError: slots that are no whole pages.
 
     Example:
       >>> from angeljax.models import DecoderConfig, init_cache
@@ -79,11 +117,16 @@ def init_cache(
             return jnp.zeros((config.num_layers, *shape), dtype)
         return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
 
+    k = empty()
+    pages = None
+    if page_size is not None:
+        pages = jax.tree.map(lambda x: init_pages(x, page_size=page_size), k)
     return KVCache(
-        k=empty(),
+        k=k,
         v=empty(),
         positions=jnp.full((batch, slots), -1, jnp.int32),
         length=jnp.zeros((), jnp.int32),
+        pages=pages,
     )
 
 

@@ -9,6 +9,7 @@ once.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -18,9 +19,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from angeljax import ops
+from angeljax.attention.decode import Step
+from angeljax.attention.prefill import (
+    Packing,
+    Prefill,
+    SparseAttention,
+    slots_by_position,
+)
 from angeljax.models import features
 from angeljax.models.attention import causal_attention, dense_attention
-from angeljax.models.cache import KVCache
+from angeljax.models.cache import KVCache, Store
 from angeljax.models.config import DecoderConfig
 from angeljax.models.layers import (
     AttentionFn,
@@ -42,7 +50,9 @@ class Decoder(nnx.Module):
       param_dtype: of the parameters.
       scan_layers: keep the layers as one stack and scan over it. Compiles in a fraction
         of the time; all layers then share one format.
-      attention_fn: replaces softmax attention; see `AttentionFn`.
+      attention_fn: replaces softmax attention; see `AttentionFn`. With an
+        `angeljax.attention.SparseAttention` long prompts are read with block-sparse
+        attention, and nothing else changes.
       fused: one product `qkv_proj` for queries, keys and values, and one `gate_up_proj`
         in the MLP; see `fuse_projections`.
     """
@@ -91,6 +101,8 @@ class Decoder(nnx.Module):
         mask: jax.Array | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
+        start: int | None = None,
+        total: int | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Next-token logits.
 
@@ -99,22 +111,39 @@ class Decoder(nnx.Module):
           mask: bool `[B, T]`, True for real tokens; padding may stand on either side.
           cache: continue after what it holds; T more slots must be free.
           last_only: give the logits of the last position only, `[B, 1, V]`.
+          start: tokens that every row of the cache holds, where that is known while
+            tracing: 0 for an empty one. Sparse prefill is then cheaper; nothing else
+            looks at it.
+          total: tokens of the whole prompt, of which these may be a chunk. Budgets of
+            sparse prefill follow it. Default: T without a cache, else its slots.
 
         Returns:
           float32 logits `[B, T, V]`, and the cache with the new keys and values (None
           without a cache).
+
+        Raises:
+          ValueError: sparse attention cannot serve this model, or `start` or `total`
+            cannot be.
         """
         attention_fn = self._attention(mask, cache)
+        prompt = self._prompt(tokens.shape[1], mask, cache, start, total)
+        packing = Packing.of(mask if prompt is not None else None)
+        if mask is not None:
+            tokens, mask = packing.pack(tokens), packing.pack(mask)
         x, rotation, positions, keys = self._enter(tokens, mask, cache)
-        run = self._scan if self.scan_layers else self._loop
-        x, kv = run(x, rotation, positions, keys, cache, attention_fn)
-        if last_only:
-            x = x[:, -1:]
+        told = self._told(positions, keys, _standing(prompt, mask, cache, keys), cache)
+        around = rotation, mask, attention_fn
+        if self.scan_layers:
+            mask_of = self._mask_of(told, positions, keys)
+            x, cache = self._scan(x, cache, mask_of, *around)
+        else:
+            x, cache = self._loop(x, cache, told, *around)
+        x = packing.unpack(x, last_only=last_only)
         logits = self.head(self.norm(x))
         if cache is None:
             return logits, None
         length = cache.length + tokens.shape[1]
-        return logits, KVCache(k=kv[0], v=kv[1], positions=keys, length=length)
+        return logits, dataclasses.replace(cache, positions=keys, length=length)
 
     def features(
         self,
@@ -129,22 +158,59 @@ class Decoder(nnx.Module):
         count = self.config.num_layers
         wanted = features.check_layers(hidden, count)
         inside = features.check_layers(relations, count)
+        prompt = self._prompt(tokens.shape[1], mask, None, None, None)
+        packing = Packing.of(mask if prompt is not None else None)
+        if mask is not None:
+            tokens, mask = packing.pack(tokens), packing.pack(mask)
         x, rotation, positions, keys = self._enter(tokens, mask, None)
+        told = self._told(positions, keys, _standing(prompt, mask, None, keys), None)
         around = (self._attention(mask, None), wanted, inside, remat)
-        windows = self._windows()
-        masks = {w: attend_mask(positions, keys, w) for w in sorted(set(windows))}
         if self.scan_layers:
-            one = masks[windows[0]] if len(masks) == 1 else None
-
-            def mask_of(window: Any) -> jax.Array:
-                return attend_mask(positions, keys, window) if one is None else one
-
-            order = jnp.asarray(windows, jnp.int32)
+            mask_of = self._mask_of(told, positions, keys)
+            order = jnp.arange(count), jnp.asarray(self._windows(), jnp.int32)
             found = features.scan(self.layers, x, rotation, mask_of, order, *around)
         else:
-            each = [masks[w] for w in windows]
-            found = features.loop(list(self.layers), x, rotation, each, *around)
+            found = features.loop(list(self.layers), x, rotation, told, *around)
+        found = jax.tree.map(packing.unpack, found)
         return features.Features(self.norm(found[0]), *found[1:])
+
+    def _prompt(
+        self,
+        length: int,
+        mask: Any,
+        cache: KVCache | None,
+        start: int | None,
+        total: int | None,
+    ) -> Prefill | None:
+        """What is known of a prefill while tracing; None where attention is dense."""
+        if not isinstance(self.attention_fn, SparseAttention):
+            return None
+        if cache is None:
+            if start:
+                raise ValueError(f"start={start} needs the cache with those tokens")
+            start = 0
+        slots = length if cache is None else cache.positions.shape[1]
+        total = slots if total is None else total
+        # Rows that end in padding are shorter than they look.
+        least = (start or 0) + (length if mask is None else 1)
+        if total < least:
+            raise ValueError(
+                f"total={total}: a prompt is no shorter than the {start or 0} tokens "
+                f"before and the {length} of this chunk"
+            )
+        windows, layers = self._windows(), self.config.num_layers
+        if all(windows) or (self.scan_layers and any(windows)):
+            raise ValueError(
+                "sparse attention is for layers without a sliding window, and "
+                + (
+                    "every layer of this model has one: leave it out"
+                    if all(windows)
+                    else "with scan_layers all must be such: use scan_layers=False"
+                )
+            )
+        if not self.attention_fn.sparse(length, total, layers):
+            return None
+        return Prefill(num_layers=layers, total=total, start=start)
 
     def _enter(
         self, tokens: jax.Array, mask: jax.Array | None, cache: KVCache | None
@@ -176,6 +242,8 @@ class Decoder(nnx.Module):
         plain = mask is None and cache is None and not any(self._windows())
         if self.attention_fn is causal_attention and not plain:
             return dense_attention
+        if isinstance(self.attention_fn, SparseAttention):
+            return _sparse_or_dense(self.attention_fn)
         return self.attention_fn
 
     def _windows(self) -> list[int]:
@@ -183,60 +251,142 @@ class Decoder(nnx.Module):
 
     def _loop(
         self,
-        x: Any,
-        rotation: Any,
-        positions: Any,
-        keys: Any,
+        x: jax.Array,
         cache: KVCache | None,
+        told: list[Any],
+        rotation: Any,
+        real: jax.Array | None,
         attention_fn: AttentionFn,
-    ) -> tuple[Any, Any]:
-        masks = {w: attend_mask(positions, keys, w) for w in set(self._windows())}
-        kv: Any = None if cache is None else (cache.k, cache.v)
-        apart: list[Any] = []
-        for i, (layer, window) in enumerate(
-            zip(self.layers, self._windows(), strict=True)
-        ):
-            store: Any = None
-            if cache is not None and isinstance(cache.k, tuple):
-                store = cache.k[i], cache.v[i], cache.length, None
-            elif cache is not None:
-                store = *kv, cache.length, i
-            x, kv = layer(x, rotation, masks[window], store, attention_fn)
-            apart.append(kv)
+    ) -> tuple[jax.Array, KVCache | None]:
+        done: list[Any] = []
+        for i, (layer, mask) in enumerate(zip(self.layers, told, strict=True)):
+            store = None if cache is None else cache.store(i, real)
+            x, store = layer(x, rotation, mask, store, attention_fn)
+            done.append(store)
+            if cache is not None and not isinstance(cache.k, tuple):
+                cache = _with(cache, store.k, store.v, store.pages)
         if cache is not None and isinstance(cache.k, tuple):
-            kv = tuple(k for k, _ in apart), tuple(v for _, v in apart)
-        return x, kv
+            pages = None if cache.pages is None else tuple(s.pages for s in done)
+            k, v = tuple(s.k for s in done), tuple(s.v for s in done)
+            cache = _with(cache, k, v, pages)
+        return x, cache
 
     def _scan(
         self,
-        x: Any,
-        rotation: Any,
-        positions: Any,
-        keys: Any,
+        x: jax.Array,
         cache: KVCache | None,
+        mask_of: Any,
+        rotation: Any,
+        real: jax.Array | None,
         attention_fn: AttentionFn,
-    ) -> tuple[Any, Any]:
+    ) -> tuple[jax.Array, KVCache | None]:
         graphdef, state = nnx.split(self.layers)
-        mixed = len(set(self._windows())) > 1
-        windows = jnp.asarray(self._windows(), jnp.int32) if mixed else None
-        shared = None if mixed else attend_mask(positions, keys, self._windows()[0])
+        count = self.config.num_layers
+        kv: Any = None if cache is None else (cache.k, cache.v, cache.pages)
+        apart = cache is not None and isinstance(cache.k, tuple)
+        if apart:
+            kv = tuple(
+                None if x is None else jax.tree.map(lambda *x: jnp.stack(x), *x)
+                for x in kv
+            )
 
         def step(carry: Any, layer: Any) -> tuple[Any, None]:
             # The cache is carried: as an input and output of the scan it would be
             # copied whole.
             h, kv = carry
-            state, window, i = layer
-            store = None if cache is None else (*kv, cache.length, i)
-            mask = attend_mask(positions, keys, window) if mixed else shared
+            state, (i, window) = layer
+            store = None
+            if cache is not None:
+                k, v, pages = kv
+                store = Store(k, v, pages, cache.length, i, real)
             block = nnx.merge(graphdef, state)
-            return block(h, rotation, mask, store, attention_fn), None
+            h, store = block(h, rotation, mask_of((i, window)), store, attention_fn)
+            return (h, None if store is None else store[:3]), None
 
-        kv: Any = None if cache is None else (cache.k, cache.v)
-        apart = cache is not None and isinstance(cache.k, tuple)
-        kv = tuple(map(jnp.stack, kv)) if apart else kv
-        numbers = jnp.arange(self.config.num_layers)
-        (x, kv), _ = jax.lax.scan(step, (x, kv), (state, windows, numbers))
-        return x, tuple(map(jnp.unstack, kv)) if apart else kv
+        order = jnp.arange(count), jnp.asarray(self._windows(), jnp.int32)
+        (x, kv), _ = jax.lax.scan(step, (x, kv), (state, order))
+        if cache is None:
+            return x, None
+        if apart:
+            kv = [
+                None
+                if x is None
+                else tuple(jax.tree.map(lambda a, i=i: a[i], x) for i in range(count))
+                for x in kv
+            ]
+        return x, _with(cache, *kv)
+
+    def _told(
+        self,
+        positions: jax.Array,
+        keys: jax.Array,
+        prompt: Prefill | None,
+        cache: KVCache | None,
+    ) -> list[Any]:
+        """What each layer's attention is told; equal windows share one mask."""
+        windows, one = self._windows(), positions.shape[1] == 1
+        full = {w for w in windows if w or prompt is None}
+        masks: dict[int, Any]
+        masks = {w: attend_mask(positions, keys, w) for w in sorted(full)}
+        sparse: Any = prompt
+        if one and cache is not None and cache.pages is not None:
+            fn = self.attention_fn
+            if not isinstance(fn, SparseAttention) or fn.decode is None:
+                raise ValueError(
+                    "the cache has pages and the model's attention_fn no decode option"
+                )
+            sparse = Step(
+                quest=fn.decode,
+                mask=masks.pop(0),
+                valid=keys >= 0,
+                length=cache.length + 1,
+            )
+        return [masks[w] if w in masks else sparse.at(i) for i, w in enumerate(windows)]
+
+    def _mask_of(self, told: list[Any], positions: Any, keys: Any) -> Any:
+        """`(layer, window) -> mask`, both traced, for a scan over the layers."""
+        first, mixed = told[0], len(set(self._windows())) > 1
+
+        def mask_of(place: Any) -> Any:
+            layer, window = place
+            if isinstance(first, Prefill | Step):
+                return first.at(layer)
+            return attend_mask(positions, keys, window) if mixed else first
+
+        return mask_of
+
+
+def _with(cache: KVCache, k: Any, v: Any, pages: Any) -> KVCache:
+    return dataclasses.replace(cache, k=k, v=v, pages=pages)
+
+
+def _standing(
+    prompt: Prefill | None, mask: Any, cache: KVCache | None, keys: jax.Array
+) -> Prefill | None:
+    """The prefill with what only the arrays tell."""
+    if prompt is None or (mask is None and prompt.start is not None):
+        return prompt
+    if prompt.start is not None:
+        lengths = prompt.start + jnp.sum(mask, axis=-1, dtype=jnp.int32)
+        return dataclasses.replace(prompt, lengths=lengths)
+    assert cache is not None, "only a cache leaves the start open"
+    return dataclasses.replace(
+        prompt,
+        offset=jnp.max(cache.positions, axis=-1) + 1,
+        slots=slots_by_position(keys),
+        lengths=jnp.max(keys, axis=-1) + 1,
+    )
+
+
+def _sparse_or_dense(sparse: SparseAttention) -> AttentionFn:
+    """Sparse where a layer is told where its queries stand, dense under a mask."""
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Any) -> jax.Array:
+        if isinstance(mask, Prefill):
+            return sparse(q, k, v, mask)
+        return dense_attention(q, k, v, mask)
+
+    return attend
 
 
 def attend_mask(queries: jax.Array, keys: jax.Array, window: Any) -> jax.Array:

@@ -109,20 +109,23 @@ def scan(
     x: jax.Array,
     rotation: Any,
     mask_of: Any,
-    windows: Any,
+    order: Any,
     attention_fn: Any,
     hidden: tuple[int, ...],
     relations: tuple[int, ...],
     remat: Any,
 ) -> tuple[jax.Array, Any, Any]:
-    """All layers of a stack; `mask_of(window)` gives the mask of one."""
+    """All layers of a stack; `mask_of(place)` gives the mask of one.
+
+    `order` holds the places: arrays with one entry for each layer.
+    """
     graphdef, state = nnx.split(layers)
-    count = len(windows)
+    count = len(jax.tree.leaves(order)[0])
     outer, inner = (tuple(dict.fromkeys(w)) for w in (hidden, relations))
 
-    def one(x: Any, state: Any, window: Any) -> tuple[jax.Array, Any]:
+    def one(x: Any, state: Any, place: Any) -> tuple[jax.Array, Any]:
         block = nnx.merge(graphdef, state)
-        return run_block(block, x, rotation, mask_of(window), attention_fn, remat)
+        return run_block(block, x, rotation, mask_of(place), attention_fn, remat)
 
     # What was asked for is carried and written in place: as an output of the scan each
     # layer's would be kept. The last slot takes what nobody asked for.
@@ -145,14 +148,14 @@ def scan(
 
     def step(carry: Any, inputs: Any) -> tuple[Any, None]:
         x, outputs, inside = carry
-        layer, window, slot_hidden, slot_inside = inputs
-        x, qkv = one(x, layer, window)
+        layer, place, slot_hidden, slot_inside = inputs
+        x, qkv = one(x, layer, place)
         return (x, put(outputs, x, slot_hidden), put(inside, qkv, slot_inside)), None
 
-    first = jax.tree.map(lambda p: p[0], (state, windows))
+    first = jax.tree.map(lambda p: p[0], (state, order))
     like = jax.eval_shape(one, x, *first)
     carry = (x, room(outer, like[0]), room(inner, like[1]))
-    inputs = (state, windows, slots(outer), slots(inner))
+    inputs = (state, order, slots(outer), slots(inner))
     (x, outputs, inside), _ = jax.lax.scan(step, carry, inputs)
     found = tuple(outputs[outer.index(i)] for i in hidden)
     at = [inner.index(i) for i in relations]

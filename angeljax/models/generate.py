@@ -34,7 +34,7 @@ class Generated:
 def _generate(
     params: Any,
     tokens: jax.Array,
-    mask: jax.Array,
+    mask: jax.Array | None,
     key: jax.Array,
     temperature: jax.Array,
     top_p: jax.Array | None,
@@ -58,7 +58,15 @@ def _generate(
     def ends(token: jax.Array) -> jax.Array:
         return jnp.isin(token, jnp.asarray(eos_ids, jnp.int32))
 
-    logits, cache = model.apply(params, tokens, mask=mask, cache=empty, last_only=True)
+    logits, cache = model.apply(
+        params,
+        tokens,
+        mask=mask,
+        cache=empty,
+        last_only=True,
+        start=0,
+        total=length,
+    )
     first = choose(logits[:, -1], jax.random.fold_in(key, 0))
     out = jnp.full((batch, max_new_tokens), pad_id, jnp.int32).at[:, 0].set(first)
 
@@ -197,9 +205,7 @@ def generate(
     check_sampling(max_new_tokens, temperature, top_k, top_p)
     if temperature > 0 and key is None:
         raise ValueError("sampling needs a key: pass key=jax.random.key(seed)")
-    if mask is None:
-        mask = jnp.ones(tokens.shape, bool)
-    else:
+    if mask is not None:
         _check_mask(mask := jnp.asarray(mask, bool), tokens)
     config = model.config
     eos = config.eos_ids if eos_ids is None else tuple(eos_ids)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from angeljax.attention.prefill import SparseAttention
 from angeljax.models.attention import dense_attention
 from angeljax.models.cache import KVCache, init_cache
 from angeljax.models.config import DecoderConfig
@@ -117,9 +118,22 @@ class LanguageModel:
         return f"no {name} in the params"
 
     def init_cache(self, batch: int, slots: int) -> KVCache:
-        """An empty cache in the form that suits the layers, in `dtype`."""
+        """An empty cache in the form that suits the layers, in `dtype`.
+
+        With sparse decoding it has pages, and slots that fill them.
+        """
+        fn, size = self.attention_fn, None
+        decode = fn.decode if isinstance(fn, SparseAttention) else None
+        if decode is not None and decode.helps(slots):
+            size = decode.page_size
+            slots += -slots % size
         return init_cache(
-            self.config, batch, slots, self.dtype, stacked=self.scan_layers
+            self.config,
+            batch,
+            slots,
+            self.dtype,
+            stacked=self.scan_layers,
+            page_size=size,
         )
 
     def apply(
@@ -130,10 +144,18 @@ class LanguageModel:
         mask: jax.Array | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
+        start: int | None = None,
+        total: int | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """`Decoder.__call__` as a pure function."""
-        module = self.bind(params)
-        return module(tokens, mask=mask, cache=cache, last_only=last_only)
+        return self.bind(params)(
+            tokens,
+            mask=mask,
+            cache=cache,
+            last_only=last_only,
+            start=start,
+            total=total,
+        )
 
     def logits(self, params: dict[str, Any], tokens: jax.Array) -> jax.Array:
         """float32 next-token logits `[B, T, V]` of int32 tokens `[B, T]`."""

@@ -11,13 +11,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from angeljax import ops
-from angeljax.models.cache import write
+from angeljax.attention.decode import Step
+from angeljax.attention.prefill import Prefill
+from angeljax.attention.quest import update_pages
+from angeljax.models.cache import Store, write
 from angeljax.models.config import DecoderConfig
 from angeljax.models.rope import rotate
 from pallas_kernels._fused import before
 
 # (q [B,T,H,D], k [B,S,Hkv,D], v [B,S,Hkv,D], mask bool [B,1,T,S]) -> [B,T,H,D]
-AttentionFn = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+# Sparse attention is told a `Prefill` instead of a mask.
+AttentionFn = Callable[[jax.Array, jax.Array, jax.Array, Any], jax.Array]
 _INIT = nnx.initializers.normal(0.02)
 _ONES = nnx.initializers.ones_init()
 _ZEROS = nnx.initializers.zeros_init()
@@ -82,13 +86,13 @@ class Attention(nnx.Module):
         self,
         x: jax.Array,
         rotation: tuple[jax.Array, jax.Array],
-        mask: jax.Array,
-        cache: tuple[Any, Any, jax.Array, Any] | None,
+        mask: jax.Array | Prefill | Step,
+        cache: Store | None,
         attention_fn: AttentionFn,
         *,
         norm: RMSNorm,
-    ) -> tuple[jax.Array, Any]:
-        """`x + attention(norm(x))`."""
+    ) -> tuple[jax.Array, Store | None]:
+        """`x + attention(norm(x))`, and the cache with the new tokens."""
         residual = x
         b, t, _ = x.shape
         if self.fused:
@@ -104,14 +108,26 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rotation), rotate(k, *rotation)
-        kv = None
         if cache is not None:
-            k_store, v_store, slot, layer = cache
-            k_store, k = write(k_store, k, slot, layer)
-            v_store, v = write(v_store, v, slot, layer)
-            kv = k_store, v_store
-        y = attention_fn(q, k.astype(q.dtype), v.astype(q.dtype), mask)
-        return self.o_proj(y.reshape(b, t, -1), residual=residual), kv
+            own = k.astype(cache.k.dtype), v.astype(cache.v.dtype)
+            pages = cache.pages
+            if pages is not None:
+                pages = update_pages(
+                    pages, own[0], cache.slot, valid=cache.real, layer=cache.layer
+                )
+            k_store, k = write(cache.k, k, cache.slot, cache.layer)
+            v_store, v = write(cache.v, v, cache.slot, cache.layer)
+            cache = cache._replace(k=k_store, v=v_store, pages=pages)
+            if isinstance(mask, Prefill) and mask.start == 0:
+                k, v = own  # nothing else is in the cache
+        k, v = k.astype(q.dtype), v.astype(q.dtype)
+        if isinstance(mask, Step):
+            assert cache is not None, "only a cache has pages"
+            dense = functools.partial(attention_fn, q, k, v, mask.mask)
+            y = mask.attend(q, cache.k, cache.v, cache.pages, cache.layer, dense)
+        else:
+            y = attention_fn(q, k, v, mask)
+        return self.o_proj(y.reshape(b, t, -1), residual=residual), cache
 
 
 class MLP(nnx.Module):
@@ -160,9 +176,9 @@ class Block(nnx.Module):
         self.attn = Attention(c, fused=fused, dtype=dtype, rngs=rngs)
         self.mlp = MLP(c, fused=fused, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, *args: Any) -> tuple[jax.Array, Any]:
-        x, kv = self.attn(x, *args, norm=self.attn_norm)
-        return self.mlp(x, self.mlp_norm), kv
+    def __call__(self, x: jax.Array, *args: Any) -> tuple[jax.Array, Store | None]:
+        x, cache = self.attn(x, *args, norm=self.attn_norm)
+        return self.mlp(x, self.mlp_norm), cache
 
 
 class Embed(nnx.Module):

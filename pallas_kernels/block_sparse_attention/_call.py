@@ -42,9 +42,8 @@ def function(name: str, scale: float, soft_cap: float | None) -> Any:
 
     @forward.def_vmap
     def _(size: int, batched: Any, *args: Any) -> Any:
-        y, lse = forward(*_joined(size, batched, args))
-        both = (x.reshape(size, -1, *x.shape[1:]) for x in (y, lse))
-        return tuple(both), (True, True)
+        results = forward(*_joined(size, batched, args))
+        return _parted(size, results), (True, True)
 
     @jax.custom_vjp
     def run(q: Any, k: Any, v: Any, lists: Any, q_offset: Any) -> Any:
@@ -54,19 +53,54 @@ def function(name: str, scale: float, soft_cap: float | None) -> Any:
         y, lse = forward(*args)
         return (y, lse), (*args, y, lse)
 
+    @custom_vmap
+    def backward(*args: Any) -> Any:
+        *tensors, lists, q_offset = args
+        q, k, v, *results = tensors
+        return _backward.gradients(
+            q, k, v, lists, *results, scale=scale, q_offset=q_offset, soft_cap=soft_cap
+        )
+
+    @backward.def_vmap
+    def _(size: int, batched: Any, *args: Any) -> Any:
+        gradients = backward(*_joined(size, batched, args))
+        return _parted(size, gradients), (True, True, True)
+
     def bwd(saved: Any, cotangents: Any) -> Any:
         q, k, v, lists, q_offset, y, lse = saved
-        gradients = _backward.gradients(
-            q, k, v, lists, y, lse, *cotangents,
-            scale=scale, q_offset=q_offset, soft_cap=soft_cap,
-        )  # fmt: skip
+        gradients = backward(q, k, v, y, lse, *cotangents, lists, q_offset)
         none = jax.tree.map(
             lambda x: np.zeros(x.shape, jax.dtypes.float0), (lists, q_offset)
         )
         return *gradients, *none
 
     run.defvjp(fwd, bwd)
-    return run
+
+    # Outside of a `jit`, one program instead of many small ones.
+    @jax.jit
+    def call(*args: Any) -> Any:
+        return run(*_vary_alike(args))
+
+    return call
+
+
+def _vary_alike(args: Any) -> Any:
+    """Arguments that vary over the same axes of a `jax.shard_map`.
+
+    Key heads that every device holds whole then get a gradient summed over devices.
+    """
+
+    def axes(x: jax.Array) -> frozenset[str]:
+        return jax.typeof(x).manual_axis_type.varying
+
+    every = frozenset().union(*map(axes, jax.tree.leaves(args)))
+    return jax.tree.map(
+        lambda x: jax.lax.pcast(x, tuple(every - axes(x)), to="varying"), args
+    )
+
+
+def _parted(size: int, results: Any) -> Any:
+    return tuple(x.reshape(size, -1, *x.shape[1:]) for x in results)
 
 
 def _joined(size: int, batched: Any, args: Any) -> Any:

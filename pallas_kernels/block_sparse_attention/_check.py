@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import checkify
 
 from pallas_kernels._weights import KernelError
 from pallas_kernels.block_sparse_attention._lists import BlockLists
@@ -53,16 +56,19 @@ def shapes(
             f"q has {t} rows and k {k.shape[1]}: queries are the last of the keys, so "
             "k cannot be shorter"
         )
-    if isinstance(q_offset, int) and not 0 <= q_offset <= k.shape[1] - t:
+    if isinstance(q_offset, int | np.integer) and not 0 <= q_offset <= k.shape[1] - t:
         raise KernelError(
             f"q_offset={q_offset}: {t} queries in {k.shape[1]} keys start at 0 to "
             f"{k.shape[1] - t}"
         )
     for name, x in (("q_offset", q_offset), ("lengths", lengths)):
-        if x is not None and jnp.shape(x) not in ((), (batch,)):
+        if x is None:
+            continue
+        if not jnp.issubdtype(jnp.result_type(x), jnp.integer):
+            raise KernelError(f"{name} is {jnp.result_type(x)}: use integers")
+        if jnp.shape(x) not in ((), (batch,)):
             raise KernelError(
-                f"{name} has shape {list(jnp.shape(x))}: use one integer"
-                f"{'' if name == 'lengths' else ' or'} [{batch}]"
+                f"{name} has shape {list(jnp.shape(x))}: use one integer or [{batch}]"
             )
     if soft_cap is not None and not soft_cap > 0:
         raise KernelError(f"soft_cap must be positive, not {soft_cap}")
@@ -110,5 +116,84 @@ def values(
     q_offset: jax.Array,
     lengths: jax.Array | None,
 ) -> None:
-    """What only the numbers tell; see `block_sparse_attention`, Raises."""
-    del k, lists, q, q_offset, lengths
+    """What only the numbers tell; see `block_sparse_attention`, Raises.
+
+    Outside of `jit` one compiled function looks at everything and is waited for: it
+    reads k and the lists once, a small part of what attention reads, but the call is no
+    longer asynchronous. While tracing, the same becomes `debug_check`s: nothing at all
+    unless `checkify` turns them on. Arrays that live on other hosts too are not looked
+    at.
+
+    Raises:
+      KernelError: one line that says what is wrong and where it is first.
+    """
+    args = (k, lists, q_offset, lengths)
+    leaves = jax.tree.leaves(args)
+    if any(isinstance(x, jax.core.Tracer) for x in leaves):
+        for message, wrong in _wrong(*args, t=q.shape[1]):
+            where = jnp.stack(jnp.unravel_index(jnp.argmax(wrong), wrong.shape))
+            checkify.debug_check(~jnp.any(wrong), message, where=where)
+    elif all(getattr(x, "is_fully_addressable", True) for x in leaves):
+        flags = np.asarray(_flags(*args, t=q.shape[1]))
+        if flags.any():
+            message, wrong = _wrong(*args, t=q.shape[1])[int(flags.argmax())]
+            where = np.argwhere(np.asarray(wrong))[0]
+            raise KernelError(message.format(where=where))
+
+
+def _wrong(
+    k: jax.Array,
+    lists: BlockLists,
+    q_offset: jax.Array,
+    lengths: jax.Array | None,
+    *,
+    t: int,
+) -> list[tuple[str, jax.Array]]:
+    """Messages, and for each where it applies: bool over the axes that it names."""
+    batch, s = k.shape[:2]
+    last, width = -(-s // lists.block_k) - 1, lists.width
+    indices, counts = lists.indices, lists.counts
+    real = jnp.arange(width) < counts[..., None]
+    outside = (indices < 0) | (indices > last)
+    later = jnp.arange(width) > 0
+    falling = later & (jnp.diff(indices, axis=-1, prepend=0) <= 0)
+    first = jnp.arange(counts.shape[2]) * lists.block_q + q_offset[:, None]
+    ends = jnp.full(batch, s) if lengths is None else jnp.asarray(lengths)
+    ends = jnp.broadcast_to(ends, (batch,))
+    empty = (counts == 0) & (first < ends[:, None])[:, None]
+    line = "of row, head and query block {where}"
+    return [
+        (
+            f"lists.counts {line} is not in 0..{width}",
+            (counts < 0) | (counts > width),
+        ),
+        (
+            f"lists.indices {line} names a block that is not in 0..{last}",
+            jnp.any(outside & real, axis=-1),
+        ),
+        (
+            f"lists.indices {line} does not ascend strictly",
+            jnp.any(falling & real, axis=-1),
+        ),
+        (
+            f"lists.counts {line} is 0: give each query block a key block, except "
+            "past lengths",
+            empty,
+        ),
+        (
+            f"q_offset of row {{where}} is not in 0..{s - t}, where {t} queries end "
+            f"within {s} keys",
+            (q_offset < 0) | (q_offset + t > s),
+        ),
+        (f"lengths of row {{where}} is not in 0..{s}", (ends < 0) | (ends > s)),
+        (
+            "k is NaN at row, position and head {where}",
+            jnp.any(jnp.isnan(k), axis=-1),
+        ),
+    ]
+
+
+@functools.partial(jax.jit, static_argnames="t")
+def _flags(*args: Any, t: int) -> jax.Array:
+    """Which of `_wrong` apply anywhere."""
+    return jnp.stack([jnp.any(wrong) for _, wrong in _wrong(*args, t=t)])

@@ -1,0 +1,89 @@
+"""CoSA: blocks by the exponentials of their highest strided scores."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from angeljax.attention import _strided
+from angeljax.attention._frame import make_frame
+from angeljax.attention._selector import Place
+from pallas_kernels import BlockLists
+
+# A block whose exponential is this near to 1 holds the maximum of a row.
+_MAXIMUM = 1 - 1e-3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CoSA:
+    """The blocks that hold the maxima of rows, then those with the highest scores.
+
+    Strided scores as in `XAttention`; the score of a block is the sum over its rows of
+    the exponential of its highest score below the row's maximum. Each row of blocks
+    takes the first block and the diagonal, then the blocks that hold the maximum of one
+    of their rows, then the others, each by falling score, as long as what it has is
+    less than `top_p` of the sum of scores.
+
+    Only the proxy is here. In the paper the kernel visits blocks in this order and
+    skips the softmax and the second product of blocks that cannot matter any more
+    (online softmax skipping). Lists ascend here, so nothing is skipped that was
+    selected: what is read is the same, and the time that skipping would save is lost.
+
+    Scores are made as for `XAttention`, at the same cost and in the same memory.
+
+    Source: CoSA (arXiv 2607.25291), key-block-aware proxy and row-maximum flags.
+
+    Attributes:
+      block_size: rows of a query block and of a key block.
+      stride: rows of an anti-diagonal; divides `block_size`.
+      top_p: share of the scores; a tuple has one for each layer, and each of those may
+        be a tuple with one for each query head of the model. 1 takes every block.
+      keep_ratio: instead of `top_p`, each row keeps this share of the blocks it sees,
+        rounded, in the same order.
+      max_blocks: most blocks of a row. It is the width of the lists, by default all key
+        blocks.
+
+    Raises:
+      ValueError: an option that cannot be, in one line.
+
+    Example:
+      >>> import jax
+      >>> from angeljax.attention import CoSA, Place
+      >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 1024, 2, 16))
+      >>> cosa = CoSA(block_size=64, keep_ratio=0.5)
+      >>> cosa.select(q, k, v, Place()).indices.shape, round(cosa.density(1024), 3)
+      ((1, 2, 16, 8), 0.537)
+    """
+
+    block_size: int = 128
+    stride: int = 8
+    top_p: float | tuple[Any, ...] = 0.95
+    keep_ratio: float | None = None
+    max_blocks: int | None = None
+
+    def __post_init__(self) -> None:
+        _strided.check(self, "top_p")
+
+    def density(self, total: int, **place: Any) -> float | None:
+        """Share of the causal blocks that are read, with `keep_ratio`; else None."""
+        return _strided.ratio_density(self, total)
+
+    def select(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, place: Place
+    ) -> BlockLists:
+        """Lists of the blocks that each query block reads; see `Selector`."""
+        frame = make_frame(q, k, v, place, self.block_size)
+        share = _strided.shares_of_heads("top_p", self.top_p, place, q.shape[2])
+        choice = _strided.Choice(frame, self.keep_ratio, self.max_blocks)
+
+        def choose(chunk: _strided.Chunk) -> jax.Array:
+            highest = jnp.max(chunk.scores, -1)  # [B, H, n, cells, blocks]
+            e = jnp.exp(highest - jnp.max(highest, -1, keepdims=True))
+            e = jnp.where(chunk.real, e, 0)
+            maximum = jnp.any(e >= _MAXIMUM, 3)
+            return choice.choose(chunk, jnp.sum(e, 3), maximum, share)
+
+        return choice.lists(_strided.map_chunks(frame, q, k, self.stride, choose))
