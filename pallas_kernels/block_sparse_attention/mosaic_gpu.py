@@ -193,9 +193,9 @@ class _Tile:
         self.head = self.kv_head * group + member
         self.first = (c.tiles - 1 - row) * _TILE
         list_head = {c.heads: self.head, c.kv_heads: self.kv_head}.get(c.list_heads, 0)
-        row = list_head, lax.div(self.first, c.block_q)
-        self.list = (self.batch if c.list_batch > 1 else 0, *row)
-        at = (self.batch * c.list_heads + row[0]) * c.list_rows + row[1]
+        list_row = lax.div(self.first, c.block_q)
+        self.list = (self.batch if c.list_batch > 1 else 0, list_head, list_row)
+        at = (self.batch * c.list_heads + list_head) * c.list_rows + list_row
         self.count, full, self.last = (heading[3 * at + i] for i in range(3))
         self.parts = c.block_k // c.step
         # A list without blocks makes a step in which no query sees anything.
@@ -247,8 +247,11 @@ def _copy(c: Shape, *refs: Any) -> None:
             )
 
     bring(0, at.last, False)
-    for s in range(1, c.stages):
-        pl.when(s < at.steps)(lambda s=s: bring(s, at.block_of(s), False))
+    for ahead in range(1, c.stages):
+
+        @pl.when(ahead < at.steps)
+        def _(ahead: int = ahead) -> None:
+            bring(ahead, at.block_of(ahead), False)
 
     def step(s: Any, block: Any) -> Any:
         # Read before the wait for a place to put what it names.
