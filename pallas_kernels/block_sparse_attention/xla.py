@@ -41,7 +41,7 @@ def attention(
     def visit(state: Any, total: Any, rows: Any, *keys: Any) -> Any:
         top, weight, sums = state
         k, v, seen, _ = keys
-        s, _ = _walk.logits(*rows, k, seen, scale, soft_cap)
+        s, _ = _walk.logits(rows[0], k, seen, scale, soft_cap)
         new = jnp.maximum(top, jnp.max(s, axis=-1))
         # A row that has seen nothing yet stays at -inf, without -inf less -inf.
         base = jnp.where(new == -jnp.inf, 0.0, new)
