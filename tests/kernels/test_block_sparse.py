@@ -170,6 +170,7 @@ def test_many_steps_and_visits(monkeypatch: pytest.MonkeyPatch) -> None:
     for a, b in zip(results, want, strict=True):
         _close(a, b, LIMIT["float32"])
     for a, b in zip(gradients, whole[1], strict=True):
+        assert np.isfinite(a).all()
         _close(a, b, 5e-6)
 
 
@@ -279,8 +280,8 @@ def test_vmap_joins_the_batch() -> None:
     ):
         given = [stacked[n] if x == 0 else single[0][n] for n, x in enumerate(axes)]
         mapped = jax.jit(jax.vmap(f, axes)).trace(*given)
-        # No loop around those over steps: one is printed for each kind of pass.
-        assert str(mapped.jaxpr).count("scan[") == (1 if f is run else 2)
+        # Three loops in one would go on as long as the longest.
+        assert ":bool[3] = lt" not in str(mapped.jaxpr)
         got = mapped.lower().compile()(*given)
         results, gradients = got if f is both else (got, None)
         for i in range(3):
