@@ -144,14 +144,15 @@ def walk(
         def some(i: jax.Array, states: Any) -> Any:
             j = lax.dynamic_slice_in_dim(indices, i * slots, slots, 1)
             real = i * slots + jnp.arange(slots) < counts[:, None]
-            at = jnp.where(real, pair[:, None] + j * (batch * kv_heads), _NEVER)
+            # What stands behind a list is read as its first block: no others' numbers.
+            at = pair[:, None] + jnp.where(real, j, indices[:, :1]) * (batch * kv_heads)
             k, v = (
                 jnp.take(x, at, axis=0, mode="clip").reshape(per_step, -1, dim)
                 for x in keys
             )
             key = jnp.where(real, j * size_k, _NEVER)[..., None] + jnp.arange(size_k)
             seen = key.reshape(per_step, 1, -1) <= position
-            return visit(*states, rows, k, v, seen, at)
+            return visit(*states, rows, k, v, seen, jnp.where(real, at, _NEVER))
 
         state = start(*rows)
         visits = -(-jnp.max(counts) // slots)

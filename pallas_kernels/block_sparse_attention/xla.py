@@ -54,8 +54,8 @@ def attention(
         top, weight, sums = state
         some = weight > 0
         weight = jnp.where(some, weight, 1.0)
-        y = (sums / weight[..., None]).astype(q.dtype)
-        return y, jnp.where(some, top + jnp.log(weight), -jnp.inf)
+        y = jnp.where(some[..., None], sums / weight[..., None], 0.0)
+        return y.astype(q.dtype), jnp.where(some, top + jnp.log(weight), -jnp.inf)
 
     (y, lse), _ = _walk.walk(
         (_walk.blocks(q, heads, lists.block_q),),
