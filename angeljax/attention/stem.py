@@ -303,7 +303,9 @@ class Stem:
     def _sums(self, x: jax.Array, rows: jax.Array | None) -> jax.Array:
         """Means over a block of every stride-th row: `[B, n, stride, heads, D]`."""
         x = strided(x, self.block_size, self.stride)
-        x = jnp.sum(x, 2, dtype=jnp.float32) * (self.stride / self.block_size)
+        # Written out: a GPU then reads several elements of a row at once.
+        parts = [x[:, :, cell].astype(jnp.float32) for cell in range(x.shape[2])]
+        x = sum(parts[1:], parts[0]) * (self.stride / self.block_size)
         if rows is None or not self.valid_mean:
             return x
         return x * (self.block_size / jnp.maximum(rows, 1))[..., None, None, None]

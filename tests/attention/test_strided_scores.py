@@ -32,8 +32,8 @@ def test_selects_what_the_rule_does(
     """By a traced layer; one of them in two parts of chunks and with one left over."""
     x = structured(TOKENS)
     if cls is XAttention:
-        monkeypatch.setattr(_strided, "_BYTES", 3 * 4 * 4 * 4 * 40)
-        monkeypatch.setattr(_strided, "_PARTS", 2)
+        monkeypatch.setattr(_strided, "_BYTES", 3 * 4 * 4 * 4 * 40)  # 3 blocks
+        monkeypatch.setattr(_strided, "_WORTH", 5)
     one = cls(block_size=BLOCK, stride=STRIDE, **options)
 
     @jax.jit
