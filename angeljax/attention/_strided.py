@@ -69,14 +69,14 @@ def measured(
     keys = jnp.reshape(jnp.asarray(frame.keys), (-1, 1, 1, 1, 1))
     all_rows = jnp.asarray(frame.rows)[:, None, :, None]
 
-    def chunk(first: Any, count: int, seen: int) -> Any:
+    def chunk(k: jax.Array, first: Any, count: int) -> Any:
         part = lax.dynamic_slice_in_dim(q, first, count, 1)
         part = part.transpose(0, 4, 5, 1, 2, 3, 6)
         part = part.reshape(*part.shape[:5], -1)  # [B, Hkv, G, n, cells, stride * D]
         values = jnp.einsum(
             "bhgnax,bhmcx->bhgnamc",
             part,
-            k[:, :, :seen],
+            k,
             precision="highest" if q.dtype == jnp.float32 else None,
             preferred_element_type=jnp.float32,
         )
@@ -84,7 +84,7 @@ def measured(
         values = values * (1 / (stride * math.sqrt(q.shape[-1])))
         rows = lax.dynamic_slice_in_dim(all_rows, first, count, 2)
         cell = rows[..., None] * cells + jnp.arange(cells)[:, None]
-        columns = np.arange(seen * cells).reshape(seen, cells)
+        columns = np.arange(k.shape[2] * cells).reshape(-1, cells)
         values = jnp.where(columns <= cell[..., None], values, -jnp.inf)
         return measure(Scores(values, cell * stride < keys))
 
@@ -93,13 +93,13 @@ def measured(
     for part, seen in frame.parts(max(1, min(_PARTS, frame.num_q // _WORTH))):
         # Whole chunks, and what is left.
         whole, rest = divmod(part.stop - part.start, size)
-        found = []
+        found, past = [], k[:, :, :seen]
         if whole:
             starts = part.start + jnp.arange(whole) * size
-            every = lax.map(lambda first, n=seen: chunk(first, size, n), starts)
+            every = lax.map(lambda first, k=past: chunk(k, first, size), starts)
             found.append(jax.tree.map(_joined, every))
         if rest:
-            found.append(chunk(part.stop - rest, rest, seen))
+            found.append(chunk(past, part.stop - rest, rest))
         yield part, jax.tree.map(lambda *x: jnp.concatenate(x, axis=2), *found)
 
 

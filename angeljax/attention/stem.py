@@ -37,7 +37,8 @@ class Stem:
     Budgets fall from a first one to `alpha` times it at the end of the prompt. They
     follow `Place.total`, so chunks of a prompt select what the prompt would in one
     piece, up to the rounding of scores that are nearly equal; with `value_stats`
-    "prompt" that holds for the last chunk only.
+    "prompt" that holds for the last chunk only. Rows of a batch with fewer tokens have
+    the same budgets.
 
     Source: Stem (arXiv 2603.06274) in the form that AngelSlim gives it. AngelSlim's own
     selection is `budget_mode="angelslim", value_stats="prompt", valid_mean=False`.
@@ -86,7 +87,7 @@ class Stem:
       ...     block_size=64, keep_ratio=0.5, budget_mode="density",
       ...     dense_layers=0, sink_blocks=1, window_blocks=2,
       ... )
-      >>> lists = stem.select(q, k, v, Place())
+      >>> lists = jax.jit(stem.select, static_argnums=3)(q, k, v, Place())
       >>> lists.indices.shape, stem.density(1024), int(lists.counts[0, 0].sum())
       ((1, 2, 16, 6), 0.5, 68)
     """

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from angeljax.attention import _choice
 from angeljax.attention._choice import Measure
@@ -48,7 +49,8 @@ class XAttention:
       >>> import jax
       >>> from angeljax.attention import Place, XAttention
       >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 1024, 2, 16))
-      >>> lists = XAttention(block_size=64, max_blocks=8).select(q, k, v, Place())
+      >>> xattention = XAttention(block_size=64, max_blocks=8)
+      >>> lists = jax.jit(xattention.select, static_argnums=3)(q, k, v, Place())
       >>> lists.indices.shape
       (1, 2, 16, 8)
     """
@@ -77,5 +79,6 @@ def _mass(scores: Scores) -> Measure:
     """Softmax over the keys, summed over the cells of the two blocks."""
     top = jnp.max(scores.values, (-2, -1), keepdims=True)
     e = jnp.sum(jnp.exp(scores.values - top), -1)  # 0 past the diagonal
+    e = lax.optimization_barrier(e)  # Else the scores are read again for the sum.
     mass = e / jnp.sum(e, -1, keepdims=True)
     return Measure(jnp.sum(jnp.where(scores.real, mass, 0), 3))
