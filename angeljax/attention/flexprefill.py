@@ -17,6 +17,7 @@ from angeljax.attention._estimate import (
     ends,
     key_means,
     last_queries,
+    products,
     query_means,
     split_last,
     tail_mass,
@@ -174,7 +175,7 @@ def _pooled(rows: jax.Array, means: jax.Array) -> jax.Array:
     """Logits `[B, H, n, n_k]` of mean queries `[B, n, H, D]` and mean keys."""
     batch, n, heads, dim = rows.shape
     rows = rows.reshape(batch, n, means.shape[2], -1, dim)
-    s = jnp.einsum("bingd,bjnd->bngij", rows, means, precision="highest")
+    s = products("bingd,bjnd->bngij", rows, means)
     return s.reshape(batch, heads, n, -1) * dim**-0.5
 
 

@@ -12,6 +12,7 @@ from angeljax.attention._estimate import (
     block_means,
     by_parts,
     in_blocks,
+    products,
     rows_of_part,
     whole_blocks,
 )
@@ -105,10 +106,7 @@ def mean_correction(
     def part(first: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
         q, y, lse = (rows_of_part(x, first, size, rows) for x in wide)
         q, y = (x.reshape(batch, size, rows, kv_heads, -1, dim) for x in (q, y))
-        s = jnp.einsum(
-            "birngd,bjnd->birngj", q, mean_k,
-            precision="highest", preferred_element_type=jnp.float32,
-        ) * scale  # fmt: skip
+        s = products("birngd,bjnd->birngj", q, mean_k) * scale
         if soft_cap is not None:
             s = soft_cap * jnp.tanh(s / soft_cap)
         block_of = first + jnp.arange(size)[:, None]
@@ -124,10 +122,7 @@ def mean_correction(
         top = jax.lax.stop_gradient(jnp.maximum(base, s.max(-1)))
         own, p = jnp.exp(base - top), jnp.exp(s - top[..., None])
         total = own + p.sum(-1)
-        added = jnp.einsum(
-            "birngj,bjnd->birngd", p.astype(v.dtype), mean_v,
-            precision="highest", preferred_element_type=jnp.float32,
-        )  # fmt: skip
+        added = products("birngj,bjnd->birngd", p.astype(v.dtype), mean_v)
         new = (y.astype(jnp.float32) * own[..., None] + added) / total[..., None]
         lse = jnp.where(some, top + jnp.log(total), lse)
         return new.astype(y.dtype).swapaxes(0, 1), lse.swapaxes(0, 1)

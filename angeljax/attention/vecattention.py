@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from angeljax.attention import _choose, _options
-from angeljax.attention._estimate import by_parts, query_means, rows_of_part
+from angeljax.attention._estimate import by_parts, products, query_means, rows_of_part
 from angeljax.attention._frame import Frame, make_frame
 from angeljax.attention._selector import Place
 from pallas_kernels import BlockLists
@@ -110,10 +110,8 @@ def best_key_scores(frame: Frame, q: jax.Array, k: jax.Array) -> jax.Array:
     rows = jnp.asarray(frame.rows)
 
     def part(first: jax.Array, count: int) -> jax.Array:
-        x = jnp.einsum(
-            "bingd,bsnd->ibngs", rows_of_part(means, first, count)[:, :, 0], k,
-            precision="highest", preferred_element_type=jnp.float32,
-        )  # fmt: skip
+        mean = rows_of_part(means, first, count)[:, :, 0]
+        x = products("bingd,bsnd->ibngs", mean, k)
         ends = (rows_of_part(rows, first, count)[..., 0] + 1) * frame.block
         ends = jnp.minimum(ends, keys)[..., None]  # [1 or B, count, 1]
         seen = (np.arange(size) < ends).swapaxes(0, 1)[:, :, None, None]
