@@ -140,13 +140,25 @@ def until(
 
 def _search(key: jax.Array, measure: Any, wanted: jax.Array) -> jax.Array:
     """Highest bar `[..., 1]` that keys of at least the wanted measure reach."""
-    size = jnp.iinfo(key.dtype).bits
-    bar = jnp.zeros((*key.shape[:-1], 1), key.dtype)
-    for low in reversed(range(0, size, _DIGIT)):
-        steps = [jnp.asarray(d << low, key.dtype) for d in range(1, 2**_DIGIT)]
-        reached = [m >= wanted for m in measure([bar + step for step in steps])]
+    rounds = jnp.iinfo(key.dtype).bits // _DIGIT
+
+    def settle(i: Any, bar: jax.Array) -> jax.Array:
+        low = jnp.asarray((rounds - 1 - i) * _DIGIT, key.dtype)
+        one = jnp.ones((), key.dtype) << low
+        reached = [
+            m >= wanted for m in measure([bar + one * d for d in range(1, 2**_DIGIT)])
+        ]
         digit = sum(r.astype(key.dtype) for r in reached)
-        bar = bar + (digit << low).astype(key.dtype)[..., None]
+        return bar + (digit * one)[..., None]
+
+    # Four rounds are written out. Eight would take long to compile, and belong to
+    # selectors whose scores take far longer than a loop's overhead.
+    # Zeros made of the keys: under `shard_map` they vary over the mesh as those do.
+    bar = key[..., :1] & 0
+    if key.dtype == jnp.uint32:
+        return lax.fori_loop(0, rounds, settle, bar)
+    for i in range(rounds):
+        bar = settle(i, bar)
     return bar
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -238,6 +239,26 @@ class Stem:
         self, frame: Frame, q: jax.Array, k: jax.Array, v: jax.Array, budget: jax.Array
     ) -> jax.Array:
         """The best blocks of each row, uint32 `[B, heads, num_q, words]`."""
+        chosen = []
+        for rows, scores in self._scores(frame, q, k, v):
+            columns = np.arange(scores.shape[-1])
+            own = jnp.asarray(frame.rows[:, rows])[:, None, None, :, None]
+            key = jnp.where(columns <= own, _words.order16(scores), 0)
+            if self.budget_mode == "density":
+                near = columns > own - self.window_blocks
+                near = (near | (columns < self.sink_blocks)) & (key > 0)
+                key = jnp.where(near, jnp.uint16(_words.FIRST), key)
+            # Made once: each pass of the search reads 16 bits of a pair, not its score.
+            key = lax.optimization_barrier(key)
+            best = _words.best(key, budget[:, :, None, rows])
+            chosen.append(_words.widen(best, frame.num_words))
+        words = jnp.concatenate(chosen, axis=3)
+        return words.reshape(words.shape[0], -1, *words.shape[3:])
+
+    def _scores(
+        self, frame: Frame, q: jax.Array, k: jax.Array, v: jax.Array
+    ) -> Iterator[tuple[slice, jax.Array]]:
+        """Query blocks, and their scores of m key blocks, `[B, Hkv, G, n, m]`."""
         k, v = frame.real_keys(k), frame.real_keys(v)
         queries, keys = self._queries(frame, q), self._keys(frame, k)
         bonus = None
@@ -251,30 +272,18 @@ class Stem:
                 stats=self.value_stats,
                 valid_mean=self.valid_mean,
             )
-        precision = "highest" if q.dtype == jnp.float32 else None
-        scale = 1 / (math.sqrt(q.shape[-1]) * self.stride)
-        columns = np.arange(frame.num_k)
-        chosen = []
         for rows, size in frame.parts():
             scores = jnp.einsum(
-                "bhgnc,bhmc->bhgnm", queries[:, :, :, rows], keys[:, :, :size],
-                precision=precision, preferred_element_type=jnp.float32,
-            )  # fmt: skip
-            scores = scores * scale
+                "bhgnc,bhmc->bhgnm",
+                queries[:, :, :, rows],
+                keys[:, :, :size],
+                precision="highest" if q.dtype == jnp.float32 else None,
+                preferred_element_type=jnp.float32,
+            )
+            scores = scores * (1 / (math.sqrt(q.shape[-1]) * self.stride))
             if bonus is not None:
                 scores = scores + bonus(rows, size)[:, :, None]
-            own = jnp.asarray(frame.rows[:, rows])[:, None, None, :, None]
-            key = jnp.where(columns[:size] <= own, _words.order16(scores), 0)
-            if self.budget_mode == "density":
-                near = columns[:size] > own - self.window_blocks
-                near = (near | (columns[:size] < self.sink_blocks)) & (key > 0)
-                key = jnp.where(near, jnp.uint16(_words.FIRST), key)
-            # Made once: each pass of the search reads 16 bits of a pair, not its score.
-            key = lax.optimization_barrier(key)
-            best = _words.best(key, budget[:, :, None, rows])
-            chosen.append(_words.widen(best, frame.num_words))
-        words = jnp.concatenate(chosen, axis=3)
-        return words.reshape(words.shape[0], -1, *words.shape[3:])
+            yield rows, scores
 
     def _queries(self, frame: Frame, q: jax.Array) -> jax.Array:
         """`[B, Hkv, G or 1, num_q, stride * D]`."""
