@@ -57,7 +57,7 @@ class FlashPrefill:
       >>> selector = FlashPrefill(
       ...     block_size=64, sink_tokens=64, window_tokens=64, keep_ratio=0.5
       ... )
-      >>> lists = selector.select(q, q[:, :, :2], q[:, :, :2], Place())
+      >>> lists = jax.jit(lambda q, k: selector.select(q, k, k, Place()))(q, q)
       >>> lists.counts[0, 0].tolist()
       [1, 2, 2, 2, 3, 3, 4, 4]
     """

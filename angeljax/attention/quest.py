@@ -119,8 +119,11 @@ def quest_attention(
       >>> from angeljax.attention import init_pages, quest_attention, update_pages
       >>> k = jax.random.normal(jax.random.key(0), (1, 2, 64, 16))
       >>> q = jax.random.normal(jax.random.key(1), (1, 1, 4, 16))
-      >>> pages = update_pages(init_pages(k), k.swapaxes(1, 2), 0)
-      >>> quest_attention(q, k, k, pages, keep_pages=2, length=64).shape
+      >>> @jax.jit
+      ... def attend(q, k):
+      ...     pages = update_pages(init_pages(k), k.swapaxes(1, 2), 0)
+      ...     return quest_attention(q, k, k, pages, keep_pages=2, length=64)
+      >>> attend(q, k).shape
       (1, 1, 4, 16)
     """
     *lead, slots, dim = heads_first_shape(k.shape, layout)

@@ -47,7 +47,8 @@ class VecAttention:
       >>> from angeljax.attention import Place, VecAttention
       >>> q = jax.random.normal(jax.random.key(0), (1, 512, 4, 16))
       >>> selector = VecAttention(block_size=64, window_tokens=64, threshold=0.0)
-      >>> selector.select(q, q, q, Place()).counts[0, 0].tolist()
+      >>> lists = jax.jit(lambda q, k: selector.select(q, k, k, Place()))(q, q)
+      >>> lists.counts[0, 0].tolist()
       [1, 2, 3, 4, 5, 6, 7, 8]
     """
 
