@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from angeljax.attention import Place, Selector, selector, selector_names
+from angeljax.attention import Hybrid, Place, Selector, selector, selector_names
 from pallas_kernels import BlockLists
 from tests.attention._data import structured
 
@@ -30,7 +30,12 @@ CASES: dict[str, dict[str, Any]] = {
     "hybrid": dict(
         selectors=[
             dict(name="a_shape", block_size=BLOCK, window_tokens=40),
-            dict(name="xattention", block_size=BLOCK, stride=4, threshold=0.6),
+            dict(
+                name="xattention",
+                block_size=BLOCK,
+                stride=4,
+                threshold=[[0.5, 0.7, 0.6, 0.9]],
+            ),
         ],
         layers=[[0, 1, 1, 0]],
     ),
@@ -48,7 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
     "strided": dict(stride_blocks=3),
     "tri_shape": dict(sink_tokens=20, window_tokens=40, last_tokens=20),
     "vecattention": dict(threshold=0.4, sink_tokens=16, window_tokens=16),
-    "xattention": dict(stride=4, threshold=[[0.5, 0.7, 0.8, 1.0]], max_blocks=6),
+    "xattention": dict(stride=4, threshold=0.8, max_blocks=6),
 }
 
 # These look at the last queries there are, so that each chunk is selected by its own.
@@ -158,19 +163,29 @@ def test_everything_can_be_kept(case: str) -> None:
 
 
 def test_a_shard_of_heads_selects_what_all_heads_do() -> None:
-    """Under `shard_map`, with the number of the first head from the mesh."""
+    """Under `shard_map`, with the first head from the mesh and a traced layer."""
     auto = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((2,), ("heads",), axis_types=auto)
-    one = build("xattention")
-    x = structured(TOKENS, HEADS, KV_HEADS)
-    spec = jax.P(None, None, "heads")
-
-    def local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        first = jax.lax.axis_index("heads") * q.shape[2]
-        return one.select(q, k, v, Place(first_head=first)).to_mask(BLOCKS)
-
-    shards = jax.shard_map(
-        local, mesh=mesh, in_specs=(spec,) * 3, out_specs=jax.P(None, "heads")
+    one = Hybrid(
+        selectors=(build("a_shape"), build("xattention")), layers=(0, (1, 0, 1, 1))
     )
-    both = jax.jit(lambda *a: (shards(*a), one.select(*a, Place()).to_mask(BLOCKS)))
-    assert np.array_equal(*both(*x))
+    x = structured(TOKENS, HEADS, KV_HEADS)
+
+    def select(layer: jax.Array, *x: jax.Array, first: Any = 0) -> jax.Array:
+        place = Place(layer=layer, num_layers=2, first_head=first)
+        return one.select(*x, place).to_mask(BLOCKS)
+
+    def local(layer: jax.Array, *x: jax.Array) -> jax.Array:
+        first = jax.lax.axis_index("heads") * x[0].shape[2]
+        return select(layer, *x, first=first)
+
+    spec = jax.P(None, None, "heads")
+    shards = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(jax.P(), spec, spec, spec),
+        out_specs=jax.P(None, "heads"),
+    )
+    both = jax.jit(lambda *a: (shards(*a), select(*a)))
+    for layer in range(2):
+        assert np.array_equal(*both(layer, *x))
