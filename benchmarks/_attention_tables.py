@@ -15,7 +15,7 @@ QUALITY = {
     "measured density": ("blocks read", ".1%"),
     "recall": ("recall", ".1%"),
     "perplexity": ("perplexity", ".2f"),
-    "kl": ("KL to dense", ".4f"),
+    "kl": ("KL to dense", "z.4f"),
     "top1_agreement": ("top-1 agreement", ".1%"),
 }
 # A case, and its rows by metric.
