@@ -139,7 +139,7 @@ def prompt_step(params: Any, prompts: Any, model: LanguageModel) -> jax.Array:
     def one(prompt: Any) -> jax.Array:
         tokens, mask, answer = (x[None] for x in prompt)
         length = tokens.shape[1]
-        cache = model.init_cache(1, length + answer.shape[1])
+        cache: Any = model.init_cache(1, length + answer.shape[1])
         first, cache = model.apply(
             params,
             tokens,

@@ -6,6 +6,11 @@ from angeljax.attention.cosa import CoSA
 from angeljax.attention.decode import Quest
 from angeljax.attention.flashprefill import FlashPrefill
 from angeljax.attention.flexprefill import FlexPrefill
+from angeljax.attention.hooks import (
+    jax_attention_fn,
+    linen_attention_fn,
+    nnx_attention_fn,
+)
 from angeljax.attention.hybrid import Hybrid
 from angeljax.attention.mean_correction import mean_correction
 from angeljax.attention.minference import MInference
@@ -46,7 +51,10 @@ __all__ = [
     "XAttention",
     "attention_report",
     "init_pages",
+    "jax_attention_fn",
+    "linen_attention_fn",
     "mean_correction",
+    "nnx_attention_fn",
     "quest_attention",
     "selector",
     "selector_names",

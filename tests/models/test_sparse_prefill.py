@@ -22,7 +22,7 @@ DENSE = LanguageModel(
         model_type="llama",
         vocab_size=40,
         hidden_size=16,
-        num_layers=2,
+        num_layers=1,
         intermediate_size=24,
         num_heads=2,
         num_kv_heads=1,
@@ -30,9 +30,15 @@ DENSE = LanguageModel(
     )
 )
 PARAMS = random_params(DENSE, std=0.3)
+# Two layers, for what differs between them.
+DEEP = dataclasses.replace(
+    DENSE, config=dataclasses.replace(DENSE.config, num_layers=2)
+)
+DEEP_PARAMS = random_params(DEEP, std=0.3)
 T = 80
 TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, 40, (2, T)), jnp.int32)
 LEFT = jnp.arange(T) >= jnp.asarray([[0], [21]])  # the second row begins later
+RIGHT = jnp.flip(LEFT, -1)
 
 
 def sparse(keep: int = 1, model: LanguageModel = DENSE, **options) -> LanguageModel:
@@ -48,80 +54,70 @@ def apply(model, params, tokens, mask=None, cache=None, slots=0, **place):
     return model.apply(params, tokens, mask=mask, cache=cache, **place)
 
 
-ALONE = [apply(sparse(), PARAMS, TOKENS[i : i + 1, 21 * i :])[0][0] for i in range(2)]
+@functools.cache
+def alone(row):
+    """Logits of a row without its padding."""
+    return apply(sparse(), PARAMS, TOKENS[row : row + 1, 21 * row :])[0][0]
+
+
+@functools.cache
+def dense(mask):
+    return apply(DENSE, PARAMS, TOKENS, {"left": LEFT, "right": RIGHT}[mask])[0]
 
 
 def test_keeping_every_block_is_the_dense_model():
-    """Padding on either side, an empty cache, and the decoding that follows."""
-    want, cache = apply(DENSE, PARAMS, TOKENS, LEFT, slots=T + 3)
-    got, filled = apply(sparse(0), PARAMS, TOKENS, LEFT, slots=T + 3, start=0)
-    np.testing.assert_allclose(got[LEFT], want[LEFT], atol=1e-3)
-    again, _ = apply(sparse(0), PARAMS, TOKENS, LEFT, slots=T + 3)  # start not said
-    np.testing.assert_allclose(again[LEFT], want[LEFT], atol=1e-3)
-    token = TOKENS[:, :1]
-    want, _ = apply(DENSE, PARAMS, token, None, cache)
-    got, _ = apply(sparse(0), PARAMS, token, None, filled)
-    np.testing.assert_allclose(got, want, atol=1e-3)
-
-    right = jnp.flip(LEFT, -1)
-    want, _ = apply(DENSE, PARAMS, TOKENS, right)
-    got, _ = apply(sparse(0), PARAMS, TOKENS, right)
-    np.testing.assert_allclose(got[right], want[right], atol=1e-3)
+    """Padding on the right, or on the left with a cache and a step of decoding."""
+    got, _ = apply(sparse(0), PARAMS, TOKENS, RIGHT)
+    np.testing.assert_allclose(got[RIGHT], dense("right")[RIGHT], atol=1e-3)
+    place = {"slots": T + 3, "start": 0, "total": T}
+    got, cache = apply(sparse(0), PARAMS, TOKENS[:, :-1], LEFT[:, :-1], **place)
+    want = dense("left")
+    np.testing.assert_allclose(got[LEFT[:, :-1]], want[:, :-1][LEFT[:, :-1]], atol=1e-3)
+    got, _ = apply(sparse(0), PARAMS, TOKENS[:, -1:], None, cache)
+    np.testing.assert_allclose(got[:, 0], want[:, -1], atol=1e-3)
 
 
 def test_padding_does_not_change_what_a_row_selects():
-    dense, _ = apply(DENSE, PARAMS, TOKENS)
-    assert jnp.abs(ALONE[0] - dense[0]).max() > 0.1
-    for place in ({}, {"slots": T + 3, "start": 0}, {"slots": T + 3}):
+    assert jnp.abs(alone(0) - dense("left")[0]).max() > 0.1
+    for place in ({}, {"slots": T + 3}):
         got, _ = apply(sparse(), PARAMS, TOKENS, LEFT, **place)
-        np.testing.assert_allclose(got[0], ALONE[0], atol=1e-3)
-        np.testing.assert_allclose(got[1, 21:], ALONE[1], atol=1e-3)
+        np.testing.assert_allclose(got[0], alone(0), atol=1e-3)
+        np.testing.assert_allclose(got[1, 21:], alone(1), atol=1e-3)
 
 
 @pytest.mark.parametrize("known", [True, False])
 def test_chunks_are_the_prompt_in_one_piece(known):
-    """The last chunk is shorter, and its rows are padded to the length of the others"""
-    model, cache, done = sparse(), DENSE.init_cache(2, T + 40), []
-    for start in (0, 32, 64):
-        chunk = TOKENS[:, start : start + 32]
-        mask = None
-        if start == 64:
-            chunk = jnp.pad(chunk, ((0, 0), (0, 16)))
-            mask = jnp.arange(32) < 16
-            mask = jnp.broadcast_to(mask, (2, 32))
-        place = {"start": start} if known else {}
-        y, cache = apply(model, PARAMS, chunk, mask, cache, total=T, **place)
-        done.append(y)
-    got = jnp.concatenate(done, axis=1)[:, :T]
-    want, _ = apply(model, PARAMS, TOKENS)
-    np.testing.assert_allclose(got, want, atol=1e-3)
+    """The last chunk is shorter, and padded to the length of the first."""
+    cache = DENSE.init_cache(1, T + 16)
+    place = {"start": 0} if known else {}
+    first, cache = apply(
+        sparse(), PARAMS, TOKENS[:1, :48], None, cache, total=T, **place
+    )
+    place = {"start": 48} if known else {}
+    chunk = jnp.pad(TOKENS[:1, 48:], ((0, 0), (0, 16)))
+    mask = jnp.arange(48)[None] < 32
+    last, _ = apply(sparse(), PARAMS, chunk, mask, cache, total=T, **place)
+    got = jnp.concatenate([first, last], axis=1)[0, :T]
+    np.testing.assert_allclose(got, alone(0), atol=1e-3)
 
 
-def test_chunks_of_padded_rows_and_a_second_turn():
+def test_chunks_of_padded_rows():
     """Slots with holes, rows off the grid of blocks: keeping all is still dense."""
-    pieces = TOKENS[:, :40], TOKENS[:, 40:41], TOKENS[:, 41:80]
-    masks = LEFT[:, :40], None, None
-    cache, filled = (DENSE.init_cache(2, T) for _ in range(2))
-    for chunk, mask in zip(pieces, masks, strict=True):
-        want, cache = apply(DENSE, PARAMS, chunk, mask, cache)
-        got, filled = apply(sparse(0), PARAMS, chunk, mask, filled)
-        real = slice(None) if mask is None else mask
-        np.testing.assert_allclose(got[real], want[real], atol=1e-3)
+    cache, want = DENSE.init_cache(2, T), dense("left")
+    got, cache = apply(sparse(0), PARAMS, TOKENS[:, :43], LEFT[:, :43], cache)
+    real = LEFT[:, :43]
+    np.testing.assert_allclose(got[real], want[:, :43][real], atol=1e-3)
+    got, _ = apply(sparse(0), PARAMS, TOKENS[:, 43:], None, cache)
+    np.testing.assert_allclose(got, want[:, 43:], atol=1e-3)
 
 
-def test_scanned_layers_and_layers_of_their_own():
-    """A traced layer number; one layer that keeps everything."""
-    own = ((-1, Means(keep=0)),)
-    want, _ = apply(sparse(layers=own), PARAMS, TOKENS)
-    assert jnp.abs(want[0] - ALONE[0]).max() > 0.01
-    stacked = stack_layers(PARAMS)
-    scanned = sparse(layers=own, model=dataclasses.replace(DENSE, scan_layers=True))
-    got, _ = apply(scanned, stacked, TOKENS, LEFT, slots=T, start=0)
-    np.testing.assert_allclose(got[0], want[0], atol=1e-3)
-    features = jax.jit(lambda p: scanned.features(p, TOKENS, mask=LEFT, hidden=(0,)))
-    found = features(stacked)
-    unrolled = jax.jit(lambda p: sparse(layers=own).features(p, TOKENS, hidden=(0,)))
-    plain = unrolled(PARAMS)
+def test_scanned_layers_are_the_unrolled_ones():
+    """A traced layer number; a layer that keeps everything; padding; hidden states."""
+    model = sparse(layers=((-1, Means(keep=0)),), model=DEEP)
+    scanned = dataclasses.replace(model, scan_layers=True)
+    run = jax.jit(lambda p: scanned.features(p, TOKENS, mask=LEFT, hidden=(0,)))
+    found = run(stack_layers(DEEP_PARAMS))
+    plain = jax.jit(lambda p: model.features(p, TOKENS, hidden=(0,)))(DEEP_PARAMS)
     np.testing.assert_allclose(found.final[0], plain.final[0], atol=1e-3)
     np.testing.assert_allclose(found.hidden[0][0], plain.hidden[0][0], atol=1e-3)
 
@@ -146,40 +142,33 @@ def _equations(jaxpr):
 
 
 def test_short_prompts_and_short_steps_are_dense():
-    want, cache = apply(DENSE, PARAMS, TOKENS)
-    got, _ = apply(sparse(dense_below=T + 1), PARAMS, TOKENS)
-    np.testing.assert_array_equal(got, want)
-    _, cache = apply(DENSE, PARAMS, TOKENS, slots=T + 8)
-    want, _ = apply(DENSE, PARAMS, TOKENS[:, :5], None, cache)
-    got, _ = apply(sparse(), PARAMS, TOKENS[:, :5], None, cache)
-    np.testing.assert_array_equal(got, want)
+    fn = sparse(dense_below=64, layers=((1, Means(block_size=32)),)).attention_fn
+    assert fn.sparse(64, 64, 2) and not fn.sparse(63, 63, 2)
+    # A chunk of a long prompt, and the checking of a few drafted tokens.
+    assert fn.sparse(16, 64, 2) and not fn.sparse(15, 64, 2)
+    full = dataclasses.replace(fn, selector=Means(says=1.0), dense_above=0.9)
+    assert full.sparse(32, 64, 2) and not full.sparse(16, 64, 2)
 
 
 def test_generation_reads_the_prompt_sparsely():
-    make = functools.partial(generate, params=PARAMS, max_new_tokens=3, eos_ids=())
-    dense = make(DENSE, tokens=TOKENS, mask=LEFT).tokens
-    np.testing.assert_array_equal(
-        make(sparse(0), tokens=TOKENS, mask=LEFT).tokens, dense
-    )
-    got = make(sparse(), tokens=TOKENS, mask=LEFT).tokens
-    first = [jnp.argmax(y[-1]) for y in ALONE]
+    got = generate(sparse(), PARAMS, TOKENS, LEFT, max_new_tokens=2, eos_ids=()).tokens
+    first = [jnp.argmax(alone(row)[-1]) for row in (0, 1)]
     np.testing.assert_array_equal(got[:, 0], first)
-    assert (got != dense).any()
 
 
 def test_windows_are_left_dense_or_refused():
-    near = dataclasses.replace(DENSE.config, windows=(0, 8))
-    model = dataclasses.replace(DENSE, config=near)
-    want, _ = apply(model, PARAMS, TOKENS, LEFT)
-    got, _ = apply(sparse(0, model), PARAMS, TOKENS, LEFT)
+    near = dataclasses.replace(DEEP.config, windows=(0, 8))
+    model = dataclasses.replace(DEEP, config=near)
+    want, _ = apply(model, DEEP_PARAMS, TOKENS, LEFT)
+    got, _ = apply(sparse(0, model), DEEP_PARAMS, TOKENS, LEFT)
     np.testing.assert_allclose(got[LEFT], want[LEFT], atol=1e-3)
 
     scanned = dataclasses.replace(model, scan_layers=True)
     with pytest.raises(ValueError, match="use scan_layers=False"):
-        sparse(0, scanned).logits(stack_layers(PARAMS), TOKENS)
+        sparse(0, scanned).logits(stack_layers(DEEP_PARAMS), TOKENS)
     near = dataclasses.replace(near, windows=(8, 8))
     with pytest.raises(ValueError, match="every layer of this model has one"):
-        sparse(0, dataclasses.replace(DENSE, config=near)).logits(PARAMS, TOKENS)
+        sparse(0, dataclasses.replace(DEEP, config=near)).logits(DEEP_PARAMS, TOKENS)
 
 
 def test_what_cannot_be_is_refused():
@@ -190,7 +179,7 @@ def test_what_cannot_be_is_refused():
         place(start=3)
     with pytest.raises(ValueError, match="total=90: a prompt is no shorter"):
         place(start=16, total=90, cache=DENSE.init_cache(2, T + 16))
-    with pytest.raises(ValueError, match="layer 2: the model has 2 layers"):
+    with pytest.raises(ValueError, match="layer 2: the model has 1 layers"):
         sparse(layers=((2, Means()),)).logits(PARAMS, TOKENS)
     with pytest.raises(ValueError, match="selector must be one of .* not a str"):
         SparseAttention("stem")
@@ -199,30 +188,32 @@ def test_what_cannot_be_is_refused():
     assert dense_attention is DENSE.attention_fn
 
 
-@pytest.mark.parametrize("scan", [False, True])
-def test_quest_decodes_from_pages_of_the_cache(scan):
-    """All pages are the whole cache; few of them are not, but for the first layer."""
-    params = stack_layers(PARAMS) if scan else PARAMS
-    base = dataclasses.replace(DENSE, scan_layers=scan)
-
-    def logits(model):
-        _, cache = apply(model, params, TOKENS, LEFT, slots=T + 3, start=0, total=T)
-        if model.attention_fn is not dense_attention:
-            assert cache.positions.shape == (2, 96) and cache.pages is not None
-        y, cache = apply(model, params, TOKENS[:, :1], None, cache)
-        return apply(model, params, TOKENS[:, 1:2], None, cache)[0]
-
-    want = logits(base)
-    # The option alone would leave a cache of 96 slots without pages.
+def test_quest_decodes_from_pages_of_the_cache():
+    """All pages are the whole cache; few of them are not, but in the first layers."""
     every = Quest(keep_pages=5, page_size=16, dense_layers=0)
     few = dataclasses.replace(every, keep_pages=2)
-    fn = sparse(0, base, decode=few).attention_fn
-    got = logits(dataclasses.replace(base, attention_fn=fn))
-    assert jnp.abs(got - want).max() > 0.01
-    for quest in (every, dataclasses.replace(few, dense_layers=2)):
-        got = logits(sparse(0, base, decode=quest))
-        if quest is every:
-            # 5 of the 6 pages: the row of 59 tokens has no more, the other may differ.
-            np.testing.assert_allclose(got[1], want[1], atol=1e-3)
-        else:
-            np.testing.assert_allclose(got, want, atol=1e-3)
+    deep = dataclasses.replace(DEEP, scan_layers=True)
+
+    @functools.partial(jax.jit, static_argnames="models")
+    def logits(params, models):
+        found = []
+        for model in models:
+            cache, place = model.init_cache(2, T + 3), {"start": 0, "total": T}
+            if model.attention_fn is not dense_attention:
+                assert cache.positions.shape == (2, 96) and cache.pages is not None
+            prompt = {"mask": LEFT, "cache": cache, "last_only": True}
+            _, cache = model.apply(params, TOKENS, **prompt, **place)
+            found.append(model.apply(params, TOKENS[:, :1], cache=cache)[0])
+        return found
+
+    models = DENSE, sparse(0, decode=every), sparse(0, decode=few)
+    want, whole, part = logits(PARAMS, models)
+    # 5 of the 6 pages: the row of 59 tokens has no more, the other may differ.
+    np.testing.assert_allclose(whole[1], want[1], atol=1e-3)
+    assert jnp.abs(part - want).max() > 0.01
+    first = dataclasses.replace(few, dense_layers=1)
+    models = deep, sparse(0, deep, decode=first), sparse(0, DEEP, decode=first)
+    want, stacked = logits(stack_layers(DEEP_PARAMS), models[:2])
+    (apart,) = logits(DEEP_PARAMS, models[2:])
+    np.testing.assert_allclose(stacked, apart, atol=1e-3)
+    assert jnp.abs(stacked - want).max() > 0.01
