@@ -95,7 +95,7 @@ def product(case: dict[str, Any]) -> tuple[Any, list[Any]]:
 
 
 def _attention(case: dict[str, Any]) -> tuple[Any, list[Any]]:
-    def shape(*sizes: int, dtype: str = "int32") -> jax.ShapeDtypeStruct:
+    def shape(*sizes: int, dtype: str = "int32") -> Any:
         return jax.ShapeDtypeStruct((1, *sizes), dtype)
 
     dim, dtype = case["dim"], case.get("dtype", "bfloat16")

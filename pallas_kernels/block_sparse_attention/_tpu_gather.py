@@ -53,15 +53,15 @@ class _Copies:
 
     def wait(self, kind: int, slot: Any, blocks: Any = None) -> None:
         """Waits for some blocks of a tile, default all; their bytes are counted."""
+        rows = self.block_k if blocks is not None else self.gather * self.block_k
+        to = self.tiles[kind].at[slot, pl.ds(0, rows)]
+        copy = pltpu.make_async_copy(to, to, self.semaphores.at[kind, slot])
 
-        def one(rows: int) -> None:
-            to = self.tiles[kind].at[slot, pl.ds(0, rows)]
-            pltpu.make_async_copy(to, to, self.semaphores.at[kind, slot]).wait()
+        def one(_: Any, carry: Any) -> Any:
+            copy.wait()
+            return carry
 
-        if blocks is None:
-            one(self.gather * self.block_k)
-        else:
-            jax.lax.fori_loop(0, blocks, lambda _, x: (one(self.block_k), x)[1], 0)
+        jax.lax.fori_loop(0, 1 if blocks is None else blocks, one, 0)
 
 
 def first_key(row: Any, at: Any, block_k: int) -> jax.Array:

@@ -7,10 +7,10 @@ one block a step. Query heads that share lists are stacked into one tile of quer
 lists for each key head (as many as `k` has) read K and V once for all of its query
 heads, lists for each query head once for each.
 
-On anything but a TPU the same kernels run in Pallas' interpret mode. The
-compiler takes them for TPU v4, v5e, v5p, v6e and v7x; they have not been run on one. By
-its schedule a tile of 4 x 128 queries and 1024 keys of 128 channels takes 2535 cycles
-on v5e, where the matrix units alone need 2048, and 1816 on v6e for 1536.
+On anything but a TPU the same kernels run in Pallas' interpret mode. The compiler takes
+them for TPU v4, v5e, v5p, v6e and v7x; they have not been run on one. By its schedule a
+tile of 4 x 128 queries and 1024 keys of 128 channels takes 2535 cycles on v5e, where
+the matrix units alone need 2048, and 1816 on v6e for 1536.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def attention(
     )
     if chosen.by_blocks:
         call: Any = functools.partial(_tpu_blocks.call, **sizes)
-        args = (queries, keys, values, indices, whole, total, q_offset)
+        args: Any = (queries, keys, values, indices, whole, total, q_offset)
     else:
         call = functools.partial(_tpu_gather.call, gather=chosen.gather, **sizes)
         args = (queries, keys, values, _rows(whole, total, q_offset, indices, chosen))
