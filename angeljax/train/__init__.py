@@ -5,7 +5,7 @@ it. Nothing else in angeljax needs this package: the transform of `angeljax.qat`
 into any loss of one's own.
 """
 
-from angeljax.train._fields import ConfigError
+from angeljax._fields import ConfigError
 from angeljax.train.checkpoints import Checkpoints
 from angeljax.train.config import TrainConfig
 from angeljax.train.data import PackedTokens, load_tokens

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
-from collections.abc import Mapping
 from typing import Any
+
+from angeljax._fields import ConfigError, build, choice, count, number
 
 # KL(T||S), KL(S||T), squared error of logits, both weighted by the teacher's
 # confidence, and the two KLs on the likeliest entries alone.
@@ -38,7 +37,7 @@ class DistillOptions:
       relation_heads: heads of the relations; None takes the student's key heads.
 
     Raises:
-      ValueError: a field is out of range; names it.
+      ConfigError: a field is out of range; names it.
 
     Example:
       >>> from angeljax.train.losses import DistillOptions
@@ -59,24 +58,16 @@ class DistillOptions:
     relation_heads: int | None = None
 
     def __post_init__(self) -> None:
-        _choice("loss", self.loss, LOSSES)
-        _choice("hidden_kind", self.hidden_kind, HIDDEN_LOSSES)
+        choice("distill.loss", self.loss, LOSSES)
+        choice("distill.hidden_kind", self.hidden_kind, HIDDEN_LOSSES)
         for name in ("weight", "lm_weight", "hidden_weight", "relation_weight"):
-            value = getattr(self, name)
-            if not _number(value) or value < 0:
-                raise ValueError(f"distill.{name} must be a number >= 0, not {value!r}")
-        if not _number(self.temperature) or self.temperature <= 0:
-            raise ValueError(
-                f"distill.temperature must be > 0, not {self.temperature!r}"
-            )
-        for name in ("top_k", "relation_heads"):
-            value = getattr(self, name)
-            if name == "relation_heads" and value is None:
-                continue
-            if not _count(value) or value < 1:
-                raise ValueError(
-                    f"distill.{name} must be an integer >= 1, not {value!r}"
-                )
+            number(f"distill.{name}", getattr(self, name), 0)
+        number("distill.temperature", self.temperature, 0)
+        if self.temperature == 0:
+            raise ConfigError("distill.temperature must be > 0, not 0")
+        count("distill.top_k", self.top_k)
+        if self.relation_heads is not None:
+            count("distill.relation_heads", self.relation_heads)
         # Lists (YAML has no tuples) become hashable.
         pairs = tuple(_pair("hidden_layers", p) for p in self.hidden_layers)
         object.__setattr__(self, "hidden_layers", pairs)
@@ -85,7 +76,7 @@ class DistillOptions:
             object.__setattr__(self, "relation_layers", pair)
         total = self.weight + self.lm_weight + self.hidden_weight + self.relation_weight
         if total == 0:
-            raise ValueError("distill: all weights are 0, there is nothing to learn")
+            raise ConfigError("distill: all weights are 0, there is nothing to learn")
 
     @property
     def needs_teacher(self) -> bool:
@@ -102,17 +93,9 @@ class DistillOptions:
         """From a mapping such as a section of a YAML file.
 
         Raises:
-          ValueError: an unknown or invalid field.
+          ConfigError: an unknown or invalid field.
         """
-        if not isinstance(data, Mapping):
-            raise ValueError(f"distill must be a mapping, not {data!r}")
-        known = [f.name for f in dataclasses.fields(cls)]
-        for name in data:
-            if name not in known:
-                near = difflib.get_close_matches(str(name), known, 1)
-                hint = f"did you mean {near[0]}?" if near else f"has {', '.join(known)}"
-                raise ValueError(f"distill has no field {name!r}: {hint}")
-        return cls(**data)
+        return build(cls, data, "distill")
 
     def to_dict(self) -> dict[str, Any]:
         """What `from_dict` takes: plain numbers, strings and lists."""
@@ -123,26 +106,10 @@ class DistillOptions:
         return data
 
 
-def _choice(name: str, value: Any, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(
-            f"distill.{name} must be one of {', '.join(known)}, not {value!r}"
-        )
-
-
-def _number(value: Any) -> bool:
-    real = isinstance(value, int | float) and not isinstance(value, bool)
-    return real and math.isfinite(value)
-
-
-def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _pair(name: str, value: Any) -> tuple[int, int]:
     ok = isinstance(value, list | tuple) and len(value) == 2
-    if not ok or not all(_count(v) and v >= 0 for v in value):
-        raise ValueError(
+    if not ok or not all(type(v) is int and v >= 0 for v in value):
+        raise ConfigError(
             f"distill.{name} holds pairs [student layer, teacher layer], not {value!r}"
         )
     return value[0], value[1]

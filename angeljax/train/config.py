@@ -10,11 +10,11 @@ from typing import Any
 
 import yaml
 
+from angeljax._fields import ConfigError, build, choice, count, flag, pattern
 from angeljax.recipe import Recipe
-from angeljax.train._fields import ConfigError, build, choice, count, flag
 from angeljax.train._options import DistillOptions
 from angeljax.train.guards import Divergence
-from angeljax.train.optimizers import OptimizerConfig, check_pattern
+from angeljax.train.optimizers import OptimizerConfig
 from angeljax.train.sharding import AXES
 
 DTYPES = ("bfloat16", "float32")
@@ -165,8 +165,8 @@ class TrainConfig:
         if isinstance(self.freeze, str):
             object.__setattr__(self, "freeze", (self.freeze,))
         object.__setattr__(self, "freeze", tuple(self.freeze))
-        for pattern in self.freeze:
-            check_pattern("freeze", pattern)
+        for path in self.freeze:
+            pattern("freeze", path)
         if self.mesh is not None:
             if not isinstance(self.mesh, Mapping) or set(self.mesh) - set(AXES):
                 raise ConfigError(

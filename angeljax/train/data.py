@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from angeljax.train._fields import ConfigError, count
+from angeljax._fields import ConfigError, count
 
 if TYPE_CHECKING:
     from angeljax.models import Tokenizer

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from angeljax._fields import ConfigError
 from angeljax._leaves import path_string
 from angeljax._partition import combine
 from angeljax.evaluation import Windows, evaluate
 from angeljax.formats import QTensor
 from angeljax.models import DecoderConfig, LanguageModel
-from angeljax.train._fields import ConfigError
 from angeljax.train.objective import Objective
 from angeljax.train.step import Metrics
 

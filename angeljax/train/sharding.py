@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from angeljax.train._fields import ConfigError, count
+from angeljax._fields import ConfigError, count
 
 AXES = ("data", "fsdp")
 
