@@ -100,6 +100,9 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
       config: see `OptimizerConfig`.
       steps: of the whole training.
 
+    Returns:
+      Step -> rate; the step may be traced.
+
     Raises:
       ConfigError: the warm-up takes all steps.
 
@@ -191,6 +194,9 @@ def evaluation_params(opt_state: Any, params: Any) -> Any:
     Args:
       opt_state: of an optimizer of `make_optimizer`.
       params: the tree that is trained.
+
+    Returns:
+      A tree of the structure of `params`.
     """
     kind = optax.contrib.ScheduleFreeState
     found = [

@@ -23,6 +23,9 @@ def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
       sizes: devices along each axis; an axis that is not named has 1. None takes all
         devices as copies.
 
+    Returns:
+      A mesh of the first so many devices.
+
     Raises:
       ConfigError: an unknown axis, or another number of devices than there are.
 
