@@ -1,16 +1,18 @@
-"""`DistillOptions`: what a student learns from, and with which weights."""
+"""What a student learns from, and how a layer is reconstructed."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-from angeljax._fields import ConfigError, build, choice, count, number
+from angeljax._fields import ConfigError, build, choice, count, flag, number
 
 # KL(T||S), KL(S||T), squared error of logits, both weighted by the teacher's
 # confidence, and the two KLs on the likeliest entries alone.
 LOSSES = ("kl", "rkl", "mse", "cakld", "kl_top", "rkl_top")
 HIDDEN_LOSSES = ("mse", "cosine")
+# What a layer is to give: see `BlockwiseOptions.targets`.
+TARGETS = ("full", "quantized")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,6 +106,44 @@ class DistillOptions:
         if self.relation_layers is not None:
             data["relation_layers"] = list(self.relation_layers)
         return data
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockwiseOptions:
+    """How each layer is trained.
+
+    Attributes:
+      epochs: passes over the rows, for each layer.
+      batch_size: rows of a step.
+      learning_rate: of the latent weights (Adam); falls along a cosine.
+      scale_learning_rate: of learned scales.
+      final_ratio: last learning rate, as a part of the first.
+      targets: "full" takes what the full-precision model computed; "quantized" what the
+        full-precision layer makes of the quantized layers' output.
+      host: keep the activations of all rows in host memory instead of on the device.
+      seed: of the order of rows.
+
+    Raises:
+      ConfigError: a field is out of range; names it.
+    """
+
+    epochs: int = 2
+    batch_size: int = 4
+    learning_rate: float = 1e-4
+    scale_learning_rate: float = 1e-4
+    final_ratio: float = 0.05
+    targets: str = "full"
+    host: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            count(f"blockwise.{name}", getattr(self, name))
+        for name in ("learning_rate", "scale_learning_rate", "final_ratio"):
+            number(f"blockwise.{name}", getattr(self, name), 0)
+        choice("blockwise.targets", self.targets, TARGETS)
+        flag("blockwise.host", self.host)
+        count("blockwise.seed", self.seed, 0)
 
 
 def _pair(name: str, value: Any) -> tuple[int, int]:

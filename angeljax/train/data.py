@@ -206,7 +206,7 @@ def _encoded(source: str, tokenizer: Tokenizer | None) -> np.ndarray:
         documents = list(load_documents(source))
     except (ValueError, OSError) as e:
         raise ConfigError(f"data: {e}") from None
-    separator, mark = _separator(tokenizer)
+    separator, mark = document_separator(tokenizer)
     if mark:
         documents = [x for d in documents for x in d.split(f"\n{mark}\n")]
     documents = [d for d in documents if d.strip()]
@@ -220,7 +220,7 @@ def _encoded(source: str, tokenizer: Tokenizer | None) -> np.ndarray:
     return stream.astype(np.uint16) if fits else stream
 
 
-def _separator(tokenizer: Tokenizer) -> tuple[int | None, str]:
+def document_separator(tokenizer: Tokenizer) -> tuple[int | None, str]:
     """Id and text of what stands between documents."""
     for token in ("<|endoftext|>", tokenizer.special["eos_token"]):
         index = tokenizer.token_id(token) if token else None
