@@ -182,6 +182,7 @@ def evaluate(
     windows: Any,
     *,
     reference: Any = None,
+    reference_fn: Callable[..., Any] | None = None,
     batch_size: int = 4,
     progress: bool | None = None,
 ) -> EvalResult:
@@ -193,6 +194,7 @@ def evaluate(
         params,
         windows,
         reference=reference,
+        reference_fn=reference_fn,
         batch_size=batch_size,
         progress=progress,
     )

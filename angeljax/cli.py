@@ -166,6 +166,8 @@ def evaluate(
         loaded.params,
         windows,
         reference=None if base is None else base.params,
+        # Training may have changed the architecture: biases where there were none.
+        reference_fn=None if base is None else base.model.logits,
         batch_size=batch_size,
         progress=False if as_json else None,
     )

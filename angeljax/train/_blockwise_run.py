@@ -20,9 +20,9 @@ from angeljax.qat import QAT, QATState
 from angeljax.train._options import BlockwiseOptions
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class BlockwiseRun:
-    """Forward, error and training step of one layer, whichever it is.
+    """Forward, error and training step of one layer; hashable, compiled once.
 
     Attributes:
       model: the architecture.
@@ -75,7 +75,7 @@ class BlockwiseRun:
         advance: Any,
     ) -> tuple[Any, QATState]:
         size, rows = self.options.batch_size, len(x)
-        carry = (layer, state), self._optimizer(layer, state).init((layer, state))
+        carry = self._start((layer, state))
         step = 0
         for epoch in range(self.options.epochs):
             seed = np.random.SeedSequence([self.options.seed, number, epoch])
@@ -134,6 +134,11 @@ class BlockwiseRun:
     ) -> jax.Array:
         y = self._block(self._fake(layer, state, step), x, window)
         return jnp.mean(jnp.square(y.astype(jnp.float32) - goal.astype(jnp.float32)))
+
+    # Compiled, so that moments lie on the devices of the weights from the first step on.
+    @functools.partial(jax.jit, static_argnums=0)
+    def _start(self, trained: Any) -> Any:
+        return trained, self._optimizer(*trained).init(trained)
 
     @functools.partial(jax.jit, static_argnums=0)
     def _step(self, carry: Any, step: Any, x: Any, goal: Any, window: Any) -> Any:

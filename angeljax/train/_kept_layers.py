@@ -68,7 +68,7 @@ class KeptLayers:
 
         Args:
           i: number of the layer.
-          like: a pytree of the arrays' shapes and dtypes.
+          like: a pytree of arrays of the same shapes and dtypes, where they shall lie.
 
         Raises:
           ValueError: the file is damaged.
@@ -106,7 +106,8 @@ def _flat(x: np.ndarray) -> np.ndarray:
 
 def _restored(stored: np.ndarray, like: Any) -> jax.Array:
     # As bytes, since numpy's files do not know bfloat16.
-    return jnp.asarray(stored.view(like.dtype).reshape(like.shape))
+    array = stored.view(like.dtype).reshape(like.shape)
+    return jax.device_put(array, like.sharding)
 
 
 def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
