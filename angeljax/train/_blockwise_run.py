@@ -135,7 +135,7 @@ class BlockwiseRun:
         y = self._block(self._fake(layer, state, step), x, window)
         return jnp.mean(jnp.square(y.astype(jnp.float32) - goal.astype(jnp.float32)))
 
-    # Compiled, so that moments lie on the devices of the weights from the first step on.
+    # Compiled, so that moments lie where the weights do, from the first step on.
     @functools.partial(jax.jit, static_argnums=0)
     def _start(self, trained: Any) -> Any:
         return trained, self._optimizer(*trained).init(trained)

@@ -154,6 +154,8 @@ def test_a_teacher_on_disk_is_the_teacher_beside(folder, written):
         load_tokens(folder / "a.txt", tiny.tokenizer), length=12, batch_size=4
     )
     rows = np.concatenate([data.batch(step)["tokens"] for step in range(4)])
+    with pytest.raises(ValueError, match="parts are attention, output, mlp, not 'up'"):
+        add_biases(tiny.model, tiny.params, parts=["up"])
     model, params = add_biases(tiny.model, tiny.params, parts=["mlp"])
     qat = aj.qat.make(aj.Recipe.from_dict(RECIPE), total_steps=4)
     params = jax.jit(lambda p: qat.apply(p, qat.init(p), 4))(params)
@@ -229,6 +231,9 @@ def test_layer_by_layer(folder, monkeypatch):
             assert a.read_bytes() == b.read_bytes()
     error = train(folder, "stopped", code=1, **{**fields, "seed": 1})
     assert "layers was begun with " in error and error.count("\n") == 1
+    (folder / "stopped" / "layers" / "layer-00000.npz").write_bytes(b"half")
+    error = train(folder, "stopped", code=1, **fields)
+    assert "layer-00000.npz cannot be read" in error and error.count("\n") == 1
 
 
 def test_lora(folder, written):
