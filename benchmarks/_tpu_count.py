@@ -19,7 +19,13 @@ from jax.experimental import pallas as pl
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding
 
-from pallas_kernels import WeightLayout, packed_matmul, prepare
+from pallas_kernels import (
+    BlockLists,
+    WeightLayout,
+    block_sparse_attention,
+    packed_matmul,
+    prepare,
+)
 
 _CODES = {
     "float8_e4m3": jnp.float8_e4m3fn,
@@ -50,6 +56,8 @@ def shapes(layout: WeightLayout) -> dict[str, jax.ShapeDtypeStruct]:
 
 def product(case: dict[str, Any]) -> tuple[Any, list[Any]]:
     """A function to compile and the shapes of its arguments."""
+    if case["format"] == "attention":
+        return _attention(case)
     m, k, n = case["m"], case["k"], case["n"]
     x = jax.ShapeDtypeStruct((m, k), jnp.dtype(case["activations"]))
     if case["format"] == "bfloat16":
@@ -86,6 +94,33 @@ def product(case: dict[str, Any]) -> tuple[Any, list[Any]]:
     return f, [x, planes, x_scale]
 
 
+def _attention(case: dict[str, Any]) -> tuple[Any, list[Any]]:
+    def shape(*sizes: int, dtype: str = "int32") -> Any:
+        return jax.ShapeDtypeStruct((1, *sizes), dtype)
+
+    dim, dtype = case["dim"], case.get("dtype", "bfloat16")
+    block_q, block_k = case["blocks"]
+    q = shape(case["t"], case["heads"], dim, dtype=dtype)
+    k = shape(case["s"], case["kv_heads"], dim, dtype=dtype)
+    counts = case["list_heads"], -(-case["t"] // block_q)
+    lists = BlockLists(shape(*counts, case["width"]), shape(*counts), block_q, block_k)
+
+    def f(q: jax.Array, k: jax.Array, v: jax.Array, lists: BlockLists) -> jax.Array:
+        y, _ = block_sparse_attention(
+            q,
+            k,
+            v,
+            lists,
+            q_offset=case["s"] - case["t"],
+            soft_cap=case.get("soft_cap"),
+            return_lse=True,
+            implementation="tpu",
+        )
+        return y
+
+    return f, [q, k, k, lists]
+
+
 def _dense(x: jax.Array, w: jax.Array) -> jax.Array:
     def kernel(x: Any, w: Any, y: Any) -> None:
         part = jnp.dot(x[...], w[...], preferred_element_type=jnp.float32)
@@ -110,7 +145,11 @@ def bundles(device: Any, dump: Path, case: dict[str, Any]) -> int:
         sharding = SingleDeviceSharding(device)
         traced = jax.jit(f, in_shardings=sharding, out_shardings=sharding).trace(*args)
         traced.lower(lowering_platforms=("tpu",)).compile()
-    (log,) = dump.glob("*_matmul*schedule-analysis_final_bundles*")
+    (log,) = (
+        path
+        for path in dump.glob("*schedule-analysis_final_bundles*")
+        if "_matmul" in path.name or "block_sparse" in path.name
+    )
     found = re.search(r"total scheduled bundles:\s+(\d+)", log.read_text())
     assert found is not None
     return int(found[1])

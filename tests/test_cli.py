@@ -1,5 +1,6 @@
 """The command line on a tiny model: every command, JSON, one-line errors."""
 
+import dataclasses
 import json
 
 import jax
@@ -12,7 +13,7 @@ import angeljax as aj
 from angeljax import _workflow
 from angeljax.cli import app
 from angeljax.export import load_manifest
-from angeljax.models import DecoderConfig, LanguageModel, Tokenizer
+from angeljax.models import DecoderConfig, LanguageModel, Tokenizer, add_biases
 
 RUNNER = CliRunner()
 WORDS = [chr(i) for i in range(32, 127)]
@@ -86,7 +87,12 @@ def test_compress_inspect_eval_generate(checkpoint, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 10)
     args = ("eval", "-m", out, "--text", text, "--length", 64, "--json")
-    scored = json.loads(run(*args, "--reference", checkpoint).stdout)
+    # A reference of another architecture, and still the same function.
+    opened = _workflow.open_checkpoint(checkpoint)
+    model, wide = add_biases(opened.model, opened.params)
+    opened = dataclasses.replace(opened, model=model, params=wide)
+    _workflow.save_model(tmp_path / "wide", opened, wide, None)
+    scored = json.loads(run(*args, "--reference", tmp_path / "wide").stdout)
     assert scored["perplexity"] > 1 and scored["kl"] > 0
     assert 0 <= scored["top1_agreement"] <= 1
     same = json.loads(run(*args, "--reference", out).stdout)

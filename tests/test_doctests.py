@@ -18,16 +18,24 @@ PUBLIC = (
     "angeljax.models",
     "angeljax.evaluation",
     "angeljax.export",
+    "angeljax.qat",
+    "angeljax.qat.diagnostics",
+    "angeljax.qat.lora",
+    "angeljax.qat.plots",
+    "angeljax.train",
 )
 MODULES = sorted(
     m.name
     for m in pkgutil.walk_packages(angeljax.__path__, "angeljax.")
     if not m.name.endswith("__main__")
 )
+KERNELS = [
+    f"pallas_kernels.block_sparse_attention.{name}" for name in ("_lists", "api")
+]
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
-@pytest.mark.parametrize("name", ["angeljax", *MODULES])
+@pytest.mark.parametrize("name", ["angeljax", *MODULES, *KERNELS])
 def test_examples(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = doctest.testmod(importlib.import_module(name), optionflags=FLAGS)

@@ -15,6 +15,17 @@ from angeljax.attention._frame import Frame, strided
 CHUNK_BYTES = 2**28
 
 
+def products(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """`einsum` to float32; as exact as the operands are."""
+    return jnp.einsum(
+        equation,
+        a,
+        b,
+        precision="highest" if a.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
 def by_parts(
     part: Callable[[jax.Array, int], Any], count: int, bytes_of_one: int
 ) -> Any:
@@ -163,11 +174,7 @@ def tail_mass(
 
     def head(args: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         q, k = args
-        s = jnp.einsum(
-            "bngd,bsd->bgns", q, k,
-            precision="highest", preferred_element_type=jnp.float32,
-        )  # fmt: skip
-        s = jnp.where(seen, s * dim**-0.5, -jnp.inf)
+        s = jnp.where(seen, products("bngd,bsd->bgns", q, k) * dim**-0.5, -jnp.inf)
         top = jnp.max(s, -1, keepdims=True)
         p = jnp.exp(s - jnp.where(jnp.isfinite(top), top, 0))
         p = p / jnp.maximum(p.sum(-1, keepdims=True), 1e-30)

@@ -91,15 +91,19 @@ class Frame:
         kept = jnp.asarray(table) if layer is None else jnp.asarray(table)[layer]
         return kept[jnp.minimum(rows, table.shape[-1] - 1)][:, None]
 
-    def parts(self) -> list[tuple[slice, int]]:
+    def parts(self, least: int = 1) -> list[tuple[slice, int]]:
         """Query blocks in parts, each with the number of key blocks it may see.
 
         Scores are made part by part: they take a bounded memory, and where the first
         query is known most of the blocks past the diagonal are never scored.
+
+        Args:
+          least: number of parts, where there are so many blocks.
         """
+        size = min(_PART, -(-self.num_q // least))
         parts = []
-        for low in range(0, self.num_q, _PART):
-            high = min(low + _PART, self.num_q)
+        for low in range(0, self.num_q, size):
+            high = min(low + size, self.num_q)
             seen = self.num_k if self.start is None else self.start + high
             parts.append((slice(low, high), min(seen, self.num_k)))
         return parts

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from angeljax.attention import _words
 from angeljax.attention._frame import Frame, strided
 
 # Query blocks, number of key blocks -> float32 [B, Hkv, query blocks or 1, key blocks].
@@ -49,10 +51,8 @@ def value_bonus(
 
     def bonus(rows: slice, size: int) -> jax.Array:
         part = rows if mean.shape[2] > 1 else slice(None)
-        raised = sum(
-            jnp.maximum(cell[:, :, None, :size] - mean[:, :, part, None], 0)
-            for cell in cells
-        )
+        above = cells[:, :, :, None, :size] - mean[:, :, part, None]
+        raised = jnp.sum(jnp.maximum(above, 0), 0)
         raised = raised / (deviation[:, :, part, None] + 1e-6)
         # Made once for a key head, not again for each of its query heads.
         return lax.optimization_barrier(raised * share[:, None, None, :size])
@@ -65,20 +65,23 @@ def _statistics(
 ) -> tuple[jax.Array, jax.Array]:
     """Mean and unbiased deviation of whole cells, `[B, Hkv, num_q or 1]` each."""
     number = np.arange(frame.num_k) * len(cells) + np.arange(len(cells))[:, None]
-    full = jnp.asarray(number) < jnp.reshape(frame.keys, (-1, 1, 1)) // stride
-    whole = jnp.moveaxis(full, 1, 0)[:, :, None]  # [cells, 1 or B, 1, num_k]
+    # Known while tracing where the lengths are: then nothing of it runs.
+    known = isinstance(frame.keys, int)
+    keys = np.full(1, frame.keys) if known else jnp.reshape(frame.keys, -1)
+    whole: Any = number[:, None, None] < keys[:, None, None] // stride
     # About the first cell, which all chunks of a prompt have.
     origin = cells[0, :, :, :1]
     x = jnp.where(whole, cells - origin, 0)
-    seen = np.arange(frame.num_k) <= jnp.asarray(frame.rows)[:, None, :, None]
-
-    def total(s: jax.Array) -> jax.Array:
-        if stats == "prompt":
-            return s.sum(-1, keepdims=True)
-        return jnp.where(seen, s[:, :, None], 0).sum(-1)
-
-    first, second = total(x.sum(0)), total(jnp.square(x).sum(0))
-    count = jnp.maximum(total(whole.astype(jnp.float32).sum(0)), 1)
+    seen = np.arange(frame.num_k) <= frame.rows[:, None, :, None]
+    parts = x.sum(0), jnp.square(x).sum(0)
+    count = whole.astype(np.float32).sum(0)
+    if stats == "prompt":
+        first, second = (s.sum(-1, keepdims=True) for s in parts)
+        count = count.sum(-1, keepdims=True)
+    else:
+        first, second = _words.sums([jnp.where(seen, s[:, :, None], 0) for s in parts])
+        count = (seen * count[:, :, None]).sum(-1)
+    count = jnp.maximum(count, 1)
     spread = jnp.maximum(second - jnp.square(first) / count, 0)
     return origin + first / count, jnp.sqrt(spread / jnp.maximum(count - 1, 1))
 

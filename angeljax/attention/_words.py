@@ -57,15 +57,22 @@ def lists(words: jax.Array, width: int, block: int) -> BlockLists:
     here = lax.population_count(words).astype(jnp.int32)
     upto = jnp.cumsum(here, -1)
     counts = jnp.minimum(upto[..., -1], width)
-    slot = jnp.minimum(
-        jnp.arange(width, dtype=jnp.int32), jnp.maximum(counts, 1)[..., None] - 1
-    )
-    # The word that holds the bit: all words before it are used up.
-    word = jnp.sum(upto[..., None, :] <= slot[..., None], -1, dtype=jnp.int32)
-    word = jnp.minimum(word, words.shape[-1] - 1)
-    rank = slot - jnp.take_along_axis(upto - here, word, -1)
-    bit = _nth_bit(jnp.take_along_axis(words, word, -1), rank)
+    last = jnp.maximum(counts, 1)[..., None] - 1
+    slot = jnp.minimum(jnp.arange(width, dtype=jnp.int32), last)
+    # The last word that starts at or before the slot, by bisection: one pass.
+    word, size = jnp.zeros_like(slot), words.shape[-1]
+    step = 1 << (size - 1).bit_length()
+    while step := step // 2:
+        later = word + step
+        starts = _at(upto, jnp.minimum(later, size) - 1)
+        word = jnp.where((later < size) & (starts <= slot), later, word)
+    rank = slot - jnp.where(word > 0, _at(upto, jnp.maximum(word, 1) - 1), 0)
+    bit = _nth_bit(_at(words, word), rank)
     return BlockLists(word * BITS + bit, counts, block, block)
+
+
+def _at(x: jax.Array, index: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x, index, -1, mode="promise_in_bounds")
 
 
 def order16(x: jax.Array) -> jax.Array:
@@ -124,11 +131,11 @@ def until(
       too: leave those out with a mask.
     """
 
-    def sums(bars: list[jax.Array]) -> list[jax.Array]:
+    def masses(bars: list[jax.Array]) -> list[jax.Array]:
         terms = [jnp.where(key >= bar, mass, 0) for bar in bars]
-        return [before + total for total in _sums(terms)]
+        return [before + total for total in sums(terms)]
 
-    bar = _search(key, sums, required)
+    bar = _search(key, masses, required)
     over, same = key > bar, key == bar
     taken = before + jnp.sum(jnp.where(over, mass, 0), -1)
     each = jnp.max(jnp.where(same, mass, 0), -1)
@@ -140,13 +147,25 @@ def until(
 
 def _search(key: jax.Array, measure: Any, wanted: jax.Array) -> jax.Array:
     """Highest bar `[..., 1]` that keys of at least the wanted measure reach."""
-    size = jnp.iinfo(key.dtype).bits
-    bar = jnp.zeros((*key.shape[:-1], 1), key.dtype)
-    for low in reversed(range(0, size, _DIGIT)):
-        steps = [jnp.asarray(d << low, key.dtype) for d in range(1, 2**_DIGIT)]
-        reached = [m >= wanted for m in measure([bar + step for step in steps])]
+    rounds = jnp.iinfo(key.dtype).bits // _DIGIT
+
+    def settle(i: Any, bar: jax.Array) -> jax.Array:
+        low = jnp.asarray((rounds - 1 - i) * _DIGIT, key.dtype)
+        one = jnp.ones((), key.dtype) << low
+        reached = [
+            m >= wanted for m in measure([bar + one * d for d in range(1, 2**_DIGIT)])
+        ]
         digit = sum(r.astype(key.dtype) for r in reached)
-        bar = bar + (digit << low).astype(key.dtype)[..., None]
+        return bar + (digit * one)[..., None]
+
+    # Four rounds are written out. Eight would take long to compile, and belong to
+    # selectors whose scores take far longer than a loop's overhead.
+    # Zeros made of the keys: under `shard_map` they vary over the mesh as those do.
+    bar = key[..., :1] & 0
+    if key.dtype == jnp.uint32:
+        return lax.fori_loop(0, rounds, settle, bar)
+    for i in range(rounds):
+        bar = settle(i, bar)
     return bar
 
 
@@ -155,11 +174,11 @@ def _counts(key: jax.Array, bars: list[jax.Array]) -> list[jax.Array]:
     hits = [(key >= bar).astype(jnp.uint32) for bar in bars]
     hits += [jnp.zeros_like(hits[0])] * (len(hits) % 2)
     pairs = [a | b << 16 for a, b in zip(hits[::2], hits[1::2], strict=True)]
-    both = [(x & 0xFFFF, x >> 16) for x in _sums(pairs)]
+    both = [(x & 0xFFFF, x >> 16) for x in sums(pairs)]
     return [c.astype(jnp.int32) for pair in both for c in pair][: len(bars)]
 
 
-def _sums(terms: list[jax.Array]) -> list[jax.Array]:
+def sums(terms: list[jax.Array]) -> list[jax.Array]:
     """Sums over the last axis, all in one pass."""
     zeros = [jnp.zeros((), x.dtype) for x in terms]
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from angeljax.attention import _strided
-from angeljax.attention._frame import make_frame
+from angeljax.attention import _choice
+from angeljax.attention._choice import Measure
 from angeljax.attention._selector import Place
+from angeljax.attention._strided import Scores
 from pallas_kernels import BlockLists
 
 # A block whose exponential is this near to 1 holds the maximum of a row.
@@ -54,7 +56,8 @@ class CoSA:
       >>> from angeljax.attention import CoSA, Place
       >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 1024, 2, 16))
       >>> cosa = CoSA(block_size=64, keep_ratio=0.5)
-      >>> cosa.select(q, k, v, Place()).indices.shape, round(cosa.density(1024), 3)
+      >>> lists = jax.jit(cosa.select, static_argnums=3)(q, k, v, Place())
+      >>> lists.indices.shape, round(cosa.density(1024), 3)
       ((1, 2, 16, 8), 0.537)
     """
 
@@ -65,25 +68,23 @@ class CoSA:
     max_blocks: int | None = None
 
     def __post_init__(self) -> None:
-        _strided.check(self, "top_p")
+        _choice.check(self, "top_p")
 
     def density(self, total: int, **place: Any) -> float | None:
         """Share of the causal blocks that are read, with `keep_ratio`; else None."""
-        return _strided.ratio_density(self, total)
+        return _choice.ratio_density(self, total)
 
     def select(
         self, q: jax.Array, k: jax.Array, v: jax.Array, place: Place
     ) -> BlockLists:
         """Lists of the blocks that each query block reads; see `Selector`."""
-        frame = make_frame(q, k, v, place, self.block_size)
-        share = _strided.shares_of_heads("top_p", self.top_p, place, q.shape[2])
-        choice = _strided.Choice(frame, self.keep_ratio, self.max_blocks)
+        return _choice.select(self, "top_p", _highest, q, k, v, place)
 
-        def choose(chunk: _strided.Chunk) -> jax.Array:
-            highest = jnp.max(chunk.scores, -1)  # [B, H, n, cells, blocks]
-            e = jnp.exp(highest - jnp.max(highest, -1, keepdims=True))
-            e = jnp.where(chunk.real, e, 0)
-            maximum = jnp.any(e >= _MAXIMUM, 3)
-            return choice.choose(chunk, jnp.sum(e, 3), maximum, share)
 
-        return choice.lists(_strided.map_chunks(frame, q, k, self.stride, choose))
+def _highest(scores: Scores) -> Measure:
+    """Sums of the exponentials of the highest scores, and who holds a maximum."""
+    highest = jnp.max(scores.values, -1)  # [B, H, n, cells, blocks]
+    highest = lax.optimization_barrier(highest)  # Else scores are read three times.
+    e = jnp.exp(highest - jnp.max(highest, -1, keepdims=True))
+    e = jnp.where(scores.real, e, 0)
+    return Measure(jnp.sum(e, 3), jnp.any(e >= _MAXIMUM, 3))

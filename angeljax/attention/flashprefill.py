@@ -13,6 +13,7 @@ from angeljax.attention import _choose, _options
 from angeljax.attention._estimate import (
     by_parts,
     key_means,
+    products,
     rows_of_part,
     whole_blocks,
 )
@@ -56,7 +57,7 @@ class FlashPrefill:
       >>> selector = FlashPrefill(
       ...     block_size=64, sink_tokens=64, window_tokens=64, keep_ratio=0.5
       ... )
-      >>> lists = selector.select(q, q[:, :, :2], q[:, :, :2], Place())
+      >>> lists = jax.jit(lambda q, k: selector.select(q, k, k, Place()))(q, q)
       >>> lists.counts[0, 0].tolist()
       [1, 2, 2, 2, 3, 3, 4, 4]
     """
@@ -122,11 +123,8 @@ def mean_key_scores(frame: Frame, q: jax.Array, k: jax.Array) -> jax.Array:
 
     def part(first: jax.Array, size: int) -> jax.Array:
         queries = rows_of_part(q, first, size, frame.block)
-        e = jnp.einsum(
-            "birngd,bjnd->ibngrj",
-            queries.reshape(*queries.shape[:3], k.shape[2], -1, dim), means,
-            precision="highest", preferred_element_type=jnp.float32,
-        )  # fmt: skip
+        queries = queries.reshape(*queries.shape[:3], k.shape[2], -1, dim)
+        e = products("birngd,bjnd->ibngrj", queries, means)
         position = rows_of_part(rows, first, size) * frame.block + inside
         seen = (ends <= position[..., None]) & (position < keys)[..., None]
         seen = seen.swapaxes(0, 1)[:, :, None, None]

@@ -17,6 +17,7 @@ from angeljax.attention._estimate import (
     ends,
     key_means,
     last_queries,
+    products,
     query_means,
     split_last,
     tail_mass,
@@ -64,9 +65,10 @@ class FlexPrefill:
       >>> import jax
       >>> from angeljax.attention import FlexPrefill, Place
       >>> q = jax.random.normal(jax.random.key(0), (1, 512, 4, 16))
-      >>> lists = FlexPrefill(block_size=64, gamma=0.5).select(q, q, q, Place())
-      >>> lists.indices.shape, lists.counts.shape
-      ((1, 4, 8, 8), (1, 4, 8))
+      >>> selector = FlexPrefill(block_size=64, gamma=0.5, max_blocks=4)
+      >>> lists = jax.jit(lambda q, k: selector.select(q, k, k, Place()))(q, q)
+      >>> lists.indices.shape, int(lists.counts.max())
+      ((1, 4, 8, 4), 4)
     """
 
     gamma: float = 0.9
@@ -174,7 +176,7 @@ def _pooled(rows: jax.Array, means: jax.Array) -> jax.Array:
     """Logits `[B, H, n, n_k]` of mean queries `[B, n, H, D]` and mean keys."""
     batch, n, heads, dim = rows.shape
     rows = rows.reshape(batch, n, means.shape[2], -1, dim)
-    s = jnp.einsum("bingd,bjnd->bngij", rows, means, precision="highest")
+    s = products("bingd,bjnd->bngij", rows, means)
     return s.reshape(batch, heads, n, -1) * dim**-0.5
 
 

@@ -115,13 +115,11 @@ class Hybrid:
         if len({s[1] for s in shapes}) > 1:
             shape = (shape[0], q.shape[2], *shape[2:])
         number = jnp.asarray([distinct.index(entry) for entry in entries])[layer]
-        return lax.switch(
-            number,
-            [lambda *a, run=run: _spread(run(*a), shape) for run in branches],
-            q,
-            k,
-            v,
-        )
+
+        def alike(run: Any) -> Any:
+            return lambda q, k, v: _varying(_spread(run(q, k, v), shape), q)
+
+        return lax.switch(number, list(map(alike, branches)), q, k, v)
 
     def _entry(self, layer: int, num_layers: int) -> tuple[int, ...]:
         """Numbers of the selectors of all heads, or one for all."""
@@ -162,6 +160,14 @@ class Hybrid:
             indices = jnp.where((own == i)[..., None], one.indices, indices)
             counts = jnp.where(own == i, one.counts, counts)
         return dataclasses.replace(lists[0], indices=indices, counts=counts)
+
+
+def _varying(lists: BlockLists, q: jax.Array) -> BlockLists:
+    """The same lists; under `shard_map` they vary over the mesh as q does."""
+    first = q[0, 0, 0, 0]
+    zero = ((first != first) & False).astype(jnp.int32)
+    indices, counts = lists.indices + zero, lists.counts + zero
+    return dataclasses.replace(lists, indices=indices, counts=counts)
 
 
 def _spread(lists: BlockLists, shape: tuple[int, ...]) -> BlockLists:

@@ -12,6 +12,7 @@ from angeljax.attention._estimate import (
     block_means,
     by_parts,
     in_blocks,
+    products,
     rows_of_part,
     whole_blocks,
 )
@@ -55,18 +56,16 @@ def mean_correction(
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from angeljax.attention import mean_correction
-      >>> from pallas_kernels import BlockLists, block_sparse_attention
-      >>> q = jax.random.normal(jax.random.key(0), (1, 128, 2, 16))
-      >>> k = jnp.repeat(q[:, ::32], 32, axis=1)  # alike within each block
-      >>> own = jnp.eye(4, dtype=bool)[None, None]
-      >>> lists = BlockLists.from_mask(own, block_q=32, block_k=32)
-      >>> y, lse = block_sparse_attention(
-      ...     q, k, k, lists, return_lse=True, implementation="reference"
-      ... )
-      >>> y, lse = mean_correction(q, k, k, lists, y, lse)
-      >>> dense = jax.nn.dot_product_attention(q, k, k, is_causal=True)
-      >>> bool(jnp.abs(y - dense).max() < 1e-5)
-      True
+      >>> from pallas_kernels import BlockLists
+      >>> q = jnp.ones((1, 4, 1, 8))
+      >>> v = jnp.arange(4.0).reshape(1, 4, 1, 1) + jnp.zeros((1, 4, 1, 8))
+      >>> own = jnp.eye(2, dtype=bool)[None, None]
+      >>> lists = BlockLists.from_mask(own, block_q=2, block_k=2)
+      >>> y = jnp.asarray([0, 0.5, 2, 2.5]).reshape(1, 4, 1, 1) + 0 * v
+      >>> lse = jnp.log(jnp.asarray([[[1.0, 2, 1, 2]]])) + 8**0.5
+      >>> y, lse = jax.jit(mean_correction)(q, q, v, lists, y, lse)
+      >>> y[0, :, 0, 0].round(4).tolist()  # all keys weigh the same: a running mean
+      [0.0, 0.5, 1.0, 1.5]
     """
     batch, t, heads, dim = q.shape
     size, kv_heads = k.shape[1:3]
@@ -105,10 +104,7 @@ def mean_correction(
     def part(first: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
         q, y, lse = (rows_of_part(x, first, size, rows) for x in wide)
         q, y = (x.reshape(batch, size, rows, kv_heads, -1, dim) for x in (q, y))
-        s = jnp.einsum(
-            "birngd,bjnd->birngj", q, mean_k,
-            precision="highest", preferred_element_type=jnp.float32,
-        ) * scale  # fmt: skip
+        s = products("birngd,bjnd->birngj", q, mean_k) * scale
         if soft_cap is not None:
             s = soft_cap * jnp.tanh(s / soft_cap)
         block_of = first + jnp.arange(size)[:, None]
@@ -124,10 +120,7 @@ def mean_correction(
         top = jax.lax.stop_gradient(jnp.maximum(base, s.max(-1)))
         own, p = jnp.exp(base - top), jnp.exp(s - top[..., None])
         total = own + p.sum(-1)
-        added = jnp.einsum(
-            "birngj,bjnd->birngd", p.astype(v.dtype), mean_v,
-            precision="highest", preferred_element_type=jnp.float32,
-        )  # fmt: skip
+        added = products("birngj,bjnd->birngd", p.astype(v.dtype), mean_v)
         new = (y.astype(jnp.float32) * own[..., None] + added) / total[..., None]
         lse = jnp.where(some, top + jnp.log(total), lse)
         return new.astype(y.dtype).swapaxes(0, 1), lse.swapaxes(0, 1)

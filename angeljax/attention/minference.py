@@ -80,7 +80,8 @@ class MInference:
       >>> q = jax.random.normal(jax.random.key(0), (1, 512, 2, 16))
       >>> heads = (("stream_llm", 64, 1), ("vertical_and_slash", 512, 512))
       >>> selector = MInference(patterns=(heads,), block_size=64)
-      >>> selector.select(q, q, q, Place()).counts[0].tolist()
+      >>> lists = jax.jit(lambda q, k: selector.select(q, k, k, Place()))(q, q)
+      >>> lists.counts[0].tolist()
       [[1, 2, 2, 2, 2, 2, 2, 2], [1, 2, 3, 4, 5, 6, 7, 8]]
     """
 

@@ -129,7 +129,10 @@ def sparse_attention(
     )
     if len(set(gains)) == 1:
         return (some if gains[0] else run)(q, k, v)
-    # A traced layer of a model that has both kinds.
+    # A traced layer of a model that has both kinds: lists need not be as wide as those
+    # of the dense ones would be.
+    among = tuple(i for i, gain in enumerate(gains) if gain)
+    some.keywords["place"] = dataclasses.replace(place, among=among)
     return jax.lax.cond(jnp.asarray(gains)[layer], some, run, q, k, v)
 
 
@@ -160,8 +163,18 @@ def worthwhile(
     layers = range(num_layers) if layer is None else (layer,)
     if total < below or total <= selector.block_size:
         return [False] * len(layers)
-    found = (selector.density(total, layer=i, num_layers=num_layers) for i in layers)
-    return [density is None or density <= above for density in found]
+    return [_least(selector, total, i, num_layers) <= above for i in layers]
+
+
+def _least(selector: Selector, total: int, layer: int, num_layers: int) -> float:
+    """The smallest share of the causal blocks that a layer may read."""
+    density = selector.density(total, layer=layer, num_layers=num_layers)
+    if density is None:
+        bounds = getattr(selector, "density_bounds", None)
+        if bounds is None:
+            return 0.0
+        density, _ = bounds(total, layer=layer, num_layers=num_layers)
+    return density
 
 
 @dataclasses.dataclass(frozen=True)

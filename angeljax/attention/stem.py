@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -36,7 +37,8 @@ class Stem:
     Budgets fall from a first one to `alpha` times it at the end of the prompt. They
     follow `Place.total`, so chunks of a prompt select what the prompt would in one
     piece, up to the rounding of scores that are nearly equal; with `value_stats`
-    "prompt" that holds for the last chunk only.
+    "prompt" that holds for the last chunk only. Rows of a batch with fewer tokens have
+    the same budgets.
 
     Source: Stem (arXiv 2603.06274) in the form that AngelSlim gives it. AngelSlim's own
     selection is `budget_mode="angelslim", value_stats="prompt", valid_mean=False`.
@@ -85,7 +87,7 @@ class Stem:
       ...     block_size=64, keep_ratio=0.5, budget_mode="density",
       ...     dense_layers=0, sink_blocks=1, window_blocks=2,
       ... )
-      >>> lists = stem.select(q, k, v, Place())
+      >>> lists = jax.jit(stem.select, static_argnums=3)(q, k, v, Place())
       >>> lists.indices.shape, stem.density(1024), int(lists.counts[0, 0].sum())
       ((1, 2, 16, 6), 0.5, 68)
     """
@@ -238,6 +240,26 @@ class Stem:
         self, frame: Frame, q: jax.Array, k: jax.Array, v: jax.Array, budget: jax.Array
     ) -> jax.Array:
         """The best blocks of each row, uint32 `[B, heads, num_q, words]`."""
+        chosen = []
+        for rows, scores in self._scores(frame, q, k, v):
+            columns = np.arange(scores.shape[-1])
+            own = jnp.asarray(frame.rows[:, rows])[:, None, None, :, None]
+            key = jnp.where(columns <= own, _words.order16(scores), 0)
+            if self.budget_mode == "density":
+                near = columns > own - self.window_blocks
+                near = (near | (columns < self.sink_blocks)) & (key > 0)
+                key = jnp.where(near, jnp.uint16(_words.FIRST), key)
+            # Made once: each pass of the search reads 16 bits of a pair, not its score.
+            key = lax.optimization_barrier(key)
+            best = _words.best(key, budget[:, :, None, rows])
+            chosen.append(_words.widen(best, frame.num_words))
+        words = jnp.concatenate(chosen, axis=3)
+        return words.reshape(words.shape[0], -1, *words.shape[3:])
+
+    def _scores(
+        self, frame: Frame, q: jax.Array, k: jax.Array, v: jax.Array
+    ) -> Iterator[tuple[slice, jax.Array]]:
+        """Query blocks, and their scores of m key blocks, `[B, Hkv, G, n, m]`."""
         k, v = frame.real_keys(k), frame.real_keys(v)
         queries, keys = self._queries(frame, q), self._keys(frame, k)
         bonus = None
@@ -251,30 +273,18 @@ class Stem:
                 stats=self.value_stats,
                 valid_mean=self.valid_mean,
             )
-        precision = "highest" if q.dtype == jnp.float32 else None
-        scale = 1 / (math.sqrt(q.shape[-1]) * self.stride)
-        columns = np.arange(frame.num_k)
-        chosen = []
         for rows, size in frame.parts():
             scores = jnp.einsum(
-                "bhgnc,bhmc->bhgnm", queries[:, :, :, rows], keys[:, :, :size],
-                precision=precision, preferred_element_type=jnp.float32,
-            )  # fmt: skip
-            scores = scores * scale
+                "bhgnc,bhmc->bhgnm",
+                queries[:, :, :, rows],
+                keys[:, :, :size],
+                precision="highest" if q.dtype == jnp.float32 else None,
+                preferred_element_type=jnp.float32,
+            )
+            scores = scores * (1 / (math.sqrt(q.shape[-1]) * self.stride))
             if bonus is not None:
                 scores = scores + bonus(rows, size)[:, :, None]
-            own = jnp.asarray(frame.rows[:, rows])[:, None, None, :, None]
-            key = jnp.where(columns[:size] <= own, _words.order16(scores), 0)
-            if self.budget_mode == "density":
-                near = columns[:size] > own - self.window_blocks
-                near = (near | (columns[:size] < self.sink_blocks)) & (key > 0)
-                key = jnp.where(near, jnp.uint16(_words.FIRST), key)
-            # Made once: each pass of the search reads 16 bits of a pair, not its score.
-            key = lax.optimization_barrier(key)
-            best = _words.best(key, budget[:, :, None, rows])
-            chosen.append(_words.widen(best, frame.num_words))
-        words = jnp.concatenate(chosen, axis=3)
-        return words.reshape(words.shape[0], -1, *words.shape[3:])
+            yield rows, scores
 
     def _queries(self, frame: Frame, q: jax.Array) -> jax.Array:
         """`[B, Hkv, G or 1, num_q, stride * D]`."""
@@ -294,7 +304,9 @@ class Stem:
     def _sums(self, x: jax.Array, rows: jax.Array | None) -> jax.Array:
         """Means over a block of every stride-th row: `[B, n, stride, heads, D]`."""
         x = strided(x, self.block_size, self.stride)
-        x = jnp.sum(x, 2, dtype=jnp.float32) * (self.stride / self.block_size)
+        # Written out: a GPU then reads several elements of a row at once.
+        parts = [x[:, :, cell].astype(jnp.float32) for cell in range(x.shape[2])]
+        x = sum(parts[1:], parts[0]) * (self.stride / self.block_size)
         if rows is None or not self.valid_mean:
             return x
         return x * (self.block_size / jnp.maximum(rows, 1))[..., None, None, None]

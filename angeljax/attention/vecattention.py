@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from angeljax.attention import _choose, _options
-from angeljax.attention._estimate import by_parts, query_means, rows_of_part
+from angeljax.attention._estimate import by_parts, products, query_means, rows_of_part
 from angeljax.attention._frame import Frame, make_frame
 from angeljax.attention._selector import Place
 from pallas_kernels import BlockLists
@@ -47,7 +47,8 @@ class VecAttention:
       >>> from angeljax.attention import Place, VecAttention
       >>> q = jax.random.normal(jax.random.key(0), (1, 512, 4, 16))
       >>> selector = VecAttention(block_size=64, window_tokens=64, threshold=0.0)
-      >>> selector.select(q, q, q, Place()).counts[0, 0].tolist()
+      >>> lists = jax.jit(lambda q, k: selector.select(q, k, k, Place()))(q, q)
+      >>> lists.counts[0, 0].tolist()
       [1, 2, 3, 4, 5, 6, 7, 8]
     """
 
@@ -110,10 +111,8 @@ def best_key_scores(frame: Frame, q: jax.Array, k: jax.Array) -> jax.Array:
     rows = jnp.asarray(frame.rows)
 
     def part(first: jax.Array, count: int) -> jax.Array:
-        x = jnp.einsum(
-            "bingd,bsnd->ibngs", rows_of_part(means, first, count)[:, :, 0], k,
-            precision="highest", preferred_element_type=jnp.float32,
-        )  # fmt: skip
+        mean = rows_of_part(means, first, count)[:, :, 0]
+        x = products("bingd,bsnd->ibngs", mean, k)
         ends = (rows_of_part(rows, first, count)[..., 0] + 1) * frame.block
         ends = jnp.minimum(ends, keys)[..., None]  # [1 or B, count, 1]
         seen = (np.arange(size) < ends).swapaxes(0, 1)[:, :, None, None]

@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from angeljax.attention import _strided
-from angeljax.attention._frame import make_frame
+from angeljax.attention import _choice
+from angeljax.attention._choice import Measure
 from angeljax.attention._selector import Place
+from angeljax.attention._strided import Scores
 from pallas_kernels import BlockLists
 
 
@@ -26,7 +28,7 @@ class XAttention:
     The softmax cannot be factored: scores take `2 n^2 D / stride` operations for each
     head and n tokens, a part of `1 / stride` of dense causal attention. They are made
     for a few query blocks at a time: at most 256 MiB of them at once, or those of one
-    query block if that is more.
+    query block if that is more; beside a copy of q and k in another order.
 
     Source: XAttention (arXiv 2503.16428), section 2.
 
@@ -47,7 +49,8 @@ class XAttention:
       >>> import jax
       >>> from angeljax.attention import Place, XAttention
       >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 1024, 2, 16))
-      >>> lists = XAttention(block_size=64, max_blocks=8).select(q, k, v, Place())
+      >>> xattention = XAttention(block_size=64, max_blocks=8)
+      >>> lists = jax.jit(xattention.select, static_argnums=3)(q, k, v, Place())
       >>> lists.indices.shape
       (1, 2, 16, 8)
     """
@@ -59,26 +62,23 @@ class XAttention:
     max_blocks: int | None = None
 
     def __post_init__(self) -> None:
-        _strided.check(self, "threshold")
+        _choice.check(self, "threshold")
 
     def density(self, total: int, **place: Any) -> float | None:
         """Share of the causal blocks that are read, with `keep_ratio`; else None."""
-        return _strided.ratio_density(self, total)
+        return _choice.ratio_density(self, total)
 
     def select(
         self, q: jax.Array, k: jax.Array, v: jax.Array, place: Place
     ) -> BlockLists:
         """Lists of the blocks that each query block reads; see `Selector`."""
-        frame = make_frame(q, k, v, place, self.block_size)
-        heads = q.shape[2]
-        share = _strided.shares_of_heads("threshold", self.threshold, place, heads)
-        choice = _strided.Choice(frame, self.keep_ratio, self.max_blocks)
+        return _choice.select(self, "threshold", _mass, q, k, v, place)
 
-        def choose(chunk: _strided.Chunk) -> jax.Array:
-            top = jnp.max(chunk.scores, (-2, -1), keepdims=True)
-            e = jnp.sum(jnp.exp(chunk.scores - top), -1)  # 0 past the diagonal
-            mass = e / jnp.sum(e, -1, keepdims=True)
-            mass = jnp.sum(jnp.where(chunk.real, mass, 0), 3)
-            return choice.choose(chunk, mass, None, share)
 
-        return choice.lists(_strided.map_chunks(frame, q, k, self.stride, choose))
+def _mass(scores: Scores) -> Measure:
+    """Softmax over the keys, summed over the cells of the two blocks."""
+    top = jnp.max(scores.values, (-2, -1), keepdims=True)
+    e = jnp.sum(jnp.exp(scores.values - top), -1)  # 0 past the diagonal
+    e = lax.optimization_barrier(e)  # Else the scores are read again for the sum.
+    mass = e / jnp.sum(e, -1, keepdims=True)
+    return Measure(jnp.sum(jnp.where(scores.real, mass, 0), 3))

@@ -61,7 +61,7 @@ def gradients(
         (q, dy, lse, delta), (k, v, seen, at), (dk, dv) = rows, keys, total
         s, slope = _walk.logits(q, k, seen, scale, soft_cap)
         p = jnp.exp(s - lse)
-        ds = p * (_walk.dot(dy, v, 2, 2) - delta) * slope
+        ds = jnp.where(seen, p * (_walk.dot(dy, v, 2, 2) - delta) * slope, 0.0)
         p, ds = p.astype(q.dtype), ds.astype(q.dtype)
 
         def add(total: jax.Array, x: jax.Array) -> jax.Array:

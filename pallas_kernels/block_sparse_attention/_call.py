@@ -9,7 +9,7 @@ Each module (`reference`, `xla`, `mosaic_gpu`, `triton`, `tpu`) has
       q [B, T, H, D], k and v [B, S, Hkv, D]; lists with B or 1 rows and H, Hkv or 1
       heads, possibly with counts of 0; q_offset int32 [B]; gives y [B, T, H, D] in the
       dtype of q and lse float32 [B, H, T]. T and S are as they come. A query that sees
-      no key gives 0 and -inf.
+      no key gives 0 and -inf. Within `jax.shard_map` all vary over the same axes.
 """
 
 from __future__ import annotations

@@ -129,16 +129,35 @@ def values(
     """
     args = (k, lists, q_offset, lengths)
     leaves = jax.tree.leaves(args)
+    messages = _messages(k, lists, q.shape[1])
     if any(isinstance(x, jax.core.Tracer) for x in leaves):
-        for message, wrong in _wrong(*args, t=q.shape[1]):
+        for message, wrong in zip(messages, _wrong(*args, t=q.shape[1]), strict=True):
             where = jnp.stack(jnp.unravel_index(jnp.argmax(wrong), wrong.shape))
             checkify.debug_check(~jnp.any(wrong), message, where=where)
     elif all(getattr(x, "is_fully_addressable", True) for x in leaves):
-        flags = np.asarray(_flags(*args, t=q.shape[1]))
+        flags, places = _look(*args, t=q.shape[1])
+        flags = np.asarray(flags)
         if flags.any():
-            message, wrong = _wrong(*args, t=q.shape[1])[int(flags.argmax())]
-            where = np.argwhere(np.asarray(wrong))[0]
-            raise KernelError(message.format(where=where))
+            number = int(flags.argmax())
+            where = np.argwhere(np.asarray(places[number]))[0]
+            raise KernelError(messages[number].format(where=where))
+
+
+def _messages(k: Any, lists: BlockLists, t: int) -> list[str]:
+    """What to say where `_wrong` applies, in its order."""
+    s, last = k.shape[1], -(-k.shape[1] // lists.block_k) - 1
+    line = "of row, head and query block {where}"
+    return [
+        f"lists.counts {line} is not in 0..{lists.width}",
+        f"lists.indices {line} names a block that is not in 0..{last}",
+        f"lists.indices {line} does not ascend strictly",
+        f"lists.counts {line} is 0: give each query block a key block, except past "
+        "lengths",
+        f"q_offset of row {{where}} is not in 0..{s - t}, where {t} queries end within "
+        f"{s} keys",
+        f"lengths of row {{where}} is not in 0..{s}",
+        "k is NaN at row, position and head {where}",
+    ]
 
 
 def _wrong(
@@ -148,52 +167,29 @@ def _wrong(
     lengths: jax.Array | None,
     *,
     t: int,
-) -> list[tuple[str, jax.Array]]:
-    """Messages, and for each where it applies: bool over the axes that it names."""
+) -> list[jax.Array]:
+    """For each of `_messages`, bool over the axes that it names."""
     batch, s = k.shape[:2]
-    last, width = -(-s // lists.block_k) - 1, lists.width
     indices, counts = lists.indices, lists.counts
-    real = jnp.arange(width) < counts[..., None]
-    outside = (indices < 0) | (indices > last)
-    later = jnp.arange(width) > 0
-    falling = later & (jnp.diff(indices, axis=-1, prepend=0) <= 0)
+    slots = jnp.arange(lists.width)
+    real = slots < counts[..., None]
+    outside = (indices < 0) | (indices >= -(-s // lists.block_k))
+    falling = (jnp.diff(indices, axis=-1, prepend=0) <= 0) & (slots > 0)
     first = jnp.arange(counts.shape[2]) * lists.block_q + q_offset[:, None]
-    ends = jnp.full(batch, s) if lengths is None else jnp.asarray(lengths)
-    ends = jnp.broadcast_to(ends, (batch,))
-    empty = (counts == 0) & (first < ends[:, None])[:, None]
-    line = "of row, head and query block {where}"
+    ends = jnp.full(batch, s) if lengths is None else lengths
     return [
-        (
-            f"lists.counts {line} is not in 0..{width}",
-            (counts < 0) | (counts > width),
-        ),
-        (
-            f"lists.indices {line} names a block that is not in 0..{last}",
-            jnp.any(outside & real, axis=-1),
-        ),
-        (
-            f"lists.indices {line} does not ascend strictly",
-            jnp.any(falling & real, axis=-1),
-        ),
-        (
-            f"lists.counts {line} is 0: give each query block a key block, except "
-            "past lengths",
-            empty,
-        ),
-        (
-            f"q_offset of row {{where}} is not in 0..{s - t}, where {t} queries end "
-            f"within {s} keys",
-            (q_offset < 0) | (q_offset + t > s),
-        ),
-        (f"lengths of row {{where}} is not in 0..{s}", (ends < 0) | (ends > s)),
-        (
-            "k is NaN at row, position and head {where}",
-            jnp.any(jnp.isnan(k), axis=-1),
-        ),
+        (counts < 0) | (counts > lists.width),
+        jnp.any(outside & real, axis=-1),
+        jnp.any(falling & real, axis=-1),
+        (counts == 0) & (first < ends[:, None])[:, None],
+        (q_offset < 0) | (q_offset + t > s),
+        (ends < 0) | (ends > s),
+        jnp.any(jnp.isnan(k), axis=-1),
     ]
 
 
 @functools.partial(jax.jit, static_argnames="t")
-def _flags(*args: Any, t: int) -> jax.Array:
-    """Which of `_wrong` apply anywhere."""
-    return jnp.stack([jnp.any(wrong) for _, wrong in _wrong(*args, t=t)])
+def _look(*args: Any, t: int) -> tuple[jax.Array, list[jax.Array]]:
+    """Which of `_wrong` apply anywhere, as one small array, and where."""
+    wrong = _wrong(*args, t=t)
+    return jnp.stack([jnp.any(x) for x in wrong]), wrong

@@ -105,7 +105,8 @@ def _positions(mask: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
     words = jnp.sum(bits, axis=-1, dtype=jnp.uint32)
     ones = jax.lax.population_count(words).astype(jnp.int32)
     i = jnp.arange(count)
-    ends = jnp.sum(jnp.where(i <= i[:, None], ones[..., None, :], 0), axis=-1)
+    before = jnp.where(i <= i[:, None], ones[..., None, :], 0)
+    ends = jnp.sum(before, axis=-1, dtype=jnp.int32)
     total = ends[..., -1]
     slot = jnp.minimum(jnp.arange(width), jnp.maximum(total - 1, 0)[..., None])
     word = jnp.sum(ends[..., None, :] <= slot[..., None], axis=-1, dtype=jnp.int32)

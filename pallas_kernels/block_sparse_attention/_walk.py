@@ -7,8 +7,8 @@ often as the longest of them needs. Where lists belong to key heads, all query h
 a key head are one block: their keys are gathered once.
 
 Memory beside the tables is that of one visit, however long the sequence is: `_FAST`
-bytes for each core of a CPU, `_LARGE` on an accelerator, or a single block if that
-is more.
+bytes for each core of a CPU, `_LARGE` on an accelerator, or what a visit of one query
+block takes if that is more.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pallas_kernels._devices import current_device
 from pallas_kernels.block_sparse_attention._lists import BlockLists
 
 # A visit should stay in the cache of a core, or fill an accelerator. On two cores of a
-# CPU, a visit of 2 MiB was 3 to 6 times as fast as one of 32 MiB.
+# CPU, visits of 2 MiB were two to five times as fast as visits of 32 MiB.
 _FAST, _LARGE = 1 << 20, 1 << 29
 # Keys of one query block in a visit; more make the sums of a visit rarer.
 _FAST_KEYS, _LARGE_KEYS = 256, 1024
@@ -78,7 +78,8 @@ def logits(
 
     A key that is not seen gets -inf.
     """
-    s, slope = dot(q, k, 2, 2) * scale, 1.0
+    s = dot(q, k, 2, 2) * scale
+    slope: jax.Array | float = 1.0
     if soft_cap is not None:
         capped = jnp.tanh(s / soft_cap)
         s, slope = soft_cap * capped, 1.0 - capped * capped
@@ -143,14 +144,15 @@ def walk(
         def some(i: jax.Array, states: Any) -> Any:
             j = lax.dynamic_slice_in_dim(indices, i * slots, slots, 1)
             real = i * slots + jnp.arange(slots) < counts[:, None]
-            at = jnp.where(real, pair[:, None] + j * (batch * kv_heads), _NEVER)
+            # What stands behind a list is read as its first block: no others' numbers.
+            at = pair[:, None] + jnp.where(real, j, indices[:, :1]) * (batch * kv_heads)
             k, v = (
                 jnp.take(x, at, axis=0, mode="clip").reshape(per_step, -1, dim)
                 for x in keys
             )
             key = jnp.where(real, j * size_k, _NEVER)[..., None] + jnp.arange(size_k)
             seen = key.reshape(per_step, 1, -1) <= position
-            return visit(*states, rows, k, v, seen, at)
+            return visit(*states, rows, k, v, seen, jnp.where(real, at, _NEVER))
 
         state = start(*rows)
         visits = -(-jnp.max(counts) // slots)

@@ -24,7 +24,7 @@ def block_sparse_attention(
     *,
     scale: float | None = None,
     q_offset: int | jax.Array = 0,
-    lengths: jax.Array | None = None,
+    lengths: int | jax.Array | None = None,
     return_lse: bool = False,
     soft_cap: float | None = None,
     implementation: str | None = None,
@@ -44,8 +44,9 @@ def block_sparse_attention(
       q_offset: position of the first query among the keys, an integer or int32 `[B]`.
         For chunked prefill it is the number of keys that were there before; it need be
         no multiple of a block.
-      lengths: int32 `[B]`, real keys of each row of the batch, default S. Queries at
-        positions past them give zeros. Padding stands on the right.
+      lengths: real keys of each row of the batch, 0 to S, an integer or int32 `[B]`;
+        default S. Queries at positions past them give zeros. Padding stands on the
+        right.
       return_lse: also return the logarithm of the sum of exponentials.
       soft_cap: logits become `soft_cap * tanh(logits / soft_cap)`.
       implementation: "mosaic_gpu", "triton", "tpu", "xla" or "reference"; None takes
@@ -61,9 +62,12 @@ def block_sparse_attention(
 
     Raises:
       KernelError: shapes, dtypes or lists that do not go together, or an implementation
-        that cannot run here. Values (lists out of range, not ascending or empty, NaN
-        in k) are checked where they are concrete; inside `jit` the same checks are
-        `jax.experimental.checkify.debug_check`s, which `checkify` turns on.
+        that cannot run here. Values (lists out of range, not ascending, or empty for a
+        query block that is not past `lengths`; `q_offset` or `lengths` out of range;
+        NaN in k) are checked where all are concrete: that reads k and the lists once
+        and waits for the answer. Inside `jit` the same checks are
+        `jax.experimental.checkify.debug_check`s, nothing unless `checkify` turns them
+        on.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -77,8 +81,9 @@ def block_sparse_attention(
       True
     """
     _check.shapes(q, k, v, lists, q_offset, lengths, soft_cap)
-    offset = jnp.broadcast_to(jnp.asarray(q_offset, jnp.int32), (q.shape[0],))
-    _check.values(k, lists, q, offset, lengths)
+    offset = _each_row(q_offset, q.shape[0])
+    if lengths is not None:
+        lengths = _each_row(lengths, q.shape[0])
     name = implementation or choose(q, k, v, lists)
     module = module_of(PACKAGE, name)
     if implementation is not None:
@@ -92,14 +97,15 @@ def block_sparse_attention(
     if not q.size:
         y, lse = jnp.zeros_like(q), jnp.zeros(_lse_shape(q), jnp.float32)
         return (y, lse) if return_lse else y
+    _check.values(k, lists, q, offset, lengths)
     if lengths is not None:
-        lists = _stop(lists, q.shape[0], offset, jnp.asarray(lengths, jnp.int32))
+        lists = _stop(lists, q.shape[0], offset, lengths)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     run = _call.function(name, scale, None if soft_cap is None else float(soft_cap))
     y, lse = run(q, k, v, lists, offset)
-    if lengths is not None:
+    if lengths is not None:  # the end of the last block that is not all padding
         position = jnp.arange(q.shape[1]) + offset[:, None]
-        real = position < jnp.asarray(lengths)[:, None]  # [B, T]
+        real = position < lengths[:, None]  # [B, T]
         y = jnp.where(real[..., None, None], y, 0)
         lse = jnp.where(real[:, None], lse, -jnp.inf)
     return (y, lse) if return_lse else y
@@ -119,6 +125,10 @@ def alternatives(q: Any, k: Any, v: Any, lists: BlockLists) -> list[str]:
     """Implementations that would run here."""
     names = [choose(q, k, v, lists), "xla", "reference"]
     return [f"implementation={name!r}" for name in dict.fromkeys(names)]
+
+
+def _each_row(x: int | jax.Array, batch: int) -> jax.Array:
+    return jnp.broadcast_to(jnp.asarray(x, jnp.int32), (batch,))
 
 
 def _stop(

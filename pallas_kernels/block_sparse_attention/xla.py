@@ -41,7 +41,7 @@ def attention(
     def visit(state: Any, total: Any, rows: Any, *keys: Any) -> Any:
         top, weight, sums = state
         k, v, seen, _ = keys
-        s, _ = _walk.logits(*rows, k, seen, scale, soft_cap)
+        s, _ = _walk.logits(rows[0], k, seen, scale, soft_cap)
         new = jnp.maximum(top, jnp.max(s, axis=-1))
         # A row that has seen nothing yet stays at -inf, without -inf less -inf.
         base = jnp.where(new == -jnp.inf, 0.0, new)
@@ -54,8 +54,8 @@ def attention(
         top, weight, sums = state
         some = weight > 0
         weight = jnp.where(some, weight, 1.0)
-        y = (sums / weight[..., None]).astype(q.dtype)
-        return y, jnp.where(some, top + jnp.log(weight), -jnp.inf)
+        y = jnp.where(some[..., None], sums / weight[..., None], 0.0)
+        return y.astype(q.dtype), jnp.where(some, top + jnp.log(weight), -jnp.inf)
 
     (y, lse), _ = _walk.walk(
         (_walk.blocks(q, heads, lists.block_q),),

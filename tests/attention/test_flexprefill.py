@@ -103,11 +103,11 @@ def test_shares_of_a_padded_batch_against_the_oracle():
 def test_a_chunk_is_selected_by_its_own_queries():
     seen: list[bool] = []
     q, k, v = prompt(3, rows=96, batch=1)
-    selector = FlexPrefill(gamma=0.8, tau=0.15, block_size=BLOCK, min_budget=20)
+    selector = FlexPrefill(gamma=0.8, tau=0.1113, block_size=BLOCK, min_budget=20)
     mask = chunks(selector, q, k, v, 48, 96)
     for start in (0, 48):
         part = mask[0, :, start // BLOCK : start // BLOCK + 3, : start // BLOCK + 3]
-        expected = _oracle(0.8, 0.15, least=2, seen=seen)(
+        expected = _oracle(0.8, 0.1113, least=2, seen=seen)(
             np.asarray(q[0, start : start + 48]), np.asarray(k[0]), start
         )
         np.testing.assert_array_equal(part, expected)

@@ -85,13 +85,14 @@ def has_plugin() -> bool:
         return False
 
 
-def check_no_spills(script: str, case: Any, folder: Path) -> None:
+def check_no_spills(script: str, case: Any, folder: Path, most: int = 0) -> None:
     """Runs a script that compiles one kernel and reads what ptxas says of it.
 
     Args:
       script: Python; finds the case as JSON in `sys.argv[1]`.
       case: of the script.
       folder: an empty one.
+      most: bytes that may be spilled, where that is outside of all loops.
     """
     path = os.environ.get("PYTHONPATH", "")
     env = {
@@ -111,7 +112,8 @@ def check_no_spills(script: str, case: Any, folder: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     (log,) = (p.read_text() for p in folder.glob("*.ptxas"))
-    assert " 0 bytes spill stores, 0 bytes spill loads" in log
+    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
+    assert spilled and max(map(int, spilled)) <= most, log
     assert "C75" not in log, "ptxas serializes wgmma: " + log
     found = re.search(r"Used (\d+) registers", log)
     (code,) = (p.read_text() for p in folder.glob("*.ptx"))

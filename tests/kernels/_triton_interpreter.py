@@ -104,10 +104,10 @@ class Interpreted:
         compute_capability: int,
         **constants: Any,
     ) -> Any:
-        out = Tensor(np.zeros(out_type.shape, out_type.dtype))
+        outs = jax.tree.map(lambda o: Tensor(np.zeros(o.shape, o.dtype)), out_type)
         wrapped = [a if isinstance(a, int) else Tensor(a) for a in args]
-        kernel[grid](*wrapped, out, **constants)
-        return jnp.asarray(out.array)
+        kernel[grid](*wrapped, *jax.tree.leaves(outs), **constants)
+        return jax.tree.map(lambda o: jnp.asarray(o.array), outs)
 
 
 def mend_bfloat16() -> None:
