@@ -18,6 +18,7 @@ from angeljax._cli import (
 )
 from angeljax._cli import print_json as _print_json
 from angeljax._cli import print_rich as _print
+from angeljax._cli.attention import app as attention_app
 from angeljax._cli.train_data import app as train_data_app
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 recipe_app = typer.Typer(help="List, show and check recipes.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
+app.add_typer(attention_app, name="attention")
 app.add_typer(train_data_app, name="train-data")
 Attention = Annotated[
     str | None,

@@ -139,6 +139,28 @@ def test_attention_of_a_recipe_is_used(checkpoint, tmp_path):
     assert "int8-channel has no section `attention`" in failed.output
 
 
+def test_attention_show(checkpoint, tmp_path):
+    picture = tmp_path / "blocks.png"
+    args = ("attention", "show", checkpoint, "--length", 96, "--rows", 4)
+    near = ("--selector", "a_shape", "--set", "block_size=16", "--set")
+    near = (*near, "sink_tokens=16", "--set", "window_tokens=1")
+    shown = run(*args, *near, "--layer", 1, "--head", 2, "--out", picture).output
+    assert "AShape, 96 tokens" in shown and "written to" in shown
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    data = json.loads(run(*args, *near, "--layer", 1, "--json").output)
+    assert [row["layer"] for row in data["layers"]] == [1]
+    assert data["density"] == pytest.approx(11 / 21)
+    for more, message in (
+        ((), "nothing says which blocks are read"),
+        (("--set", "alpha=1"), "--set goes with --selector"),
+        (("--selector", "stem", "--set", "alpha"), "--set takes option=value"),
+        (("--selector", "stm"), "did you mean stem"),
+        (("-r", "stem", "--selector", "stem"), "not both"),
+        (("-r", "hybrid"), "is for models with num_layers=30"),
+    ):
+        assert message in run(*args, *more, code=1).output
+
+
 def test_compress_json(checkpoint, tmp_path):
     out = tmp_path / "x"
     args = ("compress", "-m", checkpoint, "-r", "sherry", "-o", out, "--json")
