@@ -64,6 +64,11 @@ STEM: dict[str, dict[str, Any]] = {
     "stem, neither": {"alpha": 1.0, "value_weight": 0.0},
     "stem, 4 and 4 forced": {"sink_blocks": 4, "window_blocks": 4},
 }
+# Blocks that are always read, in blocks: as few for all, for the same reason.
+ALWAYS = {
+    "flashprefill": {"sink_tokens": 1, "window_tokens": 2},
+    "vecattention": {"sink_tokens": 1, "window_tokens": 1},
+}
 STATIC = ("a_shape", "tri_shape", "dilated", "strided")
 CORRECTED = {"stem + means": "stem", "flashprefill + means": "flashprefill"}
 NAMES = (*STEM, *BY_SHARE, *STATIC, *CORRECTED)
@@ -87,7 +92,8 @@ def attention(name: str, share: float, length: int, block: int) -> SparseAttenti
             **options,
         )
     elif name in BY_SHARE:
-        chosen = selector(name, block_size=block, keep_ratio=share)
+        always = {k: n * block for k, n in ALWAYS.get(name, {}).items()}
+        chosen = selector(name, block_size=block, keep_ratio=share, **always)
     else:
         chosen = _static(name, share, length, block)
     return SparseAttention(chosen, **on)
