@@ -15,8 +15,11 @@ from jax import lax
 from angeljax.attention import _budgets, _options, _words
 from angeljax.attention._frame import Frame, make_frame, strided
 from angeljax.attention._selector import Place
+from angeljax.attention._strided import mass, measured
 from angeljax.attention._values import value_bonus
 from pallas_kernels import BlockLists
+
+_LEAST = 1e-30  # of a mass
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,12 @@ class Stem:
     `[n, stride D] x [stride D, n]` for each head gives exactly this. Each row keeps the
     blocks with the highest scores, as many as its budget, and besides them the first
     and the last few.
+
+    A mean over 16384 pairs hardly notices one key that matters. With `cells` a block is
+    that many by that many cells, each scored as above; their softmax over the keys,
+    summed over a block, is its mass, and the score is the logarithm of that plus the
+    bonus. It costs `cells` squared times the product and reads far better for it; with
+    `cells = block_size // stride` it is the score of XAttention (arXiv 2503.16428).
 
     Budgets fall from a first one to `alpha` times it at the end of the prompt. They
     follow `Place.total`, so chunks of a prompt select what the prompt would in one
@@ -64,6 +73,8 @@ class Stem:
       length_limits, length_rates, length_biases: of the length rule. Prompts of less
         than the first limit of blocks are dense; the first budget is `rates[0] * n +
         biases[0]` up to the second limit and `rates[1] * n + biases[1]` from there on.
+      cells: of a block along each side, for scores that see single keys; divides
+        `block_size // stride`. None scores the block as one: Stem as published.
       value_weight: lambda, weight of the bonus.
       value_form: "zscore" (AngelSlim), or "paper": the largest max(0, log |v|) of the
         block, without standardization.
@@ -104,6 +115,7 @@ class Stem:
     length_limits: tuple[int, int] = (56, 160)
     length_rates: tuple[float, float] = (0.2, 0.1)
     length_biases: tuple[int, int] = (30, 30)
+    cells: int | None = None
     value_weight: float = 0.2
     value_form: str = "zscore"
     value_stats: str = "causal"
@@ -123,6 +135,14 @@ class Stem:
         if self.block_size % self.stride:
             raise ValueError(
                 f"stride={self.stride} must divide block_size={self.block_size}"
+            )
+        inside = self.block_size // self.stride
+        if self.cells is not None and (
+            type(self.cells) is not int or self.cells < 1 or inside % self.cells
+        ):
+            raise ValueError(
+                f"cells={self.cells!r} must be an integer that divides the {inside} "
+                f"groups of {self.stride} rows in a block of {self.block_size}"
             )
         _options.number(self, "alpha", 0, 1, depth=1)
         if self.keep_ratio is not None:
@@ -260,8 +280,7 @@ class Stem:
         self, frame: Frame, q: jax.Array, k: jax.Array, v: jax.Array
     ) -> Iterator[tuple[slice, jax.Array]]:
         """Query blocks, and their scores of m key blocks, `[B, Hkv, G, n, m]`."""
-        k, v = frame.real_keys(k), frame.real_keys(v)
-        queries, keys = self._queries(frame, q), self._keys(frame, k)
+        v = frame.real_keys(v)
         bonus = None
         if self.value_weight:
             bonus = value_bonus(
@@ -273,6 +292,29 @@ class Stem:
                 stats=self.value_stats,
                 valid_mean=self.valid_mean,
             )
+        products = self._products if self.cells is None else self._masses
+        for rows, scores in products(frame, q, k):
+            if bonus is not None:
+                scores = scores + bonus(rows, scores.shape[-1])[:, :, None]
+            yield rows, scores
+
+    def _masses(
+        self, frame: Frame, q: jax.Array, k: jax.Array
+    ) -> Iterator[tuple[slice, jax.Array]]:
+        """Logarithms of softmax masses over cells, shaped as `_scores` says."""
+        pool = self.block_size // self.stride // (self.cells or 1)
+        for rows, x in measured(frame, q, k, self.stride, mass, pool):
+            x = x.reshape(x.shape[0], frame.kv_heads, frame.group, *x.shape[2:])
+            if self.select_per == "kv_head":
+                x = x.mean(2, keepdims=True)
+            # Past the diagonal there is none; what is chosen there is cut off later.
+            yield rows, jnp.log(jnp.maximum(x, _LEAST))
+
+    def _products(
+        self, frame: Frame, q: jax.Array, k: jax.Array
+    ) -> Iterator[tuple[slice, jax.Array]]:
+        """Mean anti-diagonal products, shaped as `_scores` says."""
+        queries, keys = self._queries(frame, q), self._keys(frame, frame.real_keys(k))
         for rows, size in frame.parts():
             scores = jnp.einsum(
                 "bhgnc,bhmc->bhgnm",
@@ -281,10 +323,7 @@ class Stem:
                 precision="highest" if q.dtype == jnp.float32 else None,
                 preferred_element_type=jnp.float32,
             )
-            scores = scores * (1 / (math.sqrt(q.shape[-1]) * self.stride))
-            if bonus is not None:
-                scores = scores + bonus(rows, size)[:, :, None]
-            yield rows, scores
+            yield rows, scores * (1 / (math.sqrt(q.shape[-1]) * self.stride))
 
     def _queries(self, frame: Frame, q: jax.Array) -> jax.Array:
         """`[B, Hkv, G or 1, num_q, stride * D]`."""
