@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from angeljax._fields import build, choice, flag, number
 
 ESTIMATORS = ("pass_through", "clipped")
 FORMS = ("residual", "blend")
@@ -41,16 +41,13 @@ class QATOptions:
     tequila: float | None = None
 
     def __post_init__(self) -> None:
-        if self.scale not in ("dynamic", "learned"):
-            raise ValueError(f"qat.scale={self.scale!r}: use 'dynamic' or 'learned'")
-        if self.estimator not in (None, *ESTIMATORS):
-            raise ValueError(
-                f"qat.estimator={self.estimator!r}: use {' or '.join(ESTIMATORS)}"
-            )
-        if not isinstance(self.arenas, bool):
-            raise ValueError("qat.arenas must be true or false")
+        choice("qat.scale", self.scale, ("dynamic", "learned"))
+        if self.estimator is not None:
+            choice("qat.estimator", self.estimator, ESTIMATORS)
+        flag("qat.arenas", self.arenas)
         if self.tequila is not None:
-            object.__setattr__(self, "tequila", _number(self.tequila, "qat.tequila"))
+            number("qat.tequila", self.tequila, 0)
+            object.__setattr__(self, "tequila", float(self.tequila))
 
     @property
     def gradient(self) -> str:
@@ -68,7 +65,7 @@ class QATOptions:
         """
         if value is None or isinstance(value, cls):
             return value
-        return cls(**_fields(cls, value, "qat"))
+        return build(cls, value, "qat")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,17 +101,12 @@ class Arenas:
     form: str = "residual"
 
     def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise ValueError(f"arenas.form={self.form!r}: use {' or '.join(FORMS)}")
-        if self.schedule not in SCHEDULES:
-            near = difflib.get_close_matches(str(self.schedule), SCHEDULES, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ValueError(
-                f"arenas.schedule={self.schedule!r}{hint}: use {', '.join(SCHEDULES)}"
-            )
+        choice("arenas.form", self.form, FORMS)
+        choice("arenas.schedule", self.schedule, SCHEDULES)
         for name in ("peak", "warmup", "end"):
-            value = _number(getattr(self, name), f"arenas.{name}")
-            object.__setattr__(self, name, value)
+            value = getattr(self, name)
+            number(f"arenas.{name}", value, 0)
+            object.__setattr__(self, name, float(value))
         if self.form == "blend" and self.peak > 1:
             raise ValueError(f"arenas.peak={self.peak} of a blend must be at most 1")
         if not 0 < self.end <= 1:
@@ -164,28 +156,7 @@ class Arenas:
         """
         if value is None or isinstance(value, cls):
             return value
-        return cls(**_fields(cls, value, "arenas"))
-
-
-def _number(value: Any, name: str) -> float:
-    bad = isinstance(value, bool) or not isinstance(value, int | float)
-    if bad or not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name} must be a number >= 0, not {value!r}")
-    return float(value)
-
-
-def _fields(cls: Any, value: Any, what: str) -> dict[str, Any]:
-    known = [f.name for f in dataclasses.fields(cls)]
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{what} must be a mapping of {', '.join(known)}")
-    for key in value:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ValueError(
-                f"{what} has no field {key!r}{hint}; known: {', '.join(known)}"
-            )
-    return dict(value)
+        return build(cls, value, "arenas")
 
 
 def to_dict(options: QATOptions | Arenas) -> dict[str, Any]:

@@ -192,7 +192,7 @@ def evaluate(
     windows: Any,
     *,
     reference: Any = None,
-    reference_model: LanguageModel | None = None,
+    reference_fn: Callable[..., Any] | None = None,
     batch_size: int = 4,
     progress: bool | None = None,
 ) -> EvalResult:
@@ -204,7 +204,7 @@ def evaluate(
         params,
         windows,
         reference=reference,
-        reference_fn=None if reference_model is None else reference_model.logits,
+        reference_fn=reference_fn,
         batch_size=batch_size,
         progress=progress,
     )

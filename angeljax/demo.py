@@ -19,7 +19,7 @@ from typing import Annotated
 
 import typer
 
-from angeljax.cli import MODEL_HELP, RECIPE_HELP, one_line_errors
+from angeljax._cli import MODEL_HELP, RECIPE_HELP, one_line_errors
 
 RECIPES = (
     "int8-channel",

@@ -125,7 +125,9 @@ def prepare(
       device: a `jax.Device`; default the first one of the default backend.
       implementation: of `pallas_kernels`, instead of the device's own.
       activation: "int8" quantizes the activations of every product for each token
-        (W8A8, W1.25A8 ...), the fastest there is; None does so where the recipe did.
+        (W8A8, W1.25A8 ...), the fastest there is. It takes the place of what the recipe
+        says: weights trained or compressed with `activation: float8_e4m3` are then
+        multiplied by int8 activations. None keeps the recipe's activations.
 
     Returns:
       The tree with `PreparedTensor`s.

@@ -18,6 +18,7 @@ import yaml
 
 from angeljax import _train_options
 from angeljax._attention_options import AttentionOptions
+from angeljax._fields import known_fields
 from angeljax._train_options import Arenas, QATOptions
 from angeljax.formats._activation import ACTIVATIONS
 from angeljax.formats._registry import get_format
@@ -209,7 +210,8 @@ class Rule:
         """
         if not isinstance(data, Mapping):
             raise RecipeError(f"a rule must be a mapping, not {data!r}")
-        _check_fields(data, {f.name for f in dataclasses.fields(cls)}, "a rule")
+        names = sorted(f.name for f in dataclasses.fields(cls))
+        known_fields(data, names, "a rule", RecipeError)
         if "format" not in data:
             raise RecipeError(
                 f"rule {data.get('match', '(default selection)')!r} has no format: "
@@ -307,7 +309,8 @@ class Recipe:
         if not isinstance(data, Mapping):
             raise RecipeError("a recipe must be a mapping with a list `rules`")
         known = {f.name for f in dataclasses.fields(cls)} - {"arenas"}
-        _check_fields(data, known | {"train", *RESERVED_SECTIONS}, "a recipe")
+        sections = sorted(known | {"train", *RESERVED_SECTIONS})
+        known_fields(data, sections, "a recipe", RecipeError)
         for section in RESERVED_SECTIONS:
             if data.get(section):
                 raise RecipeError(
@@ -321,7 +324,7 @@ class Recipe:
         if (train := data.get("train")) is not None:
             if not isinstance(train, Mapping):
                 raise RecipeError(f"train must be a mapping, not {train!r}")
-            _check_fields(train, {"arenas"}, "train")
+            known_fields(train, ("arenas",), "train", RecipeError)
             fields["arenas"] = train.get("arenas")
         return cls(**{**fields, "rules": [Rule.from_dict(r) for r in rules]})
 
@@ -406,13 +409,3 @@ def find_recipe(path: str | Path) -> Path:
         f"no recipe {str(path)!r}"
         + (f": did you mean {hint}?" if hint else f" there or in {shipped}")
     )
-
-
-def _check_fields(data: Mapping[str, Any], known: set[str], what: str) -> None:
-    for key in data:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), sorted(known), n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise RecipeError(
-                f"{what} has no field {key!r}{hint}; known: {', '.join(sorted(known))}"
-            )

@@ -63,6 +63,11 @@ STEM: dict[str, dict[str, Any]] = {
     "stem, no bonus": {"value_weight": 0.0},
     "stem, neither": {"alpha": 1.0, "value_weight": 0.0},
     "stem, 4 and 4 forced": {"sink_blocks": 4, "window_blocks": 4},
+    "stem, 4 cells": {"cells": 4},
+    "stem, 8 cells": {"cells": 8},
+    "stem, rows": {"budget_mode": "rows"},
+    "stem, rows, no bonus": {"budget_mode": "rows", "value_weight": 0.0},
+    "stem, rows, 4 cells": {"budget_mode": "rows", "cells": 4},
 }
 STATIC = ("a_shape", "tri_shape", "dilated", "strided")
 CORRECTED = {"stem + means": "stem", "flashprefill + means": "flashprefill"}
@@ -87,7 +92,8 @@ def attention(name: str, share: float, length: int, block: int) -> SparseAttenti
             **options,
         )
     elif name in BY_SHARE:
-        chosen = selector(name, block_size=block, keep_ratio=share)
+        always = {k: n * block for k, n in ALWAYS.get(name, {}).items()}
+        chosen = selector(name, block_size=block, keep_ratio=share, **always)
     else:
         chosen = _static(name, share, length, block)
     return SparseAttention(chosen, **on)

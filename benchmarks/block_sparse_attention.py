@@ -243,11 +243,13 @@ def main() -> None:
     parser.add_argument(
         "--skip", nargs="*", default=[], choices=["forward", "others", "flex"]
     )
+    parser.add_argument("--cases", type=int, help="only so many, from the first")
     args = parser.parse_args()
     rows: list[Row] = []
     if "forward" not in args.skip:
-        for c in QUICK if args.quick else CASES:
+        for c in QUICK if args.quick else CASES[: args.cases]:
             rows += forward(c)
+            write("block_sparse_attention", rows, device_tag=args.tag)
     if "others" not in args.skip:
         rows += others(QUICK[0] if args.quick else Case(16384, (0.25,)))
     if "flex" not in args.skip:

@@ -154,6 +154,7 @@ def main() -> None:
     if "operator" in args.only:
         for tokens in TOKENS[:1] if args.quick else TOKENS:
             rows += operator(tokens, "stem", stem)
+            write("stem", rows, device_tag=args.tag)
         if not args.quick:
             shared = Stem(dense_layers=0, select_per="kv_head")
             rows += operator(TOKENS[-1], "stem per key head", shared)

@@ -1,5 +1,6 @@
 """The command line on a tiny model: every command, JSON, one-line errors."""
 
+import dataclasses
 import json
 
 import jax
@@ -12,7 +13,7 @@ import angeljax as aj
 from angeljax import _workflow
 from angeljax.cli import app
 from angeljax.export import load_manifest
-from angeljax.models import DecoderConfig, LanguageModel, Tokenizer
+from angeljax.models import DecoderConfig, LanguageModel, Tokenizer, add_biases
 
 RUNNER = CliRunner()
 WORDS = [chr(i) for i in range(32, 127)]
@@ -86,7 +87,12 @@ def test_compress_inspect_eval_generate(checkpoint, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 10)
     args = ("eval", "-m", out, "--text", text, "--length", 64, "--json")
-    scored = json.loads(run(*args, "--reference", checkpoint).stdout)
+    # A reference of another architecture, and still the same function.
+    opened = _workflow.open_checkpoint(checkpoint)
+    model, wide = add_biases(opened.model, opened.params)
+    opened = dataclasses.replace(opened, model=model, params=wide)
+    _workflow.save_model(tmp_path / "wide", opened, wide, None)
+    scored = json.loads(run(*args, "--reference", tmp_path / "wide").stdout)
     assert scored["perplexity"] > 1 and scored["kl"] > 0
     assert 0 <= scored["top1_agreement"] <= 1
     same = json.loads(run(*args, "--reference", out).stdout)
@@ -131,6 +137,28 @@ def test_attention_of_a_recipe_is_used(checkpoint, tmp_path):
         "generate", "-m", out, "-p", "a", "--attention", "int8-channel", code=1
     )
     assert "int8-channel has no section `attention`" in failed.output
+
+
+def test_attention_show(checkpoint, tmp_path):
+    picture = tmp_path / "blocks.png"
+    args = ("attention", "show", checkpoint, "--length", 96, "--rows", 4)
+    near = ("--selector", "a_shape", "--set", "block_size=16", "--set")
+    near = (*near, "sink_tokens=16", "--set", "window_tokens=1")
+    shown = run(*args, *near, "--layer", 1, "--head", 2, "--out", picture).output
+    assert "AShape, 96 tokens" in shown and "written to" in shown
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    data = json.loads(run(*args, *near, "--layer", 1, "--json").output)
+    assert [row["layer"] for row in data["layers"]] == [1]
+    assert data["density"] == pytest.approx(11 / 21)
+    for more, message in (
+        ((), "nothing says which blocks are read"),
+        (("--set", "alpha=1"), "--set goes with --selector"),
+        (("--selector", "stem", "--set", "alpha"), "--set takes option=value"),
+        (("--selector", "stm"), "did you mean stem"),
+        (("-r", "stem", "--selector", "stem"), "not both"),
+        (("-r", "hybrid"), "is for models with num_layers=30"),
+    ):
+        assert message in run(*args, *more, code=1).output
 
 
 def test_compress_json(checkpoint, tmp_path):

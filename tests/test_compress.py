@@ -1,8 +1,6 @@
 """`compress` on every kind of tree, and its promises: pure, traceable, lean."""
 
-import subprocess
-import sys
-import textwrap
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -221,35 +219,27 @@ def test_report_of_different_models_names_the_leaf():
         aj.report(p, {**c, "extra": jnp.ones(2)})
 
 
-@pytest.mark.slow
-def test_peak_memory_with_donation():
-    # 16 leaves of 32 MiB. In a process of its own, since the peak is one number.
-    code = textwrap.dedent(
-        """
-        import resource, jax, jax.numpy as jnp, angeljax as aj
-        def peak():
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        @jax.jit
-        def make(i):  # numbers that cost nothing
-            rows = jax.lax.broadcasted_iota(jnp.int32, (1024, 8192), 0)
-            return ((rows * (2 * i + 12345)) % 251 - 125).astype(jnp.float32)
-        make(0).block_until_ready()
-        small = {"w": jnp.ones((256, 256))}
-        recipe = aj.Recipe(rules=[aj.Rule(format="int4", group_size=64)])
-        aj.compress(small, recipe)
-        start = peak()
-        params = {str(i): {"kernel": make(i)} for i in range(16)}
-        jax.block_until_ready(params)
-        nbytes = sum(x.nbytes for x in jax.tree.leaves(params))
-        c = jax.block_until_ready(aj.compress(params, recipe, donate=True))
-        print(nbytes, peak() - start + 1024 * 8192 * 4)
-        """
-    )
-    env = {"JAX_PLATFORMS": "cpu", "PATH": "", "PYTHONPATH": ":".join(sys.path)}
-    out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=env
-    )
-    assert out.returncode == 0, out.stderr
-    nbytes, peak = map(int, out.stdout.split())
-    assert nbytes == 2**29
-    assert peak < 1.6 * nbytes, f"peak {peak / nbytes:.2f} x the input"
+@pytest.mark.parametrize("donate", [True, False])
+def test_peak_memory(donate, monkeypatch):
+    """Weights and codes that exist at once, after each leaf."""
+    module = importlib.import_module("angeljax.compress")
+    weights = [jnp.full((256, 64), i, jnp.float32) for i in range(1, 9)]
+    made, sizes, quantize = [], [], module._quantize
+
+    def watched(w, spec):
+        out = quantize(w, spec)
+        made.extend(jax.tree.leaves(out[0]))
+        alive = [x.nbytes for x in (*weights, *made) if not x.is_deleted()]
+        sizes.append(sum(alive))
+        return out
+
+    monkeypatch.setattr(module, "_quantize", watched)
+    params = {str(i): {"kernel": w} for i, w in enumerate(weights)}
+    c = aj.compress(params, aj.Recipe(rules=[aj.Rule(format="int8")]), donate=donate)
+    leaf, packed = weights[0].nbytes, c["0"]["kernel"].nbytes
+    kept = 0 if donate else leaf
+    assert sizes == [
+        (8 - i) * leaf + i * kept + (i + 1) * packed for i in range(len(weights))
+    ]
+    # Never more than the input and the output of one leaf; or all of both.
+    assert max(sizes) == 8 * leaf + (packed if donate else 8 * packed)

@@ -22,8 +22,9 @@ from angeljax import cli
 from angeljax.attention import Stem, selector, selector_names
 from angeljax.formats import format_names, get_format
 from angeljax.recipe import DEFAULT_SKIP, AttentionOptions
-from angeljax.train import TrainConfig
-from angeljax.train._options import LOSSES
+from angeljax.train import LoraConfig, TrainConfig
+from angeljax.train._options import LOSSES, BlockwiseOptions
+from angeljax.train.config import MODES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -242,14 +243,23 @@ def test_messages_are_those_of_the_guide(act, message):
 
 @pytest.mark.parametrize(
     ("head", "cls"),
-    [("field of `qat`", aj.qat.QATOptions), ("field of `arenas`", aj.qat.Arenas)],
+    [
+        ("field of `qat`", aj.qat.QATOptions),
+        ("field of `arenas`", aj.qat.Arenas),
+        ("field of `blockwise`", BlockwiseOptions),
+        ("field of `lora`", LoraConfig),
+    ],
 )
 def test_options_of_training_are_described(head, cls):
     rows = table(TRAINING, head)
-    fields = dataclasses.fields(cls)
+    # Those that the training has itself.
+    own = ("batch_size", "seed") if cls is BlockwiseOptions else ()
+    fields = [f for f in dataclasses.fields(cls) if f.name not in own]
     assert list(rows) == [f.name for f in fields]
     for field in fields:
         text = yaml.safe_load(rows[field.name][0].strip("`"))
+        if isinstance(field.default, float):
+            text = float(text)
         assert text == ("none" if field.default is None else field.default), field.name
 
 
@@ -259,9 +269,9 @@ def test_losses_of_the_guide_are_all():
 
 
 def test_yaml_blocks_of_training_load():
-    recipe, training = (yaml.safe_load(b) for _, b in blocks(TRAINING, "yaml"))
+    recipe, *trainings = (yaml.safe_load(b) for _, b in blocks(TRAINING, "yaml"))
     assert aj.Recipe.from_dict(recipe).arenas is not None
-    assert TrainConfig.from_dict(training).loaded_recipe() is not None
+    assert [TrainConfig.from_dict(t).mode for t in trainings] == list(MODES)
 
 
 # docs/guides/sparse_attention.md

@@ -18,6 +18,11 @@ PUBLIC = (
     "angeljax.models",
     "angeljax.evaluation",
     "angeljax.export",
+    "angeljax.qat",
+    "angeljax.qat.diagnostics",
+    "angeljax.qat.lora",
+    "angeljax.qat.plots",
+    "angeljax.train",
 )
 MODULES = sorted(
     m.name

@@ -220,32 +220,44 @@ class Packing:
     """Tokens of padded rows, with the padding moved to the end.
 
     Attributes:
-      order: int32 `[B, T]`, the column of each packed token; None if nothing moves.
+      place: int32 `[B, T]`, where each column goes; None if nothing moves.
     """
 
-    order: jax.Array | None
+    place: jax.Array | None
 
     @classmethod
     def of(cls, mask: jax.Array | None) -> Packing:
         """From bool `[B, T]`, True for real tokens, which may stand anywhere."""
         if mask is None:
             return cls(None)
-        return cls(jnp.argsort(~mask, axis=-1, stable=True).astype(jnp.int32))
+        real = jnp.cumsum(mask, axis=-1, dtype=jnp.int32)
+        others = jnp.arange(1, mask.shape[-1] + 1) - real
+        return cls(jnp.where(mask, real, real[..., -1:] + others) - 1)
 
     def pack(self, x: jax.Array) -> jax.Array:
         """`[B, T, ...]` with the padding at the end."""
-        return x if self.order is None else _along(x, self.order)
+        return x if self.place is None else _along(x, _inverse(self.place, x.shape[1]))
 
     def unpack(self, x: jax.Array, *, last_only: bool = False) -> jax.Array:
         """Inverse of `pack`; or its last column alone, `[B, 1, ...]`."""
-        if self.order is None:
+        if self.place is None:
             return x[:, -1:] if last_only else x
-        back = jnp.argsort(self.order, axis=-1)
-        return _along(x, back[:, -1:] if last_only else back)
+        return _along(x, self.place[:, -1:] if last_only else self.place)
 
 
 def _along(x: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, index.reshape(index.shape + (1,) * (x.ndim - 2)), 1)
+
+
+def _inverse(place: jax.Array, size: int) -> jax.Array:
+    """int32 `[B, size]`: the column that goes to each place, 0 where none does.
+
+    Columns that are to go nowhere have a place from `size` on.
+    """
+    columns = jnp.broadcast_to(jnp.arange(place.shape[1], dtype=jnp.int32), place.shape)
+    rows = jnp.arange(len(place))[:, None]
+    found = jnp.zeros((len(place), size), jnp.int32)
+    return found.at[rows, place].set(columns, mode="drop")
 
 
 def slots_by_position(positions: jax.Array) -> jax.Array:
@@ -256,7 +268,7 @@ def slots_by_position(positions: jax.Array) -> jax.Array:
         a row are 0, 1, ... without gaps, in any order.
 
     Returns:
-      The slot of positions 0, 1, ...; behind the last position, slots without a key.
+      The slot of positions 0, 1, ...; behind the last position, any slot.
     """
-    far = jnp.where(positions < 0, positions.shape[-1], positions)
-    return jnp.argsort(far, axis=-1, stable=True).astype(jnp.int32)
+    size = positions.shape[1]
+    return _inverse(jnp.where(positions < 0, size, positions), size)

@@ -15,8 +15,11 @@ from jax import lax
 from angeljax.attention import _budgets, _options, _words
 from angeljax.attention._frame import Frame, make_frame, strided
 from angeljax.attention._selector import Place
+from angeljax.attention._strided import mass, measured
 from angeljax.attention._values import value_bonus
 from pallas_kernels import BlockLists
+
+_LEAST = 1e-30  # of a mass
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,12 @@ class Stem:
     blocks with the highest scores, as many as its budget, and besides them the first
     and the last few.
 
+    A mean over 16384 pairs hardly notices one key that matters. With `cells` a block is
+    that many by that many cells, each scored as above; their softmax over the keys,
+    summed over a block, is its mass, and the score is the logarithm of that plus the
+    bonus. It costs `cells` squared times the product and reads far better for it; with
+    `cells = block_size // stride` it is the score of XAttention (arXiv 2503.16428).
+
     Budgets fall from a first one to `alpha` times it at the end of the prompt. They
     follow `Place.total`, so chunks of a prompt select what the prompt would in one
     piece, up to the rounding of scores that are nearly equal; with `value_stats`
@@ -50,20 +59,25 @@ class Stem:
       alpha: what is left of the first budget in the last row; a tuple has one for each
         layer.
       keep_ratio: the first budget as a share of the blocks of the prompt; with
-        `budget_mode` "density" the share of the causal blocks that is read. A tuple has
-        one for each layer. None: the length rule.
+        `budget_mode` "density" or "rows" the share of the causal blocks that is read. A
+        tuple has one for each layer. None: the length rule.
       budget_mode: "ratio" uses `keep_ratio`, or the length rule where that is None.
         "density" finds the first budget with which the share `keep_ratio` of the causal
-        blocks is read, forced blocks included. "angelslim" takes the length rule unless
-        `keep_ratio` is 1, whatever else it is.
+        blocks is read, forced blocks included. "rows" reads that share of the causal
+        blocks of each row instead, without decay (`alpha` is not looked at): the last
+        queries of a prompt, which write the answer, then read the most. "angelslim"
+        takes the length rule unless `keep_ratio` is 1, whatever else it is.
       dense_layers: layers from the first on that read all blocks.
       sink_blocks, window_blocks: the first and the last blocks of each row that are
-        always read, the latter with the diagonal. With "density" they are part of the
-        budget, else they come on top of it where the scores do not name them.
+        always read, the latter with the diagonal. With "density" and "rows" they are
+        part of the budget, else they come on top of it where the scores do not name
+        them.
       min_blocks: least first budget in "ratio" mode; the paper's is 46.
       length_limits, length_rates, length_biases: of the length rule. Prompts of less
         than the first limit of blocks are dense; the first budget is `rates[0] * n +
         biases[0]` up to the second limit and `rates[1] * n + biases[1]` from there on.
+      cells: of a block along each side, for scores that see single keys; divides
+        `block_size // stride`. None scores the block as one: Stem as published.
       value_weight: lambda, weight of the bonus.
       value_form: "zscore" (AngelSlim), or "paper": the largest max(0, log |v|) of the
         block, without standardization.
@@ -104,6 +118,7 @@ class Stem:
     length_limits: tuple[int, int] = (56, 160)
     length_rates: tuple[float, float] = (0.2, 0.1)
     length_biases: tuple[int, int] = (30, 30)
+    cells: int | None = None
     value_weight: float = 0.2
     value_form: str = "zscore"
     value_stats: str = "causal"
@@ -124,12 +139,21 @@ class Stem:
             raise ValueError(
                 f"stride={self.stride} must divide block_size={self.block_size}"
             )
+        inside = self.block_size // self.stride
+        if self.cells is not None and (
+            type(self.cells) is not int or self.cells < 1 or inside % self.cells
+        ):
+            raise ValueError(
+                f"cells={self.cells!r} must be an integer that divides the {inside} "
+                f"groups of {self.stride} rows in a block of {self.block_size}"
+            )
         _options.number(self, "alpha", 0, 1, depth=1)
         if self.keep_ratio is not None:
             _options.number(self, "keep_ratio", 0, 1, depth=1)
-        elif self.budget_mode == "density":
-            raise ValueError("budget_mode='density' needs a keep_ratio")
-        _options.choice(self, "budget_mode", ("ratio", "density", "angelslim"))
+        elif self._counts_forced:
+            raise ValueError(f"budget_mode={self.budget_mode!r} needs a keep_ratio")
+        modes = ("ratio", "density", "rows", "angelslim")
+        _options.choice(self, "budget_mode", modes)
         _options.choice(self, "value_form", ("zscore", "paper"))
         _options.choice(self, "value_stats", ("causal", "prompt"))
         _options.choice(self, "select_per", ("q_head", "kv_head"))
@@ -152,8 +176,8 @@ class Stem:
           num_layers: of the model.
 
         Returns:
-          int32 `[num_blocks]`; forced blocks are included with "density" and come on
-          top otherwise. A row that sees fewer keeps all.
+          int32 `[num_blocks]`; forced blocks are included with "density" and "rows",
+          and come on top otherwise. A row that sees fewer keeps all.
         """
         blocks = -(-total // self.block_size)
         return np.asarray(self._budgets(blocks, layer, num_layers), np.int32)
@@ -206,14 +230,22 @@ class Stem:
         words = words & frame.causal()
         return frame.lists(words | self._forced(frame), int(most.max()))
 
+    @property
+    def _counts_forced(self) -> bool:
+        """Whether budgets hold the forced blocks."""
+        return self.budget_mode in ("density", "rows")
+
     def _budgets(self, blocks: int, layer: int, num_layers: int) -> tuple[int, ...]:
         alpha = _options.per_layer("alpha", self.alpha, layer, num_layers)
         ratio = _options.per_layer("keep_ratio", self.keep_ratio, layer, num_layers)
         if layer < self.dense_layers:
             return (blocks,) * blocks
-        if self.budget_mode == "density":
+        if self._counts_forced:
             forced = self.sink_blocks, self.window_blocks
-            return _budgets.at_density(blocks, ratio, alpha, *forced)
+            if self.budget_mode == "density":
+                return _budgets.at_density(blocks, ratio, alpha, *forced)
+            least = _budgets.forced(blocks, *forced)
+            return tuple(_budgets.shares(blocks, ratio, least).tolist())
         if self.budget_mode == "ratio" and ratio is not None:
             first = max(self.min_blocks, int(math.floor(ratio * blocks + 0.5)))
         elif ratio == 1:
@@ -229,7 +261,7 @@ class Stem:
         rows = _budgets.seen(blocks)
         forced = _budgets.forced(blocks, self.sink_blocks, self.window_blocks)
         low = np.minimum(np.maximum(budgets, forced), rows)
-        if self.budget_mode == "density":
+        if self._counts_forced:
             return low, low
         return low, np.minimum(budgets + forced, rows)
 
@@ -245,7 +277,7 @@ class Stem:
             columns = np.arange(scores.shape[-1])
             own = jnp.asarray(frame.rows[:, rows])[:, None, None, :, None]
             key = jnp.where(columns <= own, _words.order16(scores), 0)
-            if self.budget_mode == "density":
+            if self._counts_forced:
                 near = columns > own - self.window_blocks
                 near = (near | (columns < self.sink_blocks)) & (key > 0)
                 key = jnp.where(near, jnp.uint16(_words.FIRST), key)
@@ -260,8 +292,7 @@ class Stem:
         self, frame: Frame, q: jax.Array, k: jax.Array, v: jax.Array
     ) -> Iterator[tuple[slice, jax.Array]]:
         """Query blocks, and their scores of m key blocks, `[B, Hkv, G, n, m]`."""
-        k, v = frame.real_keys(k), frame.real_keys(v)
-        queries, keys = self._queries(frame, q), self._keys(frame, k)
+        v = frame.real_keys(v)
         bonus = None
         if self.value_weight:
             bonus = value_bonus(
@@ -273,6 +304,29 @@ class Stem:
                 stats=self.value_stats,
                 valid_mean=self.valid_mean,
             )
+        products = self._products if self.cells is None else self._masses
+        for rows, scores in products(frame, q, k):
+            if bonus is not None:
+                scores = scores + bonus(rows, scores.shape[-1])[:, :, None]
+            yield rows, scores
+
+    def _masses(
+        self, frame: Frame, q: jax.Array, k: jax.Array
+    ) -> Iterator[tuple[slice, jax.Array]]:
+        """Logarithms of softmax masses over cells, shaped as `_scores` says."""
+        pool = self.block_size // self.stride // (self.cells or 1)
+        for rows, x in measured(frame, q, k, self.stride, mass, pool):
+            x = x.reshape(x.shape[0], frame.kv_heads, frame.group, *x.shape[2:])
+            if self.select_per == "kv_head":
+                x = x.mean(2, keepdims=True)
+            # Past the diagonal there is none; what is chosen there is cut off later.
+            yield rows, jnp.log(jnp.maximum(x, _LEAST))
+
+    def _products(
+        self, frame: Frame, q: jax.Array, k: jax.Array
+    ) -> Iterator[tuple[slice, jax.Array]]:
+        """Mean anti-diagonal products, shaped as `_scores` says."""
+        queries, keys = self._queries(frame, q), self._keys(frame, frame.real_keys(k))
         for rows, size in frame.parts():
             scores = jnp.einsum(
                 "bhgnc,bhmc->bhgnm",
@@ -281,10 +335,7 @@ class Stem:
                 precision="highest" if q.dtype == jnp.float32 else None,
                 preferred_element_type=jnp.float32,
             )
-            scores = scores * (1 / (math.sqrt(q.shape[-1]) * self.stride))
-            if bonus is not None:
-                scores = scores + bonus(rows, size)[:, :, None]
-            yield rows, scores
+            yield rows, scores * (1 / (math.sqrt(q.shape[-1]) * self.stride))
 
     def _queries(self, frame: Frame, q: jax.Array) -> jax.Array:
         """`[B, Hkv, G or 1, num_q, stride * D]`."""

@@ -6,13 +6,11 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 
 from angeljax.attention import _choice
 from angeljax.attention._choice import Measure
 from angeljax.attention._selector import Place
-from angeljax.attention._strided import Scores
+from angeljax.attention._strided import Scores, mass
 from pallas_kernels import BlockLists
 
 
@@ -76,9 +74,4 @@ class XAttention:
 
 
 def _mass(scores: Scores) -> Measure:
-    """Softmax over the keys, summed over the cells of the two blocks."""
-    top = jnp.max(scores.values, (-2, -1), keepdims=True)
-    e = jnp.sum(jnp.exp(scores.values - top), -1)  # 0 past the diagonal
-    e = lax.optimization_barrier(e)  # Else the scores are read again for the sum.
-    mass = e / jnp.sum(e, -1, keepdims=True)
-    return Measure(jnp.sum(jnp.where(scores.real, mass, 0), 3))
+    return Measure(mass(scores))

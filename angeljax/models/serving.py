@@ -38,7 +38,8 @@ def prepare_decoder(
       params: its tree, compressed or not.
       device: default the first one.
       implementation: of `pallas_kernels`, instead of the device's own.
-      activation: "int8" quantizes activations for each token.
+      activation: "int8" quantizes activations for each token, whatever the recipe says
+        about them; see `angeljax.prepare`.
       transpose: whether matrices that are not packed are stored transposed; default on
         GPUs only.
 

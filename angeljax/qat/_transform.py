@@ -19,39 +19,12 @@ from angeljax.qat._fake import (
     initial_scale,
     quantize_learned,
 )
+from angeljax.qat._state import LeafPlan, QATState, local_plan
 from angeljax.qat._tensor import FakeTensor
 from angeljax.qat._tequila import bias_path, dead_zone_bias
-from angeljax.recipe import Recipe, RecipeError
+from angeljax.recipe import Recipe
 
 __all__ = ["QAT", "QATState", "finalize", "make"]
-
-
-@dataclasses.dataclass(frozen=True)
-class LeafPlan:
-    """What happens to one leaf; hashable, so that a state carries it under `jit`."""
-
-    path: str
-    spec: Spec
-    options: QATOptions
-    bias: str | None
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class QATState:
-    """What training holds beside the latent weights.
-
-    A pytree of float32 arrays: train it together with the params, as in
-    `jax.grad(loss, argnums=(0, 1))`. It is empty unless a rule learns its scales.
-
-    Attributes:
-      learned: path of a leaf -> trained planes ("scale", "shift") in the layout that
-        the QTensor will store.
-      plan: which leaves, and how; static.
-    """
-
-    learned: dict[str, Learned]
-    plan: tuple[LeafPlan, ...] = dataclasses.field(metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +203,7 @@ def _transform(
     for leaf in leaves:
         value = leaf.value
         if leaf.path in plans:
-            plan = _local(plans[leaf.path], value)
+            plan = local_plan(plans[leaf.path], value)
             value, bias = one(plan, value, state.learned.get(leaf.path, {}))
             if bias is not None:
                 # Several weights may feed one bias: x A + h B + bias.
@@ -288,23 +261,3 @@ def _pack_one(
 
 _initial = jax.jit(initial_scale, static_argnames="spec")
 _pack_one = jax.jit(_pack_one, static_argnames=("spec", "options"))
-
-
-def _local(plan: LeafPlan, w: Any) -> LeafPlan:
-    """The plan of the part of a weight that one device sees under `shard_map`."""
-    spec = plan.spec
-    shape = tuple(w.shape[w.ndim - len(spec.shape) :])
-    if isinstance(w, QTensor) or len(shape) != len(spec.shape):
-        raise RecipeError(f"{plan.path} is not the dense weight that the state is of")
-    if shape == spec.shape:
-        return plan
-    part = dataclasses.replace(spec, shape=shape)
-    whole_groups = spec.granularity == "group" and part.k % spec.group_size == 0
-    # Two levels of scales: the outer one is for the whole weight.
-    outer = spec.format == "nvfp4"
-    if part.k != spec.k and not whole_groups or spec.out_block != 1 or outer:
-        raise ValueError(
-            f"{plan.path} has shape {shape} here and {spec.shape} in the state: a part "
-            "of a weight must hold whole granules of its scales"
-        )
-    return dataclasses.replace(plan, spec=part)

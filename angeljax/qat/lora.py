@@ -8,6 +8,7 @@ factors.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from typing import Any
 
@@ -19,7 +20,9 @@ from angeljax._adapted import AdaptedTensor, factor_shapes
 from angeljax.formats import QTensor, quantize_to
 from angeljax.prepare import PreparedTensor
 
-__all__ = ["Lora", "lora_apply", "lora_init", "lora_merge"]
+__all__ = ["Lora", "load_lora", "lora_apply", "lora_init", "lora_merge", "save_lora"]
+
+_KIND = "lora"
 
 
 @jax.tree_util.register_dataclass
@@ -162,6 +165,56 @@ def lora_merge(
                 value = dense.astype(value.dtype if dtype is None else dtype)
         values.append(value)
     return _leaves.unflatten(treedef, leaves, values)
+
+
+def save_lora(
+    path: str | os.PathLike[str], lora: Lora, *, overwrite: bool = False
+) -> None:
+    """Writes the factors as a checkpoint of their own, beside that of the tree.
+
+    Args:
+      path: a directory that does not exist yet.
+      lora: the factors.
+      overwrite: whether a checkpoint there may be replaced.
+
+    Raises:
+      CheckpointError: `path` exists, or the factors cannot be stored.
+
+    Example:
+      >>> import tempfile, jax, jax.numpy as jnp, angeljax as aj
+      >>> from angeljax.qat.lora import load_lora, lora_init, save_lora
+      >>> tree = {"kernel": aj.quantize(jnp.ones((64, 8)), format="nf4")}
+      >>> lora = lora_init(tree, jax.random.key(0), rank=2)
+      >>> folder = tempfile.mkdtemp() + "/adapter"
+      >>> save_lora(folder, lora)
+      >>> load_lora(folder).factors["kernel"]["a"].shape
+      (64, 2)
+    """
+    from angeljax.export import save
+
+    extra = {"kind": _KIND, "alpha": lora.alpha}
+    save(path, lora.factors, extra=extra, overwrite=overwrite)
+
+
+def load_lora(path: str | os.PathLike[str]) -> Lora:
+    """Reads what `save_lora` wrote, bit for bit.
+
+    Args:
+      path: the directory.
+
+    Returns:
+      The factors, on the first device.
+
+    Raises:
+      CheckpointError: no checkpoint, or damaged.
+      ValueError: a checkpoint of something else.
+    """
+    from angeljax.export import load, load_manifest
+
+    extra = load_manifest(path).extra
+    if not isinstance(extra, dict) or extra.get("kind") != _KIND:
+        raise ValueError(f"{path} holds no factors: name a folder of save_lora")
+    return Lora(load(path)[0], float(extra["alpha"]))
 
 
 def _adapted(leaf: _leaves.Leaf, lora: Lora, dtype: Any) -> AdaptedTensor:

@@ -17,6 +17,8 @@ from angeljax.qat.diagnostics import Histogram
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+__all__ = ["flips", "loss", "ranks", "running_mean", "trapping"]
+
 # Readable for the colour-blind, and in grey.
 _COLORS = ("#4477aa", "#cc6677", "#117733", "#ddaa33", "#882255", "#666666")
 

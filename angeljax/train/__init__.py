@@ -5,13 +5,16 @@ it. Nothing else in angeljax needs this package: the transform of `angeljax.qat`
 into any loss of one's own.
 """
 
-from angeljax.train._fields import ConfigError
+from angeljax._fields import ConfigError
+from angeljax.train._sections import LoraConfig
 from angeljax.train.checkpoints import Checkpoints
 from angeljax.train.config import TrainConfig
 from angeljax.train.data import PackedTokens, load_tokens
 from angeljax.train.guards import Divergence, TrainingStopped
-from angeljax.train.language_model import HeldOut, LMTask
+from angeljax.train.held_out import HeldOut
+from angeljax.train.language_model import LMTask
 from angeljax.train.loop import FitResult, fit
+from angeljax.train.lora_task import LoraTask
 from angeljax.train.optimizers import (
     OptimizerConfig,
     evaluation_params,
@@ -28,6 +31,8 @@ __all__ = [
     "FitResult",
     "HeldOut",
     "LMTask",
+    "LoraConfig",
+    "LoraTask",
     "OptimizerConfig",
     "PackedTokens",
     "TrainConfig",

@@ -1,17 +1,18 @@
-"""`DistillOptions`: what a student learns from, and with which weights."""
+"""What a student learns from, and how a layer is reconstructed."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
-from collections.abc import Mapping
 from typing import Any
+
+from angeljax._fields import ConfigError, build, choice, count, flag, number
 
 # KL(T||S), KL(S||T), squared error of logits, both weighted by the teacher's
 # confidence, and the two KLs on the likeliest entries alone.
 LOSSES = ("kl", "rkl", "mse", "cakld", "kl_top", "rkl_top")
 HIDDEN_LOSSES = ("mse", "cosine")
+# What a layer is to give: see `BlockwiseOptions.targets`.
+TARGETS = ("full", "quantized")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class DistillOptions:
       relation_heads: heads of the relations; None takes the student's key heads.
 
     Raises:
-      ValueError: a field is out of range; names it.
+      ConfigError: a field is out of range; names it.
 
     Example:
       >>> from angeljax.train.losses import DistillOptions
@@ -59,24 +60,16 @@ class DistillOptions:
     relation_heads: int | None = None
 
     def __post_init__(self) -> None:
-        _choice("loss", self.loss, LOSSES)
-        _choice("hidden_kind", self.hidden_kind, HIDDEN_LOSSES)
+        choice("distill.loss", self.loss, LOSSES)
+        choice("distill.hidden_kind", self.hidden_kind, HIDDEN_LOSSES)
         for name in ("weight", "lm_weight", "hidden_weight", "relation_weight"):
-            value = getattr(self, name)
-            if not _number(value) or value < 0:
-                raise ValueError(f"distill.{name} must be a number >= 0, not {value!r}")
-        if not _number(self.temperature) or self.temperature <= 0:
-            raise ValueError(
-                f"distill.temperature must be > 0, not {self.temperature!r}"
-            )
-        for name in ("top_k", "relation_heads"):
-            value = getattr(self, name)
-            if name == "relation_heads" and value is None:
-                continue
-            if not _count(value) or value < 1:
-                raise ValueError(
-                    f"distill.{name} must be an integer >= 1, not {value!r}"
-                )
+            number(f"distill.{name}", getattr(self, name), 0)
+        number("distill.temperature", self.temperature, 0)
+        if self.temperature == 0:
+            raise ConfigError("distill.temperature must be > 0, not 0")
+        count("distill.top_k", self.top_k)
+        if self.relation_heads is not None:
+            count("distill.relation_heads", self.relation_heads)
         # Lists (YAML has no tuples) become hashable.
         pairs = tuple(_pair("hidden_layers", p) for p in self.hidden_layers)
         object.__setattr__(self, "hidden_layers", pairs)
@@ -85,7 +78,7 @@ class DistillOptions:
             object.__setattr__(self, "relation_layers", pair)
         total = self.weight + self.lm_weight + self.hidden_weight + self.relation_weight
         if total == 0:
-            raise ValueError("distill: all weights are 0, there is nothing to learn")
+            raise ConfigError("distill: all weights are 0, there is nothing to learn")
 
     @property
     def needs_teacher(self) -> bool:
@@ -102,17 +95,9 @@ class DistillOptions:
         """From a mapping such as a section of a YAML file.
 
         Raises:
-          ValueError: an unknown or invalid field.
+          ConfigError: an unknown or invalid field.
         """
-        if not isinstance(data, Mapping):
-            raise ValueError(f"distill must be a mapping, not {data!r}")
-        known = [f.name for f in dataclasses.fields(cls)]
-        for name in data:
-            if name not in known:
-                near = difflib.get_close_matches(str(name), known, 1)
-                hint = f"did you mean {near[0]}?" if near else f"has {', '.join(known)}"
-                raise ValueError(f"distill has no field {name!r}: {hint}")
-        return cls(**data)
+        return build(cls, data, "distill")
 
     def to_dict(self) -> dict[str, Any]:
         """What `from_dict` takes: plain numbers, strings and lists."""
@@ -123,26 +108,48 @@ class DistillOptions:
         return data
 
 
-def _choice(name: str, value: Any, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(
-            f"distill.{name} must be one of {', '.join(known)}, not {value!r}"
-        )
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockwiseOptions:
+    """How each layer is trained.
 
+    Attributes:
+      epochs: passes over the rows, for each layer.
+      batch_size: rows of a step.
+      learning_rate: of the latent weights (Adam); falls along a cosine.
+      scale_learning_rate: of learned scales.
+      final_ratio: last learning rate, as a part of the first.
+      targets: "full" takes what the full-precision model computed; "quantized" what the
+        full-precision layer makes of the quantized layers' output.
+      host: keep the activations of all rows in host memory instead of on the device.
+      seed: of the order of rows.
 
-def _number(value: Any) -> bool:
-    real = isinstance(value, int | float) and not isinstance(value, bool)
-    return real and math.isfinite(value)
+    Raises:
+      ConfigError: a field is out of range; names it.
+    """
 
+    epochs: int = 2
+    batch_size: int = 4
+    learning_rate: float = 1e-4
+    scale_learning_rate: float = 1e-4
+    final_ratio: float = 0.05
+    targets: str = "full"
+    host: bool = True
+    seed: int = 0
 
-def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            count(f"blockwise.{name}", getattr(self, name))
+        for name in ("learning_rate", "scale_learning_rate", "final_ratio"):
+            number(f"blockwise.{name}", getattr(self, name), 0)
+        choice("blockwise.targets", self.targets, TARGETS)
+        flag("blockwise.host", self.host)
+        count("blockwise.seed", self.seed, 0)
 
 
 def _pair(name: str, value: Any) -> tuple[int, int]:
     ok = isinstance(value, list | tuple) and len(value) == 2
-    if not ok or not all(_count(v) and v >= 0 for v in value):
-        raise ValueError(
+    if not ok or not all(type(v) is int and v >= 0 for v in value):
+        raise ConfigError(
             f"distill.{name} holds pairs [student layer, teacher layer], not {value!r}"
         )
     return value[0], value[1]

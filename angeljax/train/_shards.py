@@ -17,6 +17,10 @@ import numpy as np
 from angeljax._leaves import path_string
 
 MANIFEST = "manifest.json"
+# Kinds of folders, as their manifests and messages call them.
+TEACHER = "teacher's predictions"
+GENERATED = "generated text"
+LAYERS = "reconstructed layers"
 
 
 def fingerprint(tree: Any) -> str:
@@ -61,6 +65,16 @@ def start(path: Path, manifest: dict[str, Any]) -> None:
     commit(path / MANIFEST, lambda p: p.write_text(text))
 
 
+def kind_of(path: str | os.PathLike[str]) -> str | None:
+    """Which of the kinds a folder is; None for anything else."""
+    try:
+        data = json.loads((Path(path) / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return None
+    kind = data.get("kind") if isinstance(data, dict) else None
+    return kind if kind in (TEACHER, GENERATED, LAYERS) else None
+
+
 def read_manifest(path: Path, kind: str) -> dict[str, Any]:
     """What a folder of shards says about itself.
 
@@ -77,6 +91,25 @@ def read_manifest(path: Path, kind: str) -> dict[str, Any]:
     if not isinstance(data, dict) or data.get("kind") != kind:
         raise ValueError(f"{file} does not describe a {kind}")
     return data
+
+
+def text_name(shard: int) -> str:
+    """File of a shard of generated text."""
+    return f"tokens-{shard:05d}.npy"
+
+
+def text_files(path: Path) -> list[Path]:
+    """The shards of a folder of generated text, in order.
+
+    Raises:
+      ValueError: there is none yet, or one is missing between others.
+    """
+    count = len(list(path.glob("tokens-*.npy")))
+    files = [path / text_name(shard) for shard in range(max(count, 1))]
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file} is missing: run generate_tokens again")
+    return files
 
 
 def commit(path: Path, write: Callable[[Path], Any]) -> None:

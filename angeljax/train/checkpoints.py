@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from angeljax._fields import ConfigError
 from angeljax._leaves import path_string
-from angeljax.train._fields import ConfigError
 
 
 class Checkpoints:

@@ -3,85 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from angeljax._fields import ConfigError, build, choice, count, flag, pattern
 from angeljax.recipe import Recipe
-from angeljax.train._fields import ConfigError, build, choice, count, flag
-from angeljax.train._options import DistillOptions
+from angeljax.train import _yaml
+from angeljax.train._options import BlockwiseOptions, DistillOptions
+from angeljax.train._sections import (
+    CheckpointConfig,
+    EvalConfig,
+    LogConfig,
+    LoraConfig,
+    sources,
+)
 from angeljax.train.guards import Divergence
-from angeljax.train.optimizers import OptimizerConfig, check_pattern
+from angeljax.train.optimizers import OptimizerConfig
 from angeljax.train.sharding import AXES
 
 DTYPES = ("bfloat16", "float32")
-# YAML reads 1e-4, without a point, as text.
-_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """When the state is saved.
-
-    Attributes:
-      every: steps between two checkpoints; 0 saves at the end only.
-      keep: how many of the latest stay, beside the best.
-    """
-
-    every: int = 500
-    keep: int = 2
-
-    def __post_init__(self) -> None:
-        count("checkpoint.every", self.every, 0)
-        count("checkpoint.keep", self.keep)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LogConfig:
-    """Where numbers go; `metrics.jsonl` is always written.
-
-    Attributes:
-      every: steps in an interval.
-      tensorboard: also write event files (needs `tensorboardX`).
-    """
-
-    every: int = 10
-    tensorboard: bool = False
-
-    def __post_init__(self) -> None:
-        count("log.every", self.every)
-        flag("log.tensorboard", self.tensorboard)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """Held-out perplexity of what would be deployed, and KL to the teacher.
-
-    Attributes:
-      data: sources as in `TrainConfig.data`, not trained on; None does not evaluate.
-      every: steps between two evaluations; 0 evaluates at the end only.
-      tokens: the first so many; 0 for all.
-      length: of a window.
-      batch_size: windows in a step; None picks by memory.
-    """
-
-    data: str | tuple[str, ...] | None = None
-    every: int = 0
-    tokens: int = 65536
-    length: int = 1024
-    batch_size: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.data is not None:
-            object.__setattr__(self, "data", _sources("eval.data", self.data))
-        count("eval.every", self.every, 0)
-        count("eval.tokens", self.tokens, 0)
-        count("eval.length", self.length, 2)
-        if self.batch_size is not None:
-            count("eval.batch_size", self.batch_size)
+# Each with the fields that mean nothing there.
+MODES: dict[str, tuple[str, ...]] = {
+    "end_to_end": ("blockwise", "lora"),
+    "blockwise": (
+        *("lora", "accumulate", "remat", "freeze", "optimizer", "distill", "mesh"),
+        *("checkpoint", "log", "divergence"),
+    ),
+    "lora": ("blockwise", "freeze"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,11 +42,18 @@ class TrainConfig:
 
     Attributes:
       model: where training starts, as for `angeljax compress --model`.
-      data: token files and texts, see `load_tokens`; a string or a list.
+      data: token files, texts and folders of generated text, see `load_tokens`; a
+        string or a list.
       recipe: what is trained for: a shipped recipe's name, a file, or a recipe written
         out; None trains without quantization.
+      mode: "end_to_end" trains all weights with the loss of the model's output;
+        "blockwise" trains one layer after another to give what the full-precision layer
+        gave, see `angeljax.train.blockwise`; "lora" trains low-rank additions to packed
+        weights, see `angeljax.qat.lora`: those of a compressed `model`, or what
+        `recipe` makes of another.
       steps: optimizer steps; or
-      tokens: trained tokens, rounded up to whole steps.
+      tokens: trained tokens, rounded up to whole steps. "blockwise" takes so many once,
+        and uses them for `blockwise.epochs` passes over every layer.
       seq_length: tokens in a row.
       batch_size: rows in a step, all micro-batches together.
       accumulate: micro-batches in a step.
@@ -106,7 +65,11 @@ class TrainConfig:
         trained.
       optimizer: see `OptimizerConfig`.
       distill: see `DistillOptions`, and `teacher`: "self", the start without
-        quantization, or another model. None trains on the text alone.
+        quantization, another model, or a folder that `write_teacher` wrote for this
+        text and `seq_length`. None trains on the text alone.
+      blockwise: fields of `BlockwiseOptions` but `batch_size` and `seed`, which are
+        those of the training.
+      lora: see `LoraConfig`.
       mesh: devices by axis, such as `{data: 1, fsdp: 8}`; None uses one.
       checkpoint, log, eval, divergence: see their classes.
       seed: of the order of the data and of all randomness.
@@ -125,6 +88,7 @@ class TrainConfig:
     model: str
     data: str | tuple[str, ...]
     recipe: str | Mapping[str, Any] | None = None
+    mode: str = "end_to_end"
     steps: int | None = None
     tokens: int | None = None
     seq_length: int = 1024
@@ -136,6 +100,8 @@ class TrainConfig:
     freeze: tuple[str, ...] = ()
     optimizer: OptimizerConfig = OptimizerConfig()
     distill: Mapping[str, Any] | None = None
+    blockwise: Mapping[str, Any] | None = None
+    lora: LoraConfig = LoraConfig()
     mesh: Mapping[str, int] | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
@@ -146,7 +112,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
             raise ConfigError(f"model must name a model, not {self.model!r}")
-        object.__setattr__(self, "data", _sources("data", self.data))
+        object.__setattr__(self, "data", sources("data", self.data))
         if (self.steps is None) == (self.tokens is None):
             raise ConfigError("give steps or tokens, one of them")
         for name in ("steps", "tokens"):
@@ -165,8 +131,8 @@ class TrainConfig:
         if isinstance(self.freeze, str):
             object.__setattr__(self, "freeze", (self.freeze,))
         object.__setattr__(self, "freeze", tuple(self.freeze))
-        for pattern in self.freeze:
-            check_pattern("freeze", pattern)
+        for path in self.freeze:
+            pattern("freeze", path)
         if self.mesh is not None:
             if not isinstance(self.mesh, Mapping) or set(self.mesh) - set(AXES):
                 raise ConfigError(
@@ -176,8 +142,27 @@ class TrainConfig:
             for name, size in self.mesh.items():
                 count(f"mesh.{name}", size)
         count("seed", self.seed, 0)
+        self._check_mode()
         self.options()
         self.loaded_recipe()
+
+    def _check_mode(self) -> None:
+        choice("mode", self.mode, tuple(MODES))
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for name in MODES[self.mode]:
+            if getattr(self, name) != defaults[name]:
+                hint = f", or set mode: {name}" if name in MODES else ""
+                raise ConfigError(
+                    f"{name} means nothing in mode {self.mode}: leave it out{hint}"
+                )
+        if self.mode == "blockwise":
+            self.reconstruction()
+            if self.recipe is None:
+                raise ConfigError("mode blockwise needs a recipe to train for")
+            if self.eval.every:
+                raise ConfigError(
+                    "eval.every must be 0 in mode blockwise, which evaluates at the end"
+                )
 
     @property
     def total_steps(self) -> int:
@@ -208,10 +193,24 @@ class TrainConfig:
         if not isinstance(teacher, str) or not teacher:
             raise ConfigError(f"distill.teacher must be 'self' or a model: {teacher!r}")
         terms = {k: v for k, v in self.distill.items() if k != "teacher"}
-        try:
-            return DistillOptions.from_dict(terms)
-        except ValueError as e:
-            raise ConfigError(str(e)) from None
+        return DistillOptions.from_dict(terms)
+
+    def reconstruction(self) -> BlockwiseOptions:
+        """How a layer is trained in mode "blockwise".
+
+        Raises:
+          ConfigError: the section has an unknown or invalid field.
+        """
+        given = {} if self.blockwise is None else self.blockwise
+        own = {"batch_size": self.batch_size, "seed": self.seed}
+        if isinstance(given, Mapping):
+            for name in own:
+                if name in given:
+                    raise ConfigError(
+                        f"blockwise has no field {name!r}: set {name} of the training"
+                    )
+            given = {**given, **own}
+        return build(BlockwiseOptions, given, "blockwise")
 
     def loaded_recipe(self) -> Recipe | None:
         """The recipe, read from its file if it is a name.
@@ -251,7 +250,7 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `from_dict` restores an equal configuration."""
-        return _plain(dataclasses.asdict(self))
+        return _yaml.plain(dataclasses.asdict(self))
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -265,20 +264,9 @@ class TrainConfig:
         Raises:
           ConfigError: one line that names the file, or the override.
         """
+        data = _yaml.read(path, overrides)
         try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as e:
-            raise ConfigError(f"{path}: {e.strerror}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as e:
-            raise ConfigError(
-                f"{path} is not valid YAML: {' '.join(str(e).split())}"
-            ) from None
-        if not isinstance(data, dict):
-            raise ConfigError(f"{path}: a training must be a mapping, not {data!r}")
-        for override in overrides:
-            _override(data, override)
-        try:
-            return cls.from_dict(_numbers(data))
+            return cls.from_dict(data)
         except ValueError as e:
             raise ConfigError(f"{path}: {e}") from None
 
@@ -293,51 +281,6 @@ _SECTIONS: dict[str, Any] = {
     "checkpoint": CheckpointConfig,
     "log": LogConfig,
     "eval": EvalConfig,
+    "lora": LoraConfig,
     "divergence": Divergence,
 }
-
-
-def _sources(where: str, value: Any) -> tuple[str, ...]:
-    listed = [value] if isinstance(value, str) else value
-    if not isinstance(listed, list | tuple) or not listed:
-        raise ConfigError(f"{where} must name files or data sets, not {value!r}")
-    for source in listed:
-        if not isinstance(source, str) or not source:
-            raise ConfigError(f"{where} must name files or data sets, not {source!r}")
-    return tuple(listed)
-
-
-def _override(data: dict[str, Any], override: str) -> None:
-    key, sign, text = override.partition("=")
-    if not sign or not all(key.split(".")):
-        raise ConfigError(f"--set takes key=value, such as steps=100, not {override!r}")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {override}: the value is not valid YAML") from None
-    *sections, last = key.split(".")
-    for section in sections:
-        if data.get(section) is None:
-            data[section] = {}
-        data = data[section]
-        if not isinstance(data, dict):
-            raise ConfigError(f"--set {override}: {section} has no fields")
-    data[last] = value
-
-
-def _numbers(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _numbers(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_numbers(v) for v in value]
-    if isinstance(value, str) and _EXPONENT.fullmatch(value):
-        return float(value)
-    return value
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value

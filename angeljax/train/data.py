@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from angeljax.train._fields import ConfigError, count
+from angeljax._fields import ConfigError, count
+from angeljax.train import _shards
 
 if TYPE_CHECKING:
     from angeljax.models import Tokenizer
@@ -85,13 +86,18 @@ class PackedTokens:
         bits = np.random.Philox(key=[self.seed, epoch])
         return np.random.Generator(bits).permutation(self.rows)
 
-    def batch(self, step: int) -> dict[str, np.ndarray]:
-        """`{"tokens": int32 [batch_size, length + 1]}` of an optimizer step."""
+    def picked(self, step: int) -> np.ndarray:
+        """Numbers of the rows of an optimizer step, int64 `[batch_size]`."""
         first = step * self.batch_size
         picked = np.empty(self.batch_size, np.int64)
         for i in range(self.batch_size):
             epoch, place = divmod(first + i, self.rows)
             picked[i] = self._order(epoch)[place]
+        return picked
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        """`{"tokens": int32 [batch_size, length + 1]}` of an optimizer step."""
+        picked = self.picked(step)
         at = picked[:, None] * self.length + np.arange(self.length + 1)
         return {"tokens": self.ids[at].astype(np.int32)}
 
@@ -114,8 +120,8 @@ def load_tokens(
     """Token ids of files of ids and of texts, one after the other.
 
     Args:
-      sources: each a `.npy` or `.npy.xz` file of ids, or a text as
-        `angeljax.evaluation.load_documents` knows it.
+      sources: each a `.npy` or `.npy.xz` file of ids, a folder that `generate_tokens`
+        wrote, or a text as `angeljax.evaluation.load_documents` knows it.
       tokenizer: for the texts. Its end-of-text token follows every document; a file in
         which lines of that token stand alone holds several documents.
 
@@ -141,13 +147,31 @@ def load_tokens(
     parts = []
     for named in sources:
         source = os.fspath(named)
-        binary = source.endswith((".npy", ".npy.xz"))
-        part = _ids(Path(source)) if binary else _encoded(source, tokenizer)
-        if not len(part):
+        found = _streams(source, tokenizer)
+        if not sum(map(len, found)):
             raise ConfigError(f"data: {source} holds no tokens")
-        parts.append(part)
+        parts += found
     small = all(part.dtype == np.uint16 for part in parts)
     return np.concatenate([p.astype(np.uint16 if small else np.uint32) for p in parts])
+
+
+def _streams(source: str, tokenizer: Tokenizer | None) -> list[np.ndarray]:
+    if source.endswith((".npy", ".npy.xz")):
+        return [_ids(Path(source))]
+    folder = Path(source).expanduser()
+    kind = _shards.kind_of(folder)
+    if kind is None:
+        return [_encoded(source, tokenizer)]
+    if kind != _shards.GENERATED:
+        raise ConfigError(
+            f"data: {source} holds no text but {kind}"
+            + (": name it as distill.teacher" if kind == _shards.TEACHER else "")
+        )
+    try:
+        files = _shards.text_files(folder)
+    except ValueError as e:
+        raise ConfigError(f"data: {e}") from None
+    return [_ids(file) for file in files]
 
 
 def _ids(path: Path) -> np.ndarray:
@@ -182,7 +206,7 @@ def _encoded(source: str, tokenizer: Tokenizer | None) -> np.ndarray:
         documents = list(load_documents(source))
     except (ValueError, OSError) as e:
         raise ConfigError(f"data: {e}") from None
-    separator, mark = _separator(tokenizer)
+    separator, mark = document_separator(tokenizer)
     if mark:
         documents = [x for d in documents for x in d.split(f"\n{mark}\n")]
     documents = [d for d in documents if d.strip()]
@@ -196,7 +220,7 @@ def _encoded(source: str, tokenizer: Tokenizer | None) -> np.ndarray:
     return stream.astype(np.uint16) if fits else stream
 
 
-def _separator(tokenizer: Tokenizer) -> tuple[int | None, str]:
+def document_separator(tokenizer: Tokenizer) -> tuple[int | None, str]:
     """Id and text of what stands between documents."""
     for token in ("<|endoftext|>", tokenizer.special["eos_token"]):
         index = tokenizer.token_id(token) if token else None

@@ -22,8 +22,6 @@ from angeljax.train import _shards
 
 __all__ = ["generate_tokens"]
 
-_KIND = "generated text"
-
 
 def generate_tokens(
     path: str | Path,
@@ -64,7 +62,7 @@ def generate_tokens(
     Returns:
       The files in order, each a `.npy` of uint16 or uint32 ids `[tokens]`: prompts and
       what followed, one document after the other, with the ending token of each unless
-      the next document begins with it.
+      the next document begins with it. `load_tokens` takes the folder.
 
     Raises:
       ValueError: an option is out of range, a prompt is empty or outside the
@@ -99,7 +97,7 @@ def generate_tokens(
             )
     ends = model.config.eos_ids if eos_ids is None else tuple(eos_ids)
     manifest = {
-        "kind": _KIND,
+        "kind": _shards.GENERATED,
         "version": 1,
         "model": _shards.fingerprint(params),
         "prompts": _shards.fingerprint(
@@ -127,7 +125,7 @@ def generate_tokens(
         top_p=top_p,
         eos_ids=ends,
     )
-    files = [path / f"tokens-{shard:05d}.npy" for shard in range(shards)]
+    files = [path / _shards.text_name(shard) for shard in range(shards)]
     with progress_bar("generate", shards, progress) as advance:
         for shard, file in enumerate(files):
             if not file.exists():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from angeljax.train._fields import count, number
+from angeljax._fields import count, number
 
 
 class TrainingStopped(ValueError):

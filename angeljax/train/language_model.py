@@ -1,4 +1,4 @@
-"""A language model in the loop: its loss with recipe and teacher; its evaluation."""
+"""A language model in the loop: its loss with recipe and teacher."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from angeljax._fields import ConfigError
 from angeljax._leaves import path_string
 from angeljax._partition import combine
-from angeljax.evaluation import Windows, evaluate
 from angeljax.formats import QTensor
 from angeljax.models import DecoderConfig, LanguageModel
-from angeljax.train._fields import ConfigError
 from angeljax.train.objective import Objective
 from angeljax.train.step import Metrics
 
@@ -85,7 +84,7 @@ class LMTask:
         state = None if self.qat is None else self.qat.init(params)
         kept, fixed = _split(params, freeze)
         if teacher is not None:
-            teacher = _cast(teacher, self.dtype)
+            teacher = cast(teacher, self.dtype)
         trainable: dict[str, Any] = {"params": kept}
         if state is not None:
             trainable["learned"] = state.learned
@@ -109,24 +108,46 @@ class LMTask:
         params, state = self.latent(trainable, frozen)
         if self.qat is not None and state is not None:
             params = self.qat.apply(params, state, step, dtype=jnp.dtype(self.dtype))
-        return _cast(params, self.dtype)
+        return cast(params, self.dtype)
 
     def deployed(self, trainable: Any, frozen: Any) -> Any:
         """As `forward_params` when training has ended: no Arenas residual."""
         last = 0 if self.qat is None else self.qat.total_steps
         return self.forward_params(trainable, frozen, last)
 
+    def packed(self, trainable: Any, frozen: Any) -> Any:
+        """The tree to write, in the dtype of compute where it is not packed."""
+        dtype = jnp.dtype(self.dtype)
+        params, state = self.latent(trainable, frozen)
+        if state is None:
+            return cast(params, self.dtype)
+        from angeljax import qat
+
+        return qat.finalize(params, state, dtype=dtype)
+
+    def flops(self, length: int) -> float:
+        """Floating-point operations of training, for each token of a row."""
+        return training_flops(self.objective, length)
+
     def loss(
         self, trainable: Any, frozen: Any, batch: Any, step: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        """Mean loss over the tokens of `{"tokens": int32 [B, T + 1]}`; see `fit`."""
+        """Mean loss over the tokens of a batch; see `fit`.
+
+        Args:
+          trainable, frozen: from `init`.
+          batch: `{"tokens": int32 [B, T + 1]}`, and as "teacher" the `TopK` of a
+            teacher that was written to disk, if that is what is learned from.
+          step: number of optimizer steps taken.
+          key: is not used.
+        """
         tokens = batch["tokens"]
         params = self.forward_params(trainable, frozen, step)
         total, sums = self.objective(
             params,
             tokens[:, :-1],
             tokens[:, 1:],
-            frozen["teacher"],
+            batch.get("teacher", frozen["teacher"]),
             projections=trainable.get("projections"),
         )
         count = jnp.maximum(sums["count"], 1).astype(jnp.float32)
@@ -135,47 +156,6 @@ class LMTask:
         if self.qat is not None and self.qat.recipe.arenas is not None:
             metrics["lambda"] = self.qat.arenas(step)
         return total / count, metrics
-
-
-class HeldOut:
-    """Perplexity of what would be deployed, and KL and agreement with the teacher.
-
-    Args:
-      task: see `LMTask`.
-      frozen: of the task.
-      windows: held-out text.
-      batch_size: windows in a step; None picks by memory.
-    """
-
-    def __init__(
-        self,
-        task: LMTask,
-        frozen: Any,
-        windows: Windows,
-        batch_size: int | None = None,
-    ) -> None:
-        self._task, self._frozen = task, frozen
-        self._windows, self._batch_size = windows, batch_size
-        self._deployed = jax.jit(task.deployed)
-
-    def __call__(self, trainable: Any) -> dict[str, float]:
-        """Numbers by name, `eval/perplexity` and so on."""
-        objective = self._task.objective
-        against: dict[str, Any] = {}
-        teacher = self._frozen["teacher"]
-        if objective.teacher is not None and teacher is not None:
-            against = {"reference": teacher, "reference_fn": objective.teacher.logits}
-        found = evaluate(
-            objective.model.logits,
-            self._deployed(trainable, self._frozen),
-            self._windows,
-            batch_size=self._batch_size,
-            progress=False,
-            **against,
-        )
-        names = ("nll", "perplexity", "kl", "top1_agreement")
-        values = {f"eval/{name}": getattr(found, name) for name in names}
-        return {k: float(v) for k, v in values.items() if v is not None}
 
 
 def forward_flops(config: DecoderConfig, length: int) -> float:
@@ -197,13 +177,19 @@ def forward_flops(config: DecoderConfig, length: int) -> float:
     return 2 * (config.num_layers * (layer + attention) + head)
 
 
-def training_flops(objective: Objective, length: int) -> float:
-    """Of a training step, for each token: three forward passes, and the teacher's one.
+def training_flops(objective: Objective, length: int, passes: int = 3) -> float:
+    """Of a training step, for each token of a row.
 
     What `remat` and fake quantizers compute on top is no work of the model and does not
     count, as usual for model FLOP utilisation (arXiv 2204.02311, appendix B).
+
+    Args:
+      objective: model and teacher.
+      length: of a row.
+      passes: in units of a forward pass: one, and one each for the gradients of
+        activations and of weights, where those are trained.
     """
-    flops = 3 * forward_flops(objective.model.config, length)
+    flops = passes * forward_flops(objective.model.config, length)
     if objective.teacher is not None and objective.options.needs_teacher:
         flops += forward_flops(objective.teacher.config, length)
     return flops
@@ -221,7 +207,9 @@ def ready(model: LanguageModel, dtype: str, *, scan_layers: bool) -> LanguageMod
     )
 
 
-def _cast(tree: Any, dtype: str) -> Any:
+def cast(tree: Any, dtype: str) -> Any:
+    """Floating-point arrays in a dtype; what is packed stays."""
+
     def one(x: Any) -> Any:
         if isinstance(x, QTensor) or not jnp.issubdtype(x.dtype, jnp.floating):
             return x

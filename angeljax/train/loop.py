@@ -8,8 +8,6 @@ finite, so that nothing is lost by noticing late.
 from __future__ import annotations
 
 import dataclasses
-import math
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,15 +15,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from angeljax.train._monitor import Monitor
 from angeljax.train._prefetch import prefetch
 from angeljax.train.checkpoints import Checkpoints
-from angeljax.train.guards import Divergence, LossWatch, TrainingStopped
+from angeljax.train.guards import Divergence, LossWatch
 from angeljax.train.metrics import Writer, Writers
 from angeljax.train.sharding import make_mesh, place, place_batch, shardings_of
 from angeljax.train.step import (
     LossFn,
     TrainState,
-    culprit_names,
     init_state,
     make_step,
 )
@@ -143,7 +141,7 @@ def fit(
         state = _restored(checkpoints, state)
         start = int(state.step)
     out = Writers(writers(start) if writers else [])
-    run = _Run(
+    run = Monitor(
         steps=steps,
         start=start,
         out=out,
@@ -230,117 +228,3 @@ def _compiled(
     where = shardings_of(mesh, state)
     copied = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     return jax.jit(step, donate_argnums=0, out_shardings=(where, copied))
-
-
-class _Run:
-    """Numbers of the steps under way: fetched an interval late, checked, written."""
-
-    def __init__(
-        self,
-        *,
-        steps: int,
-        start: int,
-        out: Writers,
-        watch: LossWatch,
-        log_every: int,
-        schedule: Any,
-        unit: str,
-        flops: float,
-        peak: float | None,
-        kept: str | None,
-    ) -> None:
-        self.out, self.watch, self.last = out, watch, {}  # type: ignore[var-annotated]
-        self._steps, self._every, self._schedule = steps, max(log_every, 1), schedule
-        self._unit, self._flops, self._peak, self._kept = unit, flops, peak, kept
-        self._current: list[tuple[int, Any]] = []
-        self._waiting: list[tuple[int, Any]] = []
-        self._first = start + 1
-        self._clock: float | None = None
-        self._count = 0.0
-
-    def add(self, step: int, numbers: Any, state: TrainState) -> None:
-        self._current.append((step, numbers))
-        if step == self._first:
-            # Compilation is no part of the speed.
-            jax.block_until_ready(numbers)
-            self._clock = time.perf_counter()
-        if step % self._every == 0:
-            self._report(state)
-            self._waiting, self._current = self._current, []
-
-    def flush(self, state: TrainState) -> None:
-        """Waits for all that was begun, and checks it."""
-        self._report(state)
-        self._waiting, self._current = self._current, []
-        self._report(state)
-        self._waiting = []
-
-    def paused(self) -> _Paused:
-        """Time in here does not count."""
-        return _Paused(self)
-
-    def _report(self, state: TrainState) -> None:
-        if not self._waiting:
-            return
-        steps = [step for step, _ in self._waiting]
-        rows = jax.device_get([numbers for _, numbers in self._waiting])
-        now = time.perf_counter()
-        for step, row in zip(steps, rows, strict=True):
-            if row["failed"]:
-                self._stop_not_finite(step, row, state)
-            self._guarded(float(row["loss"]), step)
-        values = {
-            name: sum(float(row[name]) for row in rows) / len(rows)
-            for name in rows[0]
-            if name not in ("weight", "failed")
-        }
-        amount = sum(float(row["weight"]) for row in rows)
-        if steps[0] == self._first:  # what was read before a resume
-            self._count = (self._first - 1) * amount / len(rows)
-        self._count += amount
-        values[self._unit] = self._count
-        if self._schedule is not None:
-            values["lr"] = float(self._schedule(steps[-1] - 1))
-        timed = steps[0] > self._first
-        seconds = now - (self._clock or now)
-        if timed and seconds > 0:
-            values[f"{self._unit}_per_second"] = amount / seconds
-            values["seconds_left"] = seconds / len(steps) * (self._steps - steps[-1])
-            if self._flops and self._peak:
-                values["mfu"] = amount / seconds * self._flops / self._peak
-        self._clock = now
-        self.last = values
-        self.out.write(steps[-1], values)
-
-    def _guarded(self, loss: float, step: int) -> None:
-        try:
-            self.watch.add(loss, step)
-        except TrainingStopped as e:
-            raise TrainingStopped(f"{e}{self._what_is_kept()}") from None
-
-    def _stop_not_finite(self, step: int, row: Any, state: TrainState) -> None:
-        parts = []
-        if not math.isfinite(row["loss"]):
-            parts.append(f"the loss is {float(row['loss'])}")
-        if names := culprit_names(state):
-            parts.append(f"the gradient of {names} is not finite")
-        what = " and ".join(parts) or "an update of the optimizer is not finite"
-        raise TrainingStopped(
-            f"stopped at step {step}: {what}; the update was not applied"
-            f"{self._what_is_kept()}: lower optimizer.lr, or look at that tensor"
-        )
-
-    def _what_is_kept(self) -> str:
-        return f", the checkpoints in {self._kept} are as before" if self._kept else ""
-
-
-class _Paused:
-    def __init__(self, run: _Run) -> None:
-        self._run = run
-
-    def __enter__(self) -> None:
-        self._begun = time.perf_counter()
-
-    def __exit__(self, *unused: Any) -> None:
-        if self._run._clock is not None:
-            self._run._clock += time.perf_counter() - self._begun

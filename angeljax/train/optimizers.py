@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import optax
 
+from angeljax._fields import ConfigError, choice, count, number, pattern
 from angeljax._leaves import path_string
-from angeljax.train._fields import ConfigError, choice, count, number
 
 OPTIMIZERS = ("adamw", "schedule_free", "muon")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
@@ -88,23 +88,9 @@ class OptimizerConfig:
             raise ConfigError(
                 f"optimizer.lr_factors maps patterns to numbers: {self.lr_factors!r}"
             )
-        for pattern, factor in self.lr_factors.items():
-            check_pattern("optimizer.lr_factors", pattern)
-            number(f"optimizer.lr_factors[{pattern!r}]", factor, 0)
-
-
-def check_pattern(where: str, pattern: Any) -> None:
-    """Refuses what is no regular expression.
-
-    Raises:
-      ConfigError: one line with the reason.
-    """
-    try:
-        re.compile(pattern)
-    except (re.error, TypeError) as e:
-        raise ConfigError(
-            f"{where}: {pattern!r} is no regular expression: {e}"
-        ) from None
+        for path, factor in self.lr_factors.items():
+            pattern("optimizer.lr_factors", path)
+            number(f"optimizer.lr_factors[{path!r}]", factor, 0)
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -113,6 +99,9 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     Args:
       config: see `OptimizerConfig`.
       steps: of the whole training.
+
+    Returns:
+      Step -> rate; the step may be traced.
 
     Raises:
       ConfigError: the warm-up takes all steps.
@@ -205,6 +194,9 @@ def evaluation_params(opt_state: Any, params: Any) -> Any:
     Args:
       opt_state: of an optimizer of `make_optimizer`.
       params: the tree that is trained.
+
+    Returns:
+      A tree of the structure of `params`.
     """
     kind = optax.contrib.ScheduleFreeState
     found = [
@@ -254,7 +246,7 @@ def _factors(config: OptimizerConfig) -> list[optax.GradientTransformation]:
         return []
 
     def factor(path: str) -> float:
-        hits = (f for pattern, f in table.items() if re.fullmatch(pattern, path))
+        hits = (f for named, f in table.items() if re.fullmatch(named, path))
         return next(hits, 1.0)
 
     scaled = optax.stateless(

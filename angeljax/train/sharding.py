@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from angeljax.train._fields import ConfigError, count
+from angeljax._fields import ConfigError, count
 
 AXES = ("data", "fsdp")
 
@@ -22,6 +22,9 @@ def make_mesh(sizes: Mapping[str, int] | None = None) -> Mesh:
     Args:
       sizes: devices along each axis; an axis that is not named has 1. None takes all
         devices as copies.
+
+    Returns:
+      A mesh of the first so many devices.
 
     Raises:
       ConfigError: an unknown axis, or another number of devices than there are.

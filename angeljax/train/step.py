@@ -39,7 +39,15 @@ class TrainState:
 
 
 def init_state(trainable: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step; `jit` may take it."""
+    """The state before the first step; `jit` may take it.
+
+    Args:
+      trainable: pytree of float32 arrays; they become part of the state, uncopied.
+      optimizer: an optax transformation.
+
+    Returns:
+      A `TrainState` at step 0.
+    """
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         trainable=trainable,

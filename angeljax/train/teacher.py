@@ -12,23 +12,16 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from angeljax.evaluation._progress import progress_bar
 from angeljax.models.language_model import LanguageModel
 from angeljax.train import _shards
+from angeljax.train._likeliest import likeliest
 from angeljax.train._token_losses import TopK
-from angeljax.train.chunked import head_logits
 from angeljax.train.losses import check_vocabularies
 
 __all__ = ["TeacherRows", "read_teacher", "write_teacher"]
-
-_KIND = "teacher's predictions"
-# float32 logits that exist at once
-_CHUNK_LOGITS = 2**27
-_BLOCK = 32
 
 
 def write_teacher(
@@ -101,7 +94,7 @@ def write_teacher(
             f"{vocabulary}: the ids come from another tokenizer"
         )
     manifest = {
-        "kind": _KIND,
+        "kind": _shards.TEACHER,
         "version": 1,
         "model": _shards.fingerprint(params),
         "data": _shards.fingerprint_ids(ids),
@@ -117,7 +110,7 @@ def write_teacher(
         for shard in range(shards):
             if not _folder(path, shard).is_dir():
                 some = range(shard * shard_rows, min((shard + 1) * shard_rows, rows))
-                arrays = _predict(model, params, ids, length, top_k, some, batch_size)
+                arrays = likeliest(model, params, ids, length, top_k, some, batch_size)
                 _shards.commit(
                     _folder(path, shard), functools.partial(_save, arrays=arrays)
                 )
@@ -133,6 +126,7 @@ class TeacherRows:
       path: the folder.
       length: inputs of a row.
       top_k: entries kept for each token.
+      model: fingerprint of the teacher's params.
       count: rows there are.
       shard_rows: rows of a shard.
       shards: arrays of each shard by name.
@@ -141,6 +135,7 @@ class TeacherRows:
     path: Path
     length: int
     top_k: int
+    model: str
     count: int
     shard_rows: int
     shards: tuple[dict[str, np.ndarray], ...]
@@ -149,8 +144,8 @@ class TeacherRows:
         """The teacher of a batch, for `Objective` or `chunked_loss`.
 
         Args:
-          numbers: int `[B]`, which rows of the stream; row i starts at token
-            `i * length`.
+          numbers: int `[B]`, which rows of the stream, as `PackedTokens.picked` gives
+            them; row i starts at token `i * length`.
 
         Returns:
           A `TopK` of numpy arrays `[B, length, K]` and `[B, length]`.
@@ -192,7 +187,7 @@ def read_teacher(
         length or vocabulary.
     """
     path = Path(path)
-    m = _shards.read_manifest(path, _KIND)
+    m = _shards.read_manifest(path, _shards.TEACHER)
     if vocab_size is not None:
         check_vocabularies(vocab_size, m["vocab_size"])
     if length is not None and length != m["length"]:
@@ -222,7 +217,13 @@ def read_teacher(
             }
         )
     return TeacherRows(
-        path, m["length"], m["top_k"], m["rows"], m["shard_rows"], tuple(shards)
+        path=path,
+        length=m["length"],
+        top_k=m["top_k"],
+        model=m["model"],
+        count=m["rows"],
+        shard_rows=m["shard_rows"],
+        shards=tuple(shards),
     )
 
 
@@ -234,67 +235,3 @@ def _save(folder: Path, arrays: dict[str, np.ndarray]) -> None:
     folder.mkdir()
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
-
-
-def _predict(
-    model: LanguageModel,
-    params: Any,
-    ids: np.ndarray,
-    length: int,
-    top_k: int,
-    rows: range,
-    batch_size: int,
-) -> dict[str, np.ndarray]:
-    parts: list[Any] = []
-    for first in range(rows.start, rows.stop, batch_size):
-        # The last batch repeats its last row: every step has one shape.
-        picked = np.minimum(np.arange(first, first + batch_size), rows.stop - 1)
-        at = picked[:, None] * length + np.arange(length + 1)
-        parts.append(_step(model, top_k, params, ids[at].astype(np.int32)))
-        # One step ahead of the host, not all of them.
-        if len(parts) > 1:
-            parts[-2] = jax.device_get(parts[-2])
-    whole = jax.tree.map(
-        lambda *p: np.concatenate(p)[: len(rows)], *jax.device_get(parts)
-    )
-    return whole
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _step(
-    model: LanguageModel, top_k: int, params: Any, tokens: jax.Array
-) -> dict[str, jax.Array]:
-    hidden = model.features(params, tokens[:, :-1]).final
-    head, vocabulary = model.head_params(params), model.config.vocab_size
-    batch, length, width = hidden.shape
-    rows = max(min(_CHUNK_LOGITS // vocabulary, batch * length), 1)
-
-    def one(inputs: tuple[jax.Array, jax.Array]) -> dict[str, jax.Array]:
-        x, gold = inputs
-        log_probs = jax.nn.log_softmax(head_logits(head, x))
-        values, at = _top_k(log_probs, top_k)
-        return {
-            "ids": at.astype(_shards.id_dtype(vocabulary)),
-            "log_probs": values.astype(jnp.float16),
-            "tail": jnp.maximum(1 - jnp.exp(values).sum(), 0.0),
-            "gold": log_probs[gold],
-        }
-
-    flat = hidden.reshape(-1, width), tokens[:, 1:].reshape(-1)
-    found = jax.lax.map(one, flat, batch_size=rows)
-    return jax.tree.map(lambda a: a.reshape(batch, length, *a.shape[1:]), found)
-
-
-def _top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """`jax.lax.top_k` of a long row `[V]`.
-
-    A GPU sorts for it. The k largest lie in the k blocks with the largest maxima, so
-    that two short sorts do what one of the whole row would.
-    """
-    if k * _BLOCK * 2 > x.size:
-        return jax.lax.top_k(x, k)
-    blocks = jnp.pad(x, (0, -x.size % _BLOCK), constant_values=-jnp.inf)
-    blocks = blocks.reshape(-1, _BLOCK)
-    _, best = jax.lax.top_k(blocks.max(-1), k)
-    values, place = jax.lax.top_k(blocks[best].reshape(-1), k)
-    return values, best[place // _BLOCK] * _BLOCK + place % _BLOCK

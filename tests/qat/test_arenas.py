@@ -94,7 +94,10 @@ def test_residual_and_blend():
     ("options", "message"),
     [
         ({"schedule": "warmup_cosin"}, "did you mean 'warmup_cosine'"),
-        ({"schedule": "steps"}, "arenas.schedule='steps': use warmup_cosine, cosine"),
+        (
+            {"schedule": "steps"},
+            "arenas.schedule must be one of warmup_cosine",
+        ),
         ({"end": 0}, "arenas.end=0.0.*in \\(0, 1\\]"),
         ({"end": 1.5}, "arenas.end=1.5"),
         ({"warmup": 0.9}, "arenas.warmup=0.9: a share of the steps below arenas.end"),
@@ -103,7 +106,7 @@ def test_residual_and_blend():
         ({"peak": float("nan")}, "arenas.peak must be a number"),
         ({"peak": True}, "arenas.peak must be a number"),
         ({"peak": "1"}, "arenas.peak must be a number"),
-        ({"form": "mix"}, "arenas.form='mix': use residual or blend"),
+        ({"form": "mix"}, "arenas.form must be one of residual, blend, not 'mix'"),
         ({"form": "blend", "peak": 1.5}, "arenas.peak=1.5 of a blend must be at most"),
     ],
 )

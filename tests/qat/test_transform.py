@@ -199,8 +199,11 @@ def test_errors_of_make():
             {"format": "nvfp4", "qat": {"estimator": "clipped"}},
             "cannot be trained with qat estimator: clipped",
         ),
-        ({"format": "int4", "qat": {"scale": "fixed"}}, "'dynamic' or 'learned'"),
-        ({"format": "int4", "qat": {"estimator": "ste"}}, "pass_through or clipped"),
+        ({"format": "int4", "qat": {"scale": "fixed"}}, "one of dynamic, learned, not"),
+        (
+            {"format": "int4", "qat": {"estimator": "ste"}},
+            "of pass_through, clipped",
+        ),
         ({"format": "int4", "qat": {"arena": True}}, "did you mean 'arenas'"),
         ({"format": "int4", "qat": {"arenas": 1}}, "qat.arenas must be true or false"),
         ({"format": "int4", "qat": "learned"}, "qat must be a mapping of scale"),

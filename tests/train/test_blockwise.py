@@ -12,7 +12,7 @@ import pytest
 
 import angeljax as aj
 from angeljax.models import DecoderConfig, LanguageModel, stack_layers
-from angeljax.train import blockwise
+from angeljax.train._blockwise_run import BlockwiseRun
 from angeljax.train.blockwise import BlockwiseOptions, reconstruct
 from tests.models._random import random_params
 
@@ -48,10 +48,10 @@ def params() -> Any:
 def traced() -> Any:
     """How often a layer was traced."""
     count = []
-    block = blockwise._Run._block
+    block = BlockwiseRun._block
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            blockwise._Run, "_block", lambda *a: (count.append(1), block(*a))[1]
+            BlockwiseRun, "_block", lambda *a: (count.append(1), block(*a))[1]
         )
         yield count
 
@@ -110,9 +110,9 @@ def test_a_stack_and_targets_of_quantized_inputs(params: Any, done: Any) -> None
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"epochs": 0}, "blockwise.epochs must be >= 1"),
-        ({"learning_rate": -1.0}, "blockwise.learning_rate must be >= 0"),
-        ({"targets": "half"}, "must be full or quantized"),
+        ({"epochs": 0}, "blockwise.epochs must be an integer >= 1"),
+        ({"learning_rate": -1.0}, "blockwise.learning_rate must be a number >= 0"),
+        ({"targets": "half"}, "must be one of full, quantized"),
     ],
 )
 def test_bad_options(change: Any, message: str) -> None:

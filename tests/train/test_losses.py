@@ -189,7 +189,7 @@ def test_a_teacher_of_few_entries(logits: Any) -> None:
 @pytest.mark.parametrize(
     "data, message",
     [
-        ({"los": "kl"}, "no field 'los': did you mean loss"),
+        ({"los": "kl"}, "no field 'los' .did you mean 'loss'"),
         ({"loss": "jsd"}, "distill.loss must be one of kl, rkl"),
         ({"temperature": 0}, "distill.temperature must be > 0"),
         ({"weight": -1}, "distill.weight must be a number >= 0"),

@@ -1,7 +1,5 @@
 """What the writers write."""
 
-import pytest
-
 from angeljax.train.metrics import Console, TensorBoard, peak_flops
 
 
@@ -33,7 +31,6 @@ def test_live_line_on_a_terminal(capsys, monkeypatch):
 
 def test_tensorboard(tmp_path):
     """Event files hold the numbers; they are read back as records of protobuf."""
-    pytest.importorskip("tensorboardX")
     writer = TensorBoard(tmp_path)
     writer.write(7, {"loss": 2.5})
     writer.close()

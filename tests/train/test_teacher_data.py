@@ -12,10 +12,11 @@ import pytest
 
 from angeljax.models import DecoderConfig, LanguageModel
 from angeljax.train import _shards
+from angeljax.train._likeliest import top_k_of
 from angeljax.train.generated import generate_tokens
 from angeljax.train.losses import DistillOptions
 from angeljax.train.objective import Objective
-from angeljax.train.teacher import _top_k, read_teacher, write_teacher
+from angeljax.train.teacher import read_teacher, write_teacher
 from tests.models._random import random_params
 
 MODEL = LanguageModel(
@@ -139,7 +140,7 @@ def test_teacher_refused(params: Any, tmp_path: Path) -> None:
 
 def test_top_k_of_blocks(rng: np.random.Generator) -> None:
     x = jnp.asarray(rng.standard_normal((3, 1000)), jnp.float32)
-    ours = jax.jit(jax.vmap(lambda row: _top_k(row, 9)))(x)
+    ours = jax.jit(jax.vmap(lambda row: top_k_of(row, 9)))(x)
     for a, b in zip(ours, jax.lax.top_k(x, 9), strict=True):
         np.testing.assert_array_equal(a, b)
 

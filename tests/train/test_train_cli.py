@@ -217,7 +217,7 @@ def test_configurations():
         "a training has no field 'batchsize' .did you mean 'batch_size'", batchsize=1
     )
     refused("optimizer has no field 'rate'; known: name, lr", optimizer={"rate": 1})
-    refused("optimizer must be a mapping, not 3", optimizer=3)
+    refused("optimizer must be a mapping of name, .*, not 3", optimizer=3)
     refused(
         "optimizer.name must be one of adamw, .* not 'sgd'", optimizer={"name": "sgd"}
     )
@@ -225,7 +225,7 @@ def test_configurations():
         "schedule must be constant for schedule_free",
         optimizer={"name": "schedule_free", "schedule": "linear"},
     )
-    refused("distill has no field 'los': did you mean loss", distill={"los": "kl"})
+    refused("distill has no field 'los' .did you mean 'loss'", distill={"los": "kl"})
     refused("distill.teacher must be 'self' or a model: 3", distill={"teacher": 3})
     refused("batch_size of 6 cannot be divided into 4", batch_size=6, accumulate=4)
     refused("freeze: '\\[' is no regular expression", freeze="[")
