@@ -43,12 +43,11 @@ def sections(directory: Path) -> list[str]:
     }
     found = []
     for claim, parts in tables.items():
-        if (data := _read(directory, claim)) is None:
-            continue
-        entries = _entries(data)
+        files = [(data, _entries(data)) for data in _read(directory, claim)]
         for title, table in parts:
-            if text := table(entries):
-                found.append(f"## {title}\n\n{_source(data)}\n{text}")
+            shown = [(data, table(entries)) for data, entries in files]
+            if text := "\n".join(f"{_source(d)}\n{t}" for d, t in shown if t):
+                found.append(f"## {title}\n\n{text}")
     return found
 
 
@@ -57,8 +56,8 @@ def guide(directory: Path) -> dict[str, str]:
     tables = {"stem": ("stem", stem), "quality": ("attention_quality", _sparsest)}
     found = {}
     for name, (claim, table) in tables.items():
-        if (data := _read(directory, claim)) is not None:
-            found[name] = f"{_source(data)}\n{table(_entries(data))}"
+        if files := _read(directory, claim):
+            found[name] = f"{_source(files[0])}\n{table(_entries(files[0]))}"
     return found
 
 
@@ -153,13 +152,14 @@ def quality(entries: list[Entry]) -> str:
     names = {m: QUALITY[m] for m in QUALITY if m in metrics}
     for metric in metrics:
         if metric.endswith(" accuracy"):
-            names[metric] = metric.removesuffix(" accuracy"), ".1%"
+            name = metric.removesuffix(" accuracy").replace(" token", ", tokens")
+            names[metric] = name, ".1%"
     columns: list[Column] = [
         ("selector", lambda e: e[0]["selector"], ""),
         ("share asked for", lambda e: e[0]["density"], ".0%"),
         *((name, _of(metric), form) for metric, (name, form) in names.items()),
     ]
-    return f"{_lengths(entries)}\n\n{_table(columns, entries)}"
+    return f"{_lengths(entries)}\n\n{_table(columns, _by_density(entries))}"
 
 
 def _sparsest(entries: list[Entry]) -> str:
@@ -176,7 +176,12 @@ def _needles(entries: list[Entry]) -> str:
         ("share asked for", lambda e: e[0]["density"], ".0%"),
         *((m, _of(m), ".0%") for m in metrics),
     ]
-    return _table(columns, entries) if metrics else ""
+    return _table(columns, _by_density(entries)) if metrics else ""
+
+
+def _by_density(entries: list[Entry]) -> list[Entry]:
+    """Dense attention first, then from few blocks to many."""
+    return sorted(entries, key=lambda e: (e[0]["selector"] != "dense", e[0]["density"]))
 
 
 def _lengths(entries: list[Entry]) -> str:
@@ -251,9 +256,10 @@ def _source(data: dict[str, Any]) -> str:
     return f"{data['device']}, {data['date'][:10]}, {versions}. `{data['command']}`\n"
 
 
-def _read(directory: Path, claim: str) -> dict[str, Any] | None:
-    file = directory / f"{claim}.h100.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+def _read(directory: Path, claim: str) -> list[dict[str, Any]]:
+    """What was measured, by device."""
+    files = sorted(directory.glob(f"{claim}.*.json"))
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
 def _table(columns: Iterable[Column], entries: Sequence[Entry]) -> str:

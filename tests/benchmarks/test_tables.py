@@ -170,6 +170,11 @@ def test_attention_has_a_page_and_two_tables_of_its_guide(tmp_path: Path) -> Non
     assert text == "a <!-- stem -->\nnew\n<!-- end --> b"
     with pytest.raises(ValueError, match="no <!-- quality --> ... <!-- end --> in the"):
         tables.between(text, "quality", "new\n")
-    # A file that is not there has no section.
-    (tmp_path / "stem.h100.json").unlink()
+    # Another device has a table of its own, below; a missing file has no section.
+    file = tmp_path / "stem.h100.json"
+    (tmp_path / "stem.h200.json").write_text(file.read_text())
+    page = tables.render(tmp_path)["results_attention.md"]
+    assert page.count(stem[1]) == 2 and page.count("## Stem") == 1
+    file.unlink()
+    (tmp_path / "stem.h200.json").unlink()
     assert "## Stem" not in tables.render(tmp_path)["results_attention.md"]
