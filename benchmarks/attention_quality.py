@@ -63,17 +63,11 @@ STEM: dict[str, dict[str, Any]] = {
     "stem, no bonus": {"value_weight": 0.0},
     "stem, neither": {"alpha": 1.0, "value_weight": 0.0},
     "stem, 4 and 4 forced": {"sink_blocks": 4, "window_blocks": 4},
-    "stem, 2 cells": {"cells": 2},
     "stem, 4 cells": {"cells": 4},
     "stem, 8 cells": {"cells": 8},
-    "stem, 4 cells, no decay": {"cells": 4, "alpha": 1.0},
-    "stem, 4 cells, no bonus": {"cells": 4, "value_weight": 0.0},
-    "stem, 16 cells, no decay": {"cells": 16, "alpha": 1.0},
-}
-# Blocks that are always read, in blocks: as few for all, for the same reason.
-ALWAYS = {
-    "flashprefill": {"sink_tokens": 1, "window_tokens": 2},
-    "vecattention": {"sink_tokens": 1, "window_tokens": 1},
+    "stem, rows": {"budget_mode": "rows"},
+    "stem, rows, no bonus": {"budget_mode": "rows", "value_weight": 0.0},
+    "stem, rows, 4 cells": {"budget_mode": "rows", "cells": 4},
 }
 STATIC = ("a_shape", "tri_shape", "dilated", "strided")
 CORRECTED = {"stem + means": "stem", "flashprefill + means": "flashprefill"}

@@ -249,6 +249,7 @@ def main() -> None:
     if "forward" not in args.skip:
         for c in QUICK if args.quick else CASES[: args.cases]:
             rows += forward(c)
+            write("block_sparse_attention", rows, device_tag=args.tag)
     if "others" not in args.skip:
         rows += others(QUICK[0] if args.quick else Case(16384, (0.25,)))
     if "flex" not in args.skip:

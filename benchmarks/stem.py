@@ -154,8 +154,7 @@ def main() -> None:
     if "operator" in args.only:
         for tokens in TOKENS[:1] if args.quick else TOKENS:
             rows += operator(tokens, "stem", stem)
-            cells = Stem(dense_layers=0, cells=4)
-            rows += operator(tokens, "stem, 4 cells", cells)
+            write("stem", rows, device_tag=args.tag)
         if not args.quick:
             shared = Stem(dense_layers=0, select_per="kv_head")
             rows += operator(TOKENS[-1], "stem per key head", shared)

@@ -2,9 +2,9 @@
 
     python -m benchmarks.tables [--check]
 
-They are docs/results.md, docs/results_kernels.md, docs/results_training.md and the
-parts of README.md and of the guide to training between two marks. `--check` fails if a
-page is out of date, and writes nothing.
+They are docs/results.md, docs/results_kernels.md, docs/results_training.md,
+docs/results_attention.md and the parts of README.md and of guides between two marks.
+`--check` fails if a page is out of date, and writes nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import _training_tables
+from benchmarks import _attention_tables, _training_tables
 from benchmarks._results import RESULTS, ROOT
 
 DOCS = ROOT / "docs"
@@ -28,6 +28,14 @@ KERNELS_HEAD = (
     + """
 `times faster` is the baseline over the product, in one run; `roofline` the share of
 what the device allows. [What the kernels do](guides/kernels.md).
+"""
+)
+ATTENTION_HEAD = (
+    HEAD
+    + """
+`blocks read` is the share of the causal blocks, `recall` the share of the dense softmax
+mass in them. A benchmark that has not been run has no section here.
+[What is measured](guides/sparse_attention.md).
 """
 )
 # Claims about speed; every other one is about quality.
@@ -45,7 +53,8 @@ BASELINES = {
 }
 MARKS = ("<!-- what one token gains -->", "<!-- end -->")
 GUIDE = "guides/ternary_qat.md"
-MEASURED = ("<!-- measured -->", "<!-- end -->")
+ATTENTION_GUIDE = "guides/sparse_attention.md"
+END = "<!-- end -->"
 README_SHAPES = ("4096 x 4096", "4096 x 14336", "8192 x 8192", "8192 x 28672")
 README_FORMATS = {
     "sherry": "Sherry, 1.25 bits",
@@ -134,7 +143,8 @@ def render(directory: Path = RESULTS) -> dict[str, str]:
     files = sorted(directory.glob("*.json"))
     claims = {f: f.name.split(".")[0] for f in files}
     speed = [f for claim in KERNELS for f in files if claims[f] == claim]
-    quality = [f for f in files if claims[f] not in (*KERNELS, *TRAINING)]
+    others = *KERNELS, *TRAINING, *_attention_tables.CLAIMS
+    quality = [f for f in files if claims[f] not in others]
     heads = {
         "results.md": (HEAD.format(title="Results"), quality),
         "results_kernels.md": (
@@ -151,8 +161,33 @@ def render(directory: Path = RESULTS) -> dict[str, str]:
         pages["results_training.md"] = "\n".join(
             [head, *_training_tables.sections(directory)]
         )
-        pages[GUIDE] = _training_tables.quality(directory)
+    head = ATTENTION_HEAD.format(title="Results of sparse attention")
+    pages["results_attention.md"] = "\n".join(
+        [head, *_attention_tables.sections(directory)]
+    )
     return pages
+
+
+def guides(directory: Path = RESULTS) -> dict[str, dict[str, str]]:
+    """Tables of the guides: name of the page, then of the mark that stands before."""
+    found = {ATTENTION_GUIDE: _attention_tables.guide(directory)}
+    if (directory / "qat_quality.h100.json").is_file():
+        found[GUIDE] = {"measured": _training_tables.quality(directory)}
+    return found
+
+
+def between(text: str, name: str, table: str) -> str:
+    """A page with a table between `<!-- name -->` and the end mark.
+
+    Raises:
+      ValueError: the page has no such mark.
+    """
+    mark = f"<!-- {name} -->"
+    before, found, rest = text.partition(mark)
+    _, end, after = rest.partition(END)
+    if not (found and end):
+        raise ValueError(f"no {mark} ... {END} in the page")
+    return f"{before}{mark}\n{table}{END}{after}"
 
 
 def readme(text: str, directory: Path = RESULTS) -> str:
@@ -204,12 +239,13 @@ def main(
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args(arguments)
     pages = {docs / name: text for name, text in render().items()}
-    guide = docs / GUIDE
-    table = pages.pop(guide, None)
-    if table is not None and guide.is_file():
-        before, _, rest = guide.read_text(encoding="utf-8").partition(MEASURED[0])
-        after = rest.partition(MEASURED[1])[2]
-        pages[guide] = f"{before}{MEASURED[0]}\n{table}{MEASURED[1]}{after}"
+    for name, tables in guides().items():
+        guide = docs / name
+        if guide.is_file():
+            text = guide.read_text(encoding="utf-8")
+            for mark, table in tables.items():
+                text = between(text, mark, table)
+            pages[guide] = text
     if (front / "README.md").is_file():
         first = front / "README.md"
         pages[first] = readme(first.read_text(encoding="utf-8"))

@@ -19,8 +19,9 @@ import yaml
 
 import angeljax as aj
 from angeljax import cli
+from angeljax.attention import Stem, selector, selector_names
 from angeljax.formats import format_names, get_format
-from angeljax.recipe import DEFAULT_SKIP
+from angeljax.recipe import DEFAULT_SKIP, AttentionOptions
 from angeljax.train import LoraConfig, TrainConfig
 from angeljax.train._options import LOSSES, BlockwiseOptions
 from angeljax.train.config import MODES
@@ -30,6 +31,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FORMATS = ROOT / "docs" / "formats.md"
 COMPRESS = ROOT / "docs" / "guides" / "compress.md"
 TRAINING = ROOT / "docs" / "guides" / "ternary_qat.md"
+ATTENTION = ROOT / "docs" / "guides" / "sparse_attention.md"
 
 
 def name(page: Path) -> str:
@@ -270,6 +272,35 @@ def test_yaml_blocks_of_training_load():
     recipe, *trainings = (yaml.safe_load(b) for _, b in blocks(TRAINING, "yaml"))
     assert aj.Recipe.from_dict(recipe).arenas is not None
     assert [TrainConfig.from_dict(t).mode for t in trainings] == list(MODES)
+
+
+# docs/guides/sparse_attention.md
+
+
+def test_every_selector_is_described():
+    rows = table(ATTENTION, "selector")
+    assert set(rows) == set(selector_names())
+    for key, (_, options, *_) in rows.items():
+        given = {} if key != "hybrid" else {"selectors": (Stem(),), "layers": (0,)}
+        for option in re.findall(r"`(\w+)`", options):
+            assert hasattr(selector(key, **given), option), (key, option)
+
+
+def test_section_attention_is_described():
+    rows = table(ATTENTION, "field of `attention`")
+    fields = dataclasses.fields(AttentionOptions)
+    assert list(rows) == [f.name for f in fields]
+    for _, block in blocks(ATTENTION, "yaml"):
+        assert aj.Recipe.from_yaml(block).attention is not None
+
+
+def test_budgets_of_the_guide():
+    for tokens, row in table(ATTENTION, "tokens").items():
+        stem, total = Stem(dense_layers=0), int(tokens)
+        budgets = stem.budgets(total)
+        low, high = stem.density_bounds(total)
+        want = [len(budgets), budgets[0], budgets[-1], f"{low:.1%} to {high:.1%}"]
+        assert row == list(map(str, want))
 
 
 # docs/formats.md

@@ -37,11 +37,11 @@ class Stem:
     blocks with the highest scores, as many as its budget, and besides them the first
     and the last few.
 
-    A mean over 16384 pairs hardly notices one key that matters. With `cells` a block is
-    that many by that many cells, each scored as above; their softmax over the keys,
+    A mean over so many pairs hardly notices one key that matters. With `cells` a block
+    is that many by that many cells, each scored as above; their softmax over the keys,
     summed over a block, is its mass, and the score is the logarithm of that plus the
-    bonus. It costs `cells` squared times the product and reads far better for it; with
-    `cells = block_size // stride` it is the score of XAttention (arXiv 2503.16428).
+    bonus. It costs `cells` squared times the product; `cells = block_size // stride`
+    gives the score of XAttention (arXiv 2503.16428).
 
     Budgets fall from a first one to `alpha` times it at the end of the prompt. They
     follow `Place.total`, so chunks of a prompt select what the prompt would in one
@@ -59,16 +59,19 @@ class Stem:
       alpha: what is left of the first budget in the last row; a tuple has one for each
         layer.
       keep_ratio: the first budget as a share of the blocks of the prompt; with
-        `budget_mode` "density" the share of the causal blocks that is read. A tuple has
-        one for each layer. None: the length rule.
+        `budget_mode` "density" or "rows" the share of the causal blocks that is read. A
+        tuple has one for each layer. None: the length rule.
       budget_mode: "ratio" uses `keep_ratio`, or the length rule where that is None.
         "density" finds the first budget with which the share `keep_ratio` of the causal
-        blocks is read, forced blocks included. "angelslim" takes the length rule unless
-        `keep_ratio` is 1, whatever else it is.
+        blocks is read, forced blocks included. "rows" reads that share of the causal
+        blocks of each row instead, without decay (`alpha` is not looked at): the last
+        queries of a prompt, which write the answer, then read the most. "angelslim"
+        takes the length rule unless `keep_ratio` is 1, whatever else it is.
       dense_layers: layers from the first on that read all blocks.
       sink_blocks, window_blocks: the first and the last blocks of each row that are
-        always read, the latter with the diagonal. With "density" they are part of the
-        budget, else they come on top of it where the scores do not name them.
+        always read, the latter with the diagonal. With "density" and "rows" they are
+        part of the budget, else they come on top of it where the scores do not name
+        them.
       min_blocks: least first budget in "ratio" mode; the paper's is 46.
       length_limits, length_rates, length_biases: of the length rule. Prompts of less
         than the first limit of blocks are dense; the first budget is `rates[0] * n +
@@ -147,9 +150,10 @@ class Stem:
         _options.number(self, "alpha", 0, 1, depth=1)
         if self.keep_ratio is not None:
             _options.number(self, "keep_ratio", 0, 1, depth=1)
-        elif self.budget_mode == "density":
-            raise ValueError("budget_mode='density' needs a keep_ratio")
-        _options.choice(self, "budget_mode", ("ratio", "density", "angelslim"))
+        elif self._counts_forced:
+            raise ValueError(f"budget_mode={self.budget_mode!r} needs a keep_ratio")
+        modes = ("ratio", "density", "rows", "angelslim")
+        _options.choice(self, "budget_mode", modes)
         _options.choice(self, "value_form", ("zscore", "paper"))
         _options.choice(self, "value_stats", ("causal", "prompt"))
         _options.choice(self, "select_per", ("q_head", "kv_head"))
@@ -172,8 +176,8 @@ class Stem:
           num_layers: of the model.
 
         Returns:
-          int32 `[num_blocks]`; forced blocks are included with "density" and come on
-          top otherwise. A row that sees fewer keeps all.
+          int32 `[num_blocks]`; forced blocks are included with "density" and "rows",
+          and come on top otherwise. A row that sees fewer keeps all.
         """
         blocks = -(-total // self.block_size)
         return np.asarray(self._budgets(blocks, layer, num_layers), np.int32)
@@ -226,14 +230,22 @@ class Stem:
         words = words & frame.causal()
         return frame.lists(words | self._forced(frame), int(most.max()))
 
+    @property
+    def _counts_forced(self) -> bool:
+        """Whether budgets hold the forced blocks."""
+        return self.budget_mode in ("density", "rows")
+
     def _budgets(self, blocks: int, layer: int, num_layers: int) -> tuple[int, ...]:
         alpha = _options.per_layer("alpha", self.alpha, layer, num_layers)
         ratio = _options.per_layer("keep_ratio", self.keep_ratio, layer, num_layers)
         if layer < self.dense_layers:
             return (blocks,) * blocks
-        if self.budget_mode == "density":
+        if self._counts_forced:
             forced = self.sink_blocks, self.window_blocks
-            return _budgets.at_density(blocks, ratio, alpha, *forced)
+            if self.budget_mode == "density":
+                return _budgets.at_density(blocks, ratio, alpha, *forced)
+            least = _budgets.forced(blocks, *forced)
+            return tuple(_budgets.shares(blocks, ratio, least).tolist())
         if self.budget_mode == "ratio" and ratio is not None:
             first = max(self.min_blocks, int(math.floor(ratio * blocks + 0.5)))
         elif ratio == 1:
@@ -249,7 +261,7 @@ class Stem:
         rows = _budgets.seen(blocks)
         forced = _budgets.forced(blocks, self.sink_blocks, self.window_blocks)
         low = np.minimum(np.maximum(budgets, forced), rows)
-        if self.budget_mode == "density":
+        if self._counts_forced:
             return low, low
         return low, np.minimum(budgets + forced, rows)
 
@@ -265,7 +277,7 @@ class Stem:
             columns = np.arange(scores.shape[-1])
             own = jnp.asarray(frame.rows[:, rows])[:, None, None, :, None]
             key = jnp.where(columns <= own, _words.order16(scores), 0)
-            if self.budget_mode == "density":
+            if self._counts_forced:
                 near = columns > own - self.window_blocks
                 near = (near | (columns < self.sink_blocks)) & (key > 0)
                 key = jnp.where(near, jnp.uint16(_words.FIRST), key)

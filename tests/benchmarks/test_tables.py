@@ -20,8 +20,8 @@ def test_main_writes_and_checks(tmp_path: Path) -> None:
         tables.main(["--check"], docs=tmp_path, front=tmp_path)
     tables.main([], docs=tmp_path, front=tmp_path)
     tables.main(["--check"], docs=tmp_path, front=tmp_path)
-    names = {"results.md", "results_kernels.md", "results_training.md"}
-    assert {p.name for p in tmp_path.iterdir()} == names
+    names = {"results", "results_attention", "results_kernels", "results_training"}
+    assert {p.name for p in tmp_path.iterdir()} == {f"{name}.md" for name in names}
     (tmp_path / "results_kernels.md").write_text("old")
     with pytest.raises(SystemExit, match="results_kernels.md is out of date"):
         tables.main(["--check"], docs=tmp_path, front=tmp_path)
@@ -36,13 +36,13 @@ def test_the_guide_to_training_shows_every_run_between_its_marks(
         Row(case, "minutes", 2, "min"),
     ]
     write("qat_quality", rows, device_tag="h100", directory=tmp_path)
-    table = tables.render(tmp_path)[tables.GUIDE]
+    table = tables.guides(tmp_path)[tables.GUIDE]["measured"]
     assert (
         _lines(table)[-1]
         == "| sherry | 16.0 M | 0.001 | 1 | 31.25 |  |  |  |  |  | 2.0 |"
     )
     guide = (tables.DOCS / tables.GUIDE).read_text(encoding="utf-8")
-    inside = guide.split(tables.MEASURED[0])[1].split(tables.MEASURED[1])[0]
+    inside = guide.split("<!-- measured -->")[1].split(tables.END)[0]
     assert inside.count("| sherry+arenas | 15.7 M |") == 2
 
 
@@ -84,3 +84,97 @@ def test_claims_about_speed_have_a_page_of_their_own(tmp_path: Path) -> None:
 def test_long_numbers() -> None:
     assert tables.number(123456.0, ".2f") == "1.2e+05"
     assert tables.number(99999.0, ".2f") == "99999.00"
+
+
+KERNEL = {"tokens": 16384, "batch": 1, "heads": 32, "kv_heads": 8, "head_dim": 128}
+ATTENTION: dict[str, list[Any]] = {
+    "block_sparse_attention": [
+        ({**KERNEL, "density": 0.262, "what": "mosaic_gpu"}, "time", 900.0, 3600.0),
+        ({**KERNEL, "density": 0.262, "what": "mosaic_gpu"}, "executed", 610.0, 600.0),
+        # The same shapes, measured again beside the other implementations.
+        ({**KERNEL, "density": 0.262, "what": "mosaic_gpu"}, "time", 910.0, 3640.0),
+        ({**KERNEL, "density": 0.262, "what": "xla"}, "time", 7.2e6, 3600.0),
+        ({**KERNEL, "density": 0.262, "what": "FlexAttention, x"}, "time", 1500.0, 900),
+        ({**KERNEL, "density": 0.262, "what": "FlexAttention, x"}, "executed", 366.0),
+    ],
+    "stem": [
+        ({"tokens": 32768, "selector": "stem", "density": 0.36}, "time", 5.5e3, 14e3),
+        ({"tokens": 32768, "selector": "stem", "density": 0.36}, "memory", 91.6),
+        ({"tokens": 65536, "selector": "stem", "density": 0.27}, "time", 16e3, 56e3),
+        ({"tokens": 32768, "selector": "a_shape", "density": 0.2}, "time", 3e3, 15e3),
+        (
+            {"tokens": 32768, "selector": "stem", "layers": 32, "model": "8B"},
+            "time to first token",
+            1700.0,
+            2000.0,
+        ),
+    ],
+    "attention_quality": [
+        ({"selector": "dense", "density": 1.0}, "kl", 0.0),
+        ({"selector": "dense", "density": 1.0}, "needle 7680 accuracy", 1.0),
+        ({"selector": "stem", "density": 0.25}, "kl", 0.0321),
+        ({"selector": "stem", "density": 0.25}, "recall", 0.875),
+        ({"selector": "stem", "density": 0.25}, "needle 7680 accuracy", 0.75),
+        ({"selector": "stem", "density": 0.25}, "needle 7680 at 0.5", 0.5),
+        ({"selector": "stem", "density": 0.5}, "kl", 0.0101),
+    ],
+}
+
+
+def test_attention_has_a_page_and_two_tables_of_its_guide(tmp_path: Path) -> None:
+    for claim, made in ATTENTION.items():
+        rows = []
+        for case, metric, value, *more in made:
+            around = {"length": 8192, "block": 128} if "quality" in claim else {}
+            base = more[0] if more else None
+            ratio = base / value if base else None
+            rows.append(Row({**case, **around}, metric, value, "?", base, ratio))
+        write(claim, rows, device_tag="h100", directory=tmp_path)
+    pages = tables.render(tmp_path)
+    assert not _lines(pages["results.md"])
+    parts = pages["results_attention.md"].split("\n## ")
+    found = {part.split("\n")[0]: _lines(part)[2:] for part in parts[1:]}
+    shape = "| 16384 | 32 / 8 | 128 | 26.2% |"
+    stem = ["| 32768 | 36.0% | 5.5 | 14 | 2.55 |  |  |  | 92 |"]
+    stem += ["| 65536 | 27.0% | 16 | 56 | 3.50 |  |  |  |  |"]
+    quality = ["| dense | 100% |  | 0.0000 | 100.0% |"]
+    quality += ["| stem | 25% | 87.5% | 0.0321 | 75.0% |"]
+    assert found == {
+        "The kernel": [f"{shape} 0.9 | 3.6 | 4.00 | 610 | 600 |  |"],
+        "Other implementations and the backward pass": [
+            f"| mosaic_gpu {shape} 0.91 | 3.64 | 4.00 |",
+            f"| xla {shape} 7200 | 3.6 | 0.00 |",
+        ],
+        "FlexAttention of PyTorch": [
+            f"| FlexAttention, x {shape} 1.5 | 0.9 | 60% | 366 |"
+        ],
+        "Stem, selection included": stem,
+        "Selectors, selection included": [
+            f"| stem {stem[0]}",
+            "| a_shape | 32768 | 20.0% | 3 | 15 | 5.00 |  |  |  |  |",
+        ],
+        "Time to the first token": ["| 8B | 32 | 32768 | 1700 | 2000 | 1.18 |"],
+        "Quality at equal density": [*quality, "| stem | 50% |  | 0.0101 |  |"],
+        "Needles by depth": [
+            "| dense | 100% |  |",
+            "| stem | 25% | 50% |",
+            "| stem | 50% |  |",
+        ],
+    }
+    own = tables.guides(tmp_path)[tables.ATTENTION_GUIDE]
+    assert {k: _lines(v)[2:] for k, v in own.items()} == {
+        "stem": stem,
+        "quality": quality,
+    }
+    text = tables.between("a <!-- stem -->\nold\n<!-- end --> b", "stem", "new\n")
+    assert text == "a <!-- stem -->\nnew\n<!-- end --> b"
+    with pytest.raises(ValueError, match="no <!-- quality --> ... <!-- end --> in the"):
+        tables.between(text, "quality", "new\n")
+    # Another device has a table of its own, below; a missing file has no section.
+    file = tmp_path / "stem.h100.json"
+    (tmp_path / "stem.h200.json").write_text(file.read_text())
+    page = tables.render(tmp_path)["results_attention.md"]
+    assert page.count(stem[1]) == 2 and page.count("## Stem") == 1
+    file.unlink()
+    (tmp_path / "stem.h200.json").unlink()
+    assert "## Stem" not in tables.render(tmp_path)["results_attention.md"]

@@ -1,0 +1,281 @@
+"""Tables of docs/results_attention.md and of its guide, from the attention results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+CLAIMS = ("block_sparse_attention", "stem", "attention_quality")
+KERNEL = "mosaic_gpu"
+FLEX = "FlexAttention"
+MS = "ms"  # three digits, or all before the point
+QUALITY = {
+    "measured density": ("blocks read", ".1%"),
+    "recall": ("recall", ".1%"),
+    "perplexity": ("perplexity", ".2f"),
+    "kl": ("KL to dense", "z.4f"),
+    "top1_agreement": ("top-1 agreement", ".1%"),
+}
+# A case, and its rows by metric.
+Entry = tuple[dict[str, Any], dict[str, dict[str, Any]]]
+Column = tuple[str, Callable[[Entry], Any], str]
+
+
+def sections(directory: Path) -> list[str]:
+    """All sections of the page, for the files that are there."""
+    tables: dict[str, tuple[tuple[str, Callable[[list[Entry]], str]], ...]] = {
+        "block_sparse_attention": (
+            ("The kernel", _kernel),
+            ("Other implementations and the backward pass", _implementations),
+            ("FlexAttention of PyTorch", _flex),
+        ),
+        "stem": (
+            ("Stem, selection included", stem),
+            ("Selectors, selection included", _selectors),
+            ("Time to the first token", _first_token),
+        ),
+        "attention_quality": (
+            ("Quality at equal density", quality),
+            ("Needles by depth", _needles),
+        ),
+    }
+    found = []
+    for claim, parts in tables.items():
+        files = [(data, _entries(data)) for data in _read(directory, claim)]
+        for title, table in parts:
+            shown = [(data, table(entries)) for data, entries in files]
+            if text := "\n".join(f"{_source(d)}\n{t}" for d, t in shown if t):
+                found.append(f"## {title}\n\n{text}")
+    return found
+
+
+def guide(directory: Path) -> dict[str, str]:
+    """Tables of the guide by the name of their place, for the files that are there."""
+    tables = {"stem": ("stem", stem), "quality": ("attention_quality", _sparsest)}
+    found = {}
+    for name, (claim, table) in tables.items():
+        if files := _read(directory, claim):
+            found[name] = f"{_source(files[0])}\n{table(_entries(files[0]))}"
+    return found
+
+
+def _kernel(entries: list[Entry]) -> str:
+    own = [e for e in entries if e[0]["what"] == KERNEL and "executed" in e[1]]
+    return _table(
+        [
+            *_shapes(own),
+            ("density", lambda e: e[0]["density"], ".1%"),
+            *_against("cuDNN"),
+            ("executed, TFLOP/s", _of("executed"), ".0f"),
+            ("cuDNN, TFLOP/s", _of("executed", "baseline"), ".0f"),
+            ("of the peak", _of("time", "roofline"), ".0%"),
+        ],
+        own,
+    )
+
+
+def _implementations(entries: list[Entry]) -> str:
+    own = [
+        e
+        for e in entries
+        if not e[0]["what"].startswith(FLEX) and "executed" not in e[1]
+    ]
+    columns = [*_what(), *_shapes(own), _density(), *_against("cuDNN")]
+    return _table(columns, own)
+
+
+def _flex(entries: list[Entry]) -> str:
+    own = [e for e in entries if e[0]["what"].startswith(FLEX)]
+    columns = [
+        *_what(),
+        *_shapes(own),
+        _density(),
+        ("time (ms)", _of("time", scale=1e-3), MS),
+        ("ours (ms)", _of("time", "baseline", scale=1e-3), MS),
+        ("of our speed", _of("time", "ratio"), ".0%"),
+        ("executed, TFLOP/s", _of("executed"), ".0f"),
+    ]
+    return _table(columns, own)
+
+
+def stem(entries: list[Entry]) -> str:
+    """One line for each length of the prompt."""
+    own = [e for e in entries if e[0]["selector"].startswith("stem") and "time" in e[1]]
+    kinds = {e[0]["selector"] for e in own}
+    first: list[Column] = [("selector", lambda e: e[0]["selector"], "")]
+    return _table([*(first if len(kinds) > 1 else []), *_operator()], own)
+
+
+def _selectors(entries: list[Entry]) -> str:
+    others = [e for e in entries if not e[0]["selector"].startswith("stem")]
+    lengths = {e[0]["tokens"] for e in others}
+    own = [
+        e
+        for e in entries
+        if e in others or (e[0]["selector"] == "stem" and e[0]["tokens"] in lengths)
+    ]
+    own = [e for e in own if "time" in e[1]] if others else []
+    return _table([("selector", lambda e: e[0]["selector"], ""), *_operator()], own)
+
+
+def _operator() -> list[Column]:
+    return [
+        ("tokens", lambda e: e[0]["tokens"], "d"),
+        _density(),
+        *_against("cuDNN"),
+        ("attention alone (ms)", _of("attention", scale=1e-3), MS),
+        ("selection alone (ms)", _of("selection", scale=1e-3), MS),
+        ("share of selection", _of("selection share"), ".1%"),
+        ("memory of selection (MiB)", _of("memory"), ".0f"),
+    ]
+
+
+def _first_token(entries: list[Entry]) -> str:
+    metric = "time to first token"
+    own = [e for e in entries if metric in e[1]]
+    columns: list[Column] = [
+        ("model", lambda e: e[0]["model"], ""),
+        ("layers", lambda e: e[0]["layers"], "d"),
+        ("tokens", lambda e: e[0]["tokens"], "d"),
+        (f"{_one(own, 'selector')} (ms)", _of(metric), ".0f"),
+        ("dense (ms)", _of(metric, "baseline"), ".0f"),
+        ("times faster", _of(metric, "ratio"), ".2f"),
+    ]
+    return _table(columns, own)
+
+
+def quality(entries: list[Entry]) -> str:
+    """One line for each selector and density, dense attention first."""
+    metrics = _metrics(entries)
+    names = {m: QUALITY[m] for m in QUALITY if m in metrics}
+    for metric in metrics:
+        if metric.endswith(" accuracy"):
+            name = metric.removesuffix(" accuracy").replace(" token", ", tokens")
+            names[metric] = name, ".1%"
+    columns: list[Column] = [
+        ("selector", lambda e: e[0]["selector"], ""),
+        ("share asked for", lambda e: e[0]["density"], ".0%"),
+        *((name, _of(metric), form) for metric, (name, form) in names.items()),
+    ]
+    return f"{_lengths(entries)}\n\n{_table(columns, _by_density(entries))}"
+
+
+def _sparsest(entries: list[Entry]) -> str:
+    """Quality at the lowest density, and of dense attention."""
+    shares = [e[0]["density"] for e in entries if e[0]["selector"] != "dense"]
+    lowest = min(shares, default=1.0)
+    return quality([e for e in entries if e[0]["density"] in (lowest, 1.0)])
+
+
+def _needles(entries: list[Entry]) -> str:
+    metrics = [m for m in _metrics(entries) if " at " in m]
+    columns: list[Column] = [
+        ("selector", lambda e: e[0]["selector"], ""),
+        ("share asked for", lambda e: e[0]["density"], ".0%"),
+        *((m, _of(m), ".0%") for m in metrics),
+    ]
+    return _table(columns, _by_density(entries)) if metrics else ""
+
+
+def _by_density(entries: list[Entry]) -> list[Entry]:
+    """Dense attention first, then from few blocks to many."""
+    return sorted(entries, key=lambda e: (e[0]["selector"] != "dense", e[0]["density"]))
+
+
+def _lengths(entries: list[Entry]) -> str:
+    return f"{_one(entries, 'length')} tokens, blocks of {_one(entries, 'block')}."
+
+
+def _one(entries: list[Entry], name: str) -> str:
+    """Values of a field of the cases, of which there mostly is one."""
+    return " or ".join(str(v) for v in dict.fromkeys(e[0][name] for e in entries))
+
+
+def _metrics(entries: list[Entry]) -> list[str]:
+    return list(dict.fromkeys(m for _, rows in entries for m in rows))
+
+
+def _what() -> list[Column]:
+    return [("what", lambda e: e[0]["what"], "")]
+
+
+def _density() -> Column:
+    return "density", lambda e: e[0]["density"], ".1%"
+
+
+def _shapes(entries: list[Entry]) -> list[Column]:
+    """Columns of shapes; of batch and head size only where they differ."""
+    columns: list[Column] = [("tokens", lambda e: e[0]["tokens"], "d")]
+    if any(e[0]["batch"] != 1 for e in entries):
+        columns.append(("batch", lambda e: e[0]["batch"], "d"))
+    heads: Column = ("heads", lambda e: f"{e[0]['heads']} / {e[0]['kv_heads']}", "")
+    return [*columns, heads, ("head size", lambda e: e[0]["head_dim"], "d")]
+
+
+def _against(baseline: str) -> list[Column]:
+    return [
+        ("time (ms)", _of("time", scale=1e-3), MS),
+        (f"{baseline} (ms)", _of("time", "baseline", scale=1e-3), MS),
+        ("times faster", _of("time", "ratio"), ".2f"),
+    ]
+
+
+def _of(
+    metric: str, field: str = "value", *, scale: float = 1.0
+) -> Callable[[Entry], float | None]:
+    """Reads a field of a metric; None where it was not measured."""
+
+    def read(entry: Entry) -> float | None:
+        value = entry[1].get(metric, {}).get(field)
+        return None if value is None else scale * value
+
+    return read
+
+
+def _entries(data: dict[str, Any]) -> list[Entry]:
+    """Rows put together by their case, in the order of the file.
+
+    A metric that a case has already begins an entry of its own: the same shapes may
+    have been measured against more than one thing.
+    """
+    entries: list[Entry] = []
+    latest: dict[str, Entry] = {}
+    for row in data["rows"]:
+        key = json.dumps(row["case"], sort_keys=True)
+        if key not in latest or row["metric"] in latest[key][1]:
+            latest[key] = (row["case"], {})
+            entries.append(latest[key])
+        latest[key][1][row["metric"]] = row
+    return entries
+
+
+def _source(data: dict[str, Any]) -> str:
+    versions = ", ".join(f"{k} {v}" for k, v in data["versions"].items())
+    return f"{data['device']}, {data['date'][:10]}, {versions}. `{data['command']}`\n"
+
+
+def _read(directory: Path, claim: str) -> list[dict[str, Any]]:
+    """What was measured, by device."""
+    files = sorted(directory.glob(f"{claim}.*.json"))
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+def _table(columns: Iterable[Column], entries: Sequence[Entry]) -> str:
+    """Markdown; nothing without entries. Columns of text stand on the left."""
+    if not entries:
+        return ""
+    columns = list(columns)
+    rule = ["---" if not form else "---:" for *_, form in columns]
+    rows = [[name for name, *_ in columns], rule]
+    for entry in entries:
+        values = [(read(entry), form) for _, read, form in columns]
+        rows.append(["" if v is None else _format(v, form) for v, form in values])
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
+def _format(value: Any, form: str) -> str:
+    if form == MS:
+        form = ".3g" if value < 1000 else ".0f"
+    return format(value, form)
