@@ -35,13 +35,16 @@ def sections(directory: Path) -> list[str]:
             found.append(
                 f"## {title}\n\n{_source(directory, claim)}\n{table(directory)}"
             )
+        if claim == "qat_quality" and (directory / f"{claim}.h200.json").is_file():
+            more = _source(directory, claim, "h200"), quality(directory, "h200")
+            found.append("## More rows, on another device\n\n" + "\n".join(more))
     return found
 
 
-def quality(directory: Path) -> str:
+def quality(directory: Path, tag: str = "h100") -> str:
     """One line for each row and seed."""
     runs: dict[Any, dict[str, float]] = defaultdict(dict)
-    for row in _read(directory, "qat_quality")["rows"]:
+    for row in _read(directory, "qat_quality", tag)["rows"]:
         case = row["case"]
         runs[case["row"], case["seed"], case["lr"], case["tokens"]][row["metric"]] = (
             row["value"]
@@ -138,14 +141,14 @@ def _throughput(directory: Path) -> str:
     return _table(names, lines, left=1)
 
 
-def _source(directory: Path, claim: str) -> str:
-    data = _read(directory, claim)
+def _source(directory: Path, claim: str, tag: str = "h100") -> str:
+    data = _read(directory, claim, tag)
     versions = ", ".join(f"{k} {v}" for k, v in data["versions"].items())
     return f"{data['device']}, {data['date'][:10]}, {versions}. `{data['command']}`\n"
 
 
-def _read(directory: Path, claim: str) -> dict[str, Any]:
-    text = (directory / f"{claim}.h100.json").read_text(encoding="utf-8")
+def _read(directory: Path, claim: str, tag: str = "h100") -> dict[str, Any]:
+    text = (directory / f"{claim}.{tag}.json").read_text(encoding="utf-8")
     return json.loads(text)
 
 

@@ -82,11 +82,15 @@ def attention(name: str, share: float, length: int, block: int) -> SparseAttenti
         return dataclasses.replace(base, mean_correction=True)
     chosen: Any
     if name in STEM:
-        options = {"sink_blocks": 1, "window_blocks": 2, **STEM[name]}
+        options = {
+            "budget_mode": "density",
+            "sink_blocks": 1,
+            "window_blocks": 2,
+            **STEM[name],
+        }
         chosen = selector(
             "stem",
             block_size=block,
-            budget_mode="density",
             keep_ratio=share,
             dense_layers=0,
             **options,

@@ -71,9 +71,9 @@ class SparseAttention:
       ... )
       >>> sparse = SparseAttention(selector("a_shape"), dense_below=0)
       >>> model = LanguageModel(config, attention_fn=sparse)
-      >>> params = model.init(jax.random.key(0))
-      >>> model.logits(params, jnp.zeros((1, 256), jnp.int32)).shape
-      (1, 256, 32)
+      >>> tokens = jax.ShapeDtypeStruct((1, 131072), jnp.int32)
+      >>> jax.eval_shape(model.logits, model.abstract(), tokens).shape
+      (1, 131072, 32)
     """
 
     selector: Selector

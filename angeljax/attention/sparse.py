@@ -83,12 +83,13 @@ def sparse_attention(
     Example:
       >>> import jax
       >>> from angeljax.attention import selector, sparse_attention
-      >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 512, 2, 64))
-      >>> everything = selector("dense", block_size=64)
-      >>> y = sparse_attention(q, k, v, everything, dense_below=0, dense_above=1.0)
-      >>> dense = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-      >>> bool(abs(y - dense).max() < 1e-5)
-      True
+      >>> @jax.jit
+      ... def attend(q, k, v):
+      ...     stem = selector("stem", budget_mode="density", keep_ratio=0.25)
+      ...     return sparse_attention(q, k, v, stem, layer=2, num_layers=32)
+      >>> x = jax.ShapeDtypeStruct((1, 32768, 8, 64), jax.numpy.bfloat16)
+      >>> jax.eval_shape(attend, x, x, x).shape
+      (1, 32768, 8, 64)
     """
     total = k.shape[1] if total is None else total
     _check(q, k, v, selector, num_layers, total, dense_above)

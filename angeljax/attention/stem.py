@@ -37,11 +37,11 @@ class Stem:
     blocks with the highest scores, as many as its budget, and besides them the first
     and the last few.
 
-    A mean over 16384 pairs hardly notices one key that matters. With `cells` a block is
-    that many by that many cells, each scored as above; their softmax over the keys,
+    A mean over so many pairs hardly notices one key that matters. With `cells` a block
+    is that many by that many cells, each scored as above; their softmax over the keys,
     summed over a block, is its mass, and the score is the logarithm of that plus the
-    bonus. It costs `cells` squared times the product and reads far better for it; with
-    `cells = block_size // stride` it is the score of XAttention (arXiv 2503.16428).
+    bonus. It costs `cells` squared times the product; `cells = block_size // stride`
+    gives the score of XAttention (arXiv 2503.16428).
 
     Budgets fall from a first one to `alpha` times it at the end of the prompt. They
     follow `Place.total`, so chunks of a prompt select what the prompt would in one

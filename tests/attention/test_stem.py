@@ -62,6 +62,35 @@ def test_selects_what_the_strided_steps_select(options: dict[str, Any]) -> None:
     assert np.array_equal(found[0], oracle(stem, first(x)))
 
 
+def test_cells_are_ranked_by_their_softmax_mass() -> None:
+    """Mean scores of cells of two groups, softmax by row, sums over blocks."""
+    stem = Stem(**SMALL, cells=2, keep_ratio=0.4, budget_mode="rows", value_weight=0.0)
+    tokens = 12 * BLOCK
+    x = structured(tokens)
+    q, k, _ = (np.asarray(a, np.float64) for a in first(x))
+    sums = _oracles.strided(q, k, BLOCK, STRIDE)  # [H, groups, groups], causal or not
+    heads, groups, _ = sums.shape
+    cells = groups // 2
+    scores = sums.reshape(heads, cells, 2, cells, 2).mean((2, 4))
+    scores = scores / (STRIDE * np.sqrt(q.shape[-1]))
+    mass = np.zeros((heads, 12, 12))
+    for h in range(heads):
+        for a in range(cells):
+            e = np.exp(scores[h, a, : a + 1] - scores[h, a, : a + 1].max())
+            for c in range(a + 1):
+                mass[h, a // 2, c // 2] += e[c] / e.sum()
+    want = np.zeros(mass.shape, bool)
+    for h in range(heads):
+        for i in range(12):
+            forced = {0, i, max(i - 1, 0)}
+            budget = max(int(0.4 * (i + 1) + 0.5), len(forced))
+            ranked = [j for j in np.argsort(-mass[h, i, : i + 1]) if j not in forced]
+            want[h, i, [*forced, *ranked[: budget - len(forced)]]] = True
+    found = jax.jit(lambda *a: stem.select(*a, Place()).to_mask(12))(*x)
+    assert np.array_equal(found[0], want)
+    assert stem.density(tokens) == want[0].sum() / (12 * 13 / 2)
+
+
 @pytest.mark.parametrize(
     ("weight", "dtype", "limit"),
     [(0.2, "float32", 1e-5), (0.0, "float32", 1e-5), (0.2, "bfloat16", 2e-3)],
@@ -172,6 +201,7 @@ def test_everything_kept_is_dense_attention() -> None:
     [
         (dict(stride=24), "stride=24 must divide block_size=128"),
         (dict(alpha=0.0), "alpha must be a number above 0 and at most 1"),
+        (dict(cells=3), "cells=3 must be an integer that divides the 16 groups of 8"),
         (dict(keep_ratio=(0.5, 2)), "keep_ratio must be a number above 0 and at most"),
         (dict(budget_mode="density"), "budget_mode='density' needs a keep_ratio"),
         (dict(budget_mode="fixed"), "budget_mode must be one of 'ratio', 'density'"),

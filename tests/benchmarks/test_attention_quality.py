@@ -35,7 +35,9 @@ def test_rows_read_the_share_that_they_are_named_by(share):
             assert name in (*BY_SHARE, *STEM, "flashprefill + means")
             assert fn.selector.keep_ratio == share
         else:
-            assert density == pytest.approx(share, abs=0.04), name
+            # Strides leave no less than 30 % of 64 blocks.
+            most = 0.06 if name == "strided" else 0.02
+            assert density == pytest.approx(share, abs=most), name
 
 
 def test_questions_are_answered_in_one_document(tmp_path):

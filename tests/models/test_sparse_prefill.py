@@ -12,6 +12,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from angeljax.attention import Quest, SparseAttention
+from angeljax.attention.decode import Step
 from angeljax.models import DecoderConfig, LanguageModel, generate, stack_layers
 from angeljax.models.attention import dense_attention
 from tests.attention._selectors import Means
@@ -214,11 +215,10 @@ def test_quest_decodes_from_pages_of_the_cache():
     want = dense("left")[:, -1]
     np.testing.assert_allclose(whole, want, atol=1e-3)
     assert np.abs(part - want).max() > 0.01
-    first = dataclasses.replace(few, dense_layers=1)
-    apart = sparse(0, DEEP, decode=first)
-    stacked = dataclasses.replace(apart, scan_layers=True)
-    np.testing.assert_allclose(
-        run(DEEP_PARAMS, (apart,))[0],
-        run(stack_layers(DEEP_PARAMS), (stacked,))[0],
-        atol=1e-3,
-    )
+    scanned = sparse(0, dataclasses.replace(DENSE, scan_layers=True), decode=few)
+    (stacked,) = run(stack_layers(PARAMS), (scanned,))
+    np.testing.assert_allclose(stacked, part, atol=1e-3)
+    # The first layers read everything.
+    q = np.ones((1, 1, 1, 8))
+    step = Step(quest=Quest(dense_layers=1), mask=None, valid=None, length=1)
+    assert step.at(0).attend(q, None, None, None, None, lambda: "all") == "all"
