@@ -69,6 +69,11 @@ STEM: dict[str, dict[str, Any]] = {
     "stem, rows, no bonus": {"budget_mode": "rows", "value_weight": 0.0},
     "stem, rows, 4 cells": {"budget_mode": "rows", "cells": 4},
 }
+# Blocks that are always read, in blocks: as few for all, for the same reason.
+ALWAYS = {
+    "flashprefill": {"sink_tokens": 1, "window_tokens": 2},
+    "vecattention": {"sink_tokens": 1, "window_tokens": 1},
+}
 STATIC = ("a_shape", "tri_shape", "dilated", "strided")
 CORRECTED = {"stem + means": "stem", "flashprefill + means": "flashprefill"}
 NAMES = (*STEM, *BY_SHARE, *STATIC, *CORRECTED)
