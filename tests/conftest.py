@@ -5,14 +5,21 @@ import os
 # ANGELJAX_TEST_PLATFORM=cuda runs on a GPU. Both settings must precede jax's import.
 _PLATFORM = os.environ.get("ANGELJAX_TEST_PLATFORM", "cpu")
 os.environ["JAX_PLATFORMS"] = _PLATFORM if _PLATFORM == "cpu" else f"{_PLATFORM},cpu"
-_FLAG = "--xla_force_host_platform_device_count"
-if _FLAG not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
-# Most of the time goes into LLVM. Without its optimizations a CPU compiles in half the
-# time, and a test's arrays are too small to miss them. JAX_DISABLE_MOST_OPTIMIZATIONS=0
-# compiles everything as users do; `optimized` below, and OPTIMIZED, what depends on it.
+_FLAGS = ["--xla_force_host_platform_device_count=8"]
+# Most of the time goes into XLA's compiler. For a CPU it takes a third of the time
+# without LLVM's optimizations, with the older emitters of fusions (LLVM's IR at once,
+# not through MLIR) and with one LLVM module for each program, and a test's arrays are
+# too small to miss any of it. JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles everything as
+# users do, `compiler_options=OPTIMIZED` (tests/formats/_cases.py) what depends on it.
 if _PLATFORM == "cpu":
-    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
+        _FLAGS += [
+            "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+            "--xla_cpu_parallel_codegen_split_count=1",
+        ]
+_GIVEN = os.environ.get("XLA_FLAGS", "")
+_FLAGS = [flag for flag in _FLAGS if flag.split("=")[0] not in _GIVEN]
+os.environ["XLA_FLAGS"] = " ".join([_GIVEN, *_FLAGS]).strip()
 # A test that reaches for the hub fails at once, not after a timeout. Tests marked
 # `network` use PyPI, and skip themselves where it cannot be reached.
 _NETWORK = os.environ.get("ANGELJAX_TEST_NETWORK") != "0"
@@ -29,7 +36,7 @@ import tests.typechecker  # noqa: F401  (the hook below finds it by name)
 jaxtyping.install_import_hook(["angeljax", "pallas_kernels"], "tests.typechecker.check")
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -70,18 +77,6 @@ def _thin(config: pytest.Config, items: list[pytest.Item]) -> None:
     if left:
         config.hook.pytest_deselected(items=left)
         items[:] = kept
-
-
-@pytest.fixture(scope="module")
-def optimized() -> Iterator[None]:
-    """Compiles all of a module as users do: its numbers are compared one by one."""
-    name = "jax_disable_most_optimizations"
-    before = jax.config.read(name)
-    # What other modules compiled would be taken again.
-    jax.clear_caches()
-    jax.config.update(name, False)
-    yield
-    jax.config.update(name, before)
 
 
 @pytest.fixture

@@ -29,8 +29,10 @@ CASES += [
 ]
 IDS = [f"{n}-{'-'.join(map(str, o.values()))}" for n, o in CASES]
 
-# For `jax.jit`: compiled as users do, where tests do without LLVM's optimizations.
+# For `jax.jit`: compiled as users do, where tests do without LLVM's optimizations and
+# XLA's newer emitters.
 OPTIMIZED = {
+    "xla_backend_extra_options": "",
     "xla_backend_optimization_level": 3,
     "xla_llvm_disable_expensive_passes": False,
 }

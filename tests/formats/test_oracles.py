@@ -1,5 +1,7 @@
 """Each format against an implementation that shares no code with it."""
 
+import functools
+
 import gguf
 import jax
 import jax.numpy as jnp
@@ -20,9 +22,7 @@ from angeljax.formats._packing import (
 )
 from angeljax.formats.float8 import E4M3, E5M2, cast
 from angeljax.formats.nf4 import LEVELS
-from tests.formats._cases import normal
-
-pytestmark = pytest.mark.usefixtures("optimized")
+from tests.formats._cases import OPTIMIZED, normal
 
 
 def unpack_lsb(data, bits):
@@ -121,10 +121,15 @@ def test_e8m0_rounding():
 
 
 def qwix_quantize(w, qtype, group=None, method="absmax"):
-    tiled = {0: group} if group else {}
-    return qwix.quantize(
-        w, qtype, channelwise_axes=(1,), tiled_axes=tiled, calibration_method=method
+    """Compiled as users do: XLA's older emitters round twice on the way to float4."""
+    quantize = functools.partial(
+        qwix.quantize,
+        qtype=qtype,
+        channelwise_axes=(1,),
+        tiled_axes={0: group} if group else {},
+        calibration_method=method,
     )
+    return jax.jit(quantize, compiler_options=OPTIMIZED)(w)
 
 
 def stored_codes(q, bits):

@@ -10,8 +10,6 @@ from angeljax.formats import format_names
 from tests.formats._cases import CASES, IDS
 from tests.formats._numpy import reference
 
-pytestmark = pytest.mark.usefixtures("optimized")
-
 
 def heavy_tailed(shape):
     """Student-t weights of many magnitudes: columns from 1e-3 to 10."""
