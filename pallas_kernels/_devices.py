@@ -33,6 +33,13 @@ def is_gpu(device: Any = None) -> bool:
     return getattr(device, "platform", "gpu") in ("gpu", "cuda")
 
 
+def has_flash(device: Any = None) -> bool:
+    """Whether a device runs cuDNN's flash attention: GPUs from Ampere on."""
+    device = current_device() if device is None else device
+    capability = getattr(device, "compute_capability", None)
+    return is_gpu(device) and (capability is None or float(capability) >= 8.0)
+
+
 def implementation_for(device: Any = None) -> str:
     """Name of the fastest implementation for a device.
 

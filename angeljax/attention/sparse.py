@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from angeljax.attention._selector import Place, Selector
 from angeljax.attention.mean_correction import mean_correction as corrected
 from pallas_kernels import BlockLists, block_sparse_attention
-from pallas_kernels._devices import current_device, is_gpu
+from pallas_kernels._devices import current_device, has_flash
 from pallas_kernels.block_sparse_attention._lists import visible_blocks
 
 _BLOCK = 128  # of the lists that name every block
@@ -329,7 +329,7 @@ def _dense(
 def _flash(q: jax.Array) -> Any:
     """ "cudnn" where it can run; decided while tracing, as gradients need."""
     fits = q.dtype in (jnp.bfloat16, jnp.float16) and not q.shape[-1] % 8
-    return "cudnn" if is_gpu() and fits and q.shape[-1] <= 128 else None
+    return "cudnn" if has_flash() and fits and q.shape[-1] <= 128 else None
 
 
 def every_block(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._devices import is_gpu
+from pallas_kernels._devices import has_flash
 
 # Rows times slots of the cache up to which a decode step multiplies and sums. A longer
 # cache should not be read once for each query of a group.
@@ -61,7 +61,7 @@ def causal_attention(
     """
     # Decided while tracing: a choice while lowering (`platform_dependent`) would keep
     # the residuals of both branches for the backward pass.
-    flash = is_gpu() and q.dtype in (jnp.bfloat16, jnp.float16)
+    flash = has_flash() and q.dtype in (jnp.bfloat16, jnp.float16)
     return jax.nn.dot_product_attention(
         q, k, v, is_causal=True, implementation="cudnn" if flash else None
     )

@@ -6,6 +6,7 @@ Numbers of the implementations are in `test_xla.py` and in those of the devices.
 from __future__ import annotations
 
 import re
+import types
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from pallas_kernels import (
     restore,
     ternary_matmul,
 )
+from pallas_kernels._devices import has_flash
 from tests.kernels._cases import packed
 
 K, N = 256, 24
@@ -515,3 +517,14 @@ def test_layouts_are_static_values() -> None:
     assert layout.groups == 3 and layout.per_byte == 2
     assert layout == layout.replace() and hash(layout) == hash(layout.replace())
     assert layout.replace(n=4) != layout
+
+
+@pytest.mark.parametrize(
+    ("capability", "has"),
+    [("7.5", False), ("8.0", True), ("9.0", True), ("12.0", True)],
+)
+def test_flash_attention_needs_ampere(capability: str, has: bool) -> None:
+    """A T4 has none of cuDNN's."""
+    device = types.SimpleNamespace(platform="gpu", compute_capability=capability)
+    assert has_flash(device) is has
+    assert not has_flash(types.SimpleNamespace(platform="cpu"))
