@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-all test-gpu test-gpu-compile test-tpu-compile demo lint format constraints clean
+.PHONY: help venv test test-gpu test-gpu-compile test-tpu-compile demo lint format constraints clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) \
@@ -32,9 +32,6 @@ $(STAMP): pyproject.toml constraints.txt scripts/make_venv.sh
 
 test: $(STAMP) ## run the tests that need no accelerator
 	$(BIN)/python -m pytest -m "$(MARKERS)" $(PYTEST_ARGS)
-
-test-all: $(STAMP) ## run every case of the tests that `make test` thins out
-	ANGELJAX_TEST_ALL=1 $(BIN)/python -m pytest -m "$(MARKERS)" $(PYTEST_ARGS)
 
 test-gpu: $(STAMP) ## run the tests that need a CUDA device
 	ANGELJAX_TEST_PLATFORM=cuda $(BIN)/python -m pytest -m gpu

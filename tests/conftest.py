@@ -35,24 +35,15 @@ import tests.typechecker  # noqa: F401  (the hook below finds it by name)
 # Shapes and dtypes in annotations are checked in the tests and nowhere else.
 jaxtyping.install_import_hook(["angeljax", "pallas_kernels"], "tests.typechecker.check")
 
-from collections import Counter
 from collections.abc import Callable
 
 import jax
 import numpy as np
 import pytest
 
-# Tests marked `thin(k)` have many cases that share most of their code. Every k-th of
-# them runs; ANGELJAX_TEST_ALL=1 (`make test-all`) runs all.
-_ALL = os.environ.get("ANGELJAX_TEST_ALL") == "1"
 
-
-def pytest_collection_modifyitems(
-    config: pytest.Config, items: list[pytest.Item]
-) -> None:
-    """Skips what this machine cannot run, with the reason, and thins."""
-    if not _ALL:
-        _thin(config, items)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what this machine cannot run, with the reason."""
     missing = {}
     if _PLATFORM == "cpu":
         missing["gpu"] = "ANGELJAX_TEST_PLATFORM=cuda asks for it"
@@ -63,20 +54,6 @@ def pytest_collection_modifyitems(
     for item in items:
         for marker in missing.keys() & {mark.name for mark in item.iter_markers()}:
             item.add_marker(pytest.mark.skip(reason=missing[marker]))
-
-
-def _thin(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselects all but every k-th case of tests that are marked so."""
-    seen: Counter[str] = Counter()
-    kept, left = [], []
-    for item in items:
-        mark, name = item.get_closest_marker("thin"), item.nodeid.partition("[")[0]
-        among = kept if mark is None or seen[name] % mark.args[0] == 0 else left
-        seen[name] += 1
-        among.append(item)
-    if left:
-        config.hook.pytest_deselected(items=left)
-        items[:] = kept
 
 
 @pytest.fixture

@@ -86,7 +86,6 @@ def linen():
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.thin(2)
 def test_linen_scan_remat_unchanged_and_bound(linen, fmt):
     model, variables, dense = linen
     c = aj.compress(variables, recipe(fmt))
@@ -101,7 +100,6 @@ def test_linen_scan_remat_unchanged_and_bound(linen, fmt):
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.thin(2)
 def test_nnx_unchanged_and_bound(fmt):
     model = Nnx(nnx.Rngs(0))
     state = nnx.state(model, nnx.Param)

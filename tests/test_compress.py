@@ -56,7 +56,6 @@ def test_replaces_weights_and_keeps_the_rest():
 
 
 @pytest.mark.parametrize("fmt", format_names())
-@pytest.mark.thin(3)
 def test_eager_jit_and_eval_shape_agree(fmt):
     recipe = aj.Recipe(rules=[aj.Rule(format=fmt)])
     p = params(jnp.bfloat16)

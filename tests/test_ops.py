@@ -70,7 +70,6 @@ def test_batch_dimensions_of_dot_general():
 @pytest.mark.parametrize(
     ("name", "granularity"), TABLES, ids=[f"{n}-{g}" for n, g in TABLES]
 )
-@pytest.mark.thin(3)
 def test_embed_gathers_rows(name, granularity):
     table = normal((200, 48))
     q = aj.quantize(table, format=name, granularity=granularity, axis=-1)

@@ -231,7 +231,6 @@ SHARDED: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize("spec", [P("a"), P(None, "a")], ids=["inputs", "outputs"])
 @pytest.mark.parametrize(("fmt", "options"), SHARDED, ids=[f for f, _ in SHARDED])
-@pytest.mark.thin(3)
 def test_sharded_weights(mesh: Mesh, fmt: str, options: Any, spec: Any) -> None:
     # One format in the order of another device, for its time.
     order = "mosaic_gpu" if fmt == "int8" else "xla"

@@ -45,7 +45,6 @@ def relative_error(q, w):
 
 
 @every_case
-@pytest.mark.thin(5)
 def test_jit_eval_shape_and_error(name, options):
     w = normal((128, 8))
     f = jax.jit(
@@ -75,7 +74,6 @@ def test_jit_eval_shape_and_error(name, options):
 @pytest.mark.parametrize(
     ("name", "options"), STACKED, ids=[IDS[CASES.index(case)] for case in STACKED]
 )
-@pytest.mark.thin(3)
 def test_stacks_are_quantized_entry_by_entry(name, options):
     w = normal((2, 3, 128, 8))
     stack = aj.quantize(w, format=name, **options)
@@ -113,7 +111,6 @@ def test_stacks_are_quantized_entry_by_entry(name, options):
     ],
 )
 @pytest.mark.parametrize("name", ["int3", "float8_e5m2", "mxfp4", "nvfp4", "t2"])
-@pytest.mark.thin(3)
 def test_contraction_axes(name, shape, axis):
     check_axes(name, shape, axis)
 

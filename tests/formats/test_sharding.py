@@ -72,7 +72,6 @@ def check_way_back(q, sharding):
 
 @pytest.mark.parametrize("pspec", [P("a", None), P(None, "b"), P("a", "b")], ids=str)
 @pytest.mark.parametrize(("name", "options"), GROUPS, ids=ids(GROUPS))
-@pytest.mark.thin(3)
 def test_groups_need_no_collective(mesh, name, options, pspec):
     sharding = NamedSharding(mesh, pspec)
     q = compile_on(sharding, (256, 64), name, options)

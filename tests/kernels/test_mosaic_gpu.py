@@ -65,7 +65,6 @@ def _public(fmt: str) -> Any:
 
 @pytest.mark.parametrize("case", CASES, ids=_name)
 @pytest.mark.parametrize("shape", [(512, 48), (200, 24)])
-@pytest.mark.thin(5)
 def test_restore_is_the_exact_inverse_of_prepare(case: Any, shape: Any) -> None:
     fmt, group, options = case
     api, _ = _modules(fmt)

@@ -137,7 +137,6 @@ def test_packed_bytes_stay_packed() -> None:
         ("int8", 3, (200, 24), ZEROS, 5),
     ],
 )
-@pytest.mark.thin(3)
 def test_integer_products_are_exact(
     fmt: str, m: int, shape: Any, options: Any, gen: int
 ) -> None:
@@ -152,7 +151,6 @@ def test_integer_products_are_exact(
 
 
 @pytest.mark.parametrize("case", CASES, ids=_name)
-@pytest.mark.thin(3)
 def test_products_equal_a_float64_product(case: Any) -> None:
     fmt, group, options = case
     k, n, m = 200, 24, 5

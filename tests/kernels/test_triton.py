@@ -82,7 +82,6 @@ def _has(module: str) -> bool:
 
 @pytest.mark.parametrize("case", CASES, ids=_name)
 @pytest.mark.parametrize("shape", [(512, 48), (200, 24), (65, 7)])
-@pytest.mark.thin(5)
 def test_restore_is_the_exact_inverse_of_prepare(case: Any, shape: Any) -> None:
     fmt, group, options = case
     planes, layout, _ = packed(fmt, *shape, group, **options)

@@ -65,7 +65,6 @@ def _both(x: Any, planes: Any, layout: WeightLayout) -> Any:
 
 
 @pytest.mark.parametrize("case", CASES, ids=_name)
-@pytest.mark.thin(3)
 def test_float_activations(case: Any, rng: Any) -> None:
     fmt, group, options = case
     planes, layout, w = packed(fmt, *SHAPE, group, **options)
@@ -84,7 +83,6 @@ def test_one_token_and_many(fmt: str, m: int, rng: Any) -> None:
 
 
 @pytest.mark.parametrize("case", INTEGERS, ids=_name)
-@pytest.mark.thin(3)
 def test_integer_activations(case: Any, rng: Any) -> None:
     fmt, group, options = case
     planes, layout, _ = packed(fmt, 1037, 7, group, **options)

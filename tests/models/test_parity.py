@@ -55,7 +55,6 @@ def test_logits_and_greedy_continuation(loaded, name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.thin(3)
 def test_scanned_layers(loaded, name):
     _, _, want = golden(name)
     x = loaded(name)
@@ -71,7 +70,6 @@ def test_scanned_layers(loaded, name):
 
 
 @pytest.mark.parametrize("name", ["llama3", "mistral", "qwen3"])
-@pytest.mark.thin(3)
 def test_left_padding_changes_nothing(loaded, name):
     _, _, want = golden(name)
     x = loaded(name)
