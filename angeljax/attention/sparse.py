@@ -13,11 +13,9 @@ import jax.numpy as jnp
 
 from angeljax.attention._selector import Place, Selector
 from angeljax.attention.mean_correction import mean_correction as corrected
-from pallas_kernels import BlockLists, block_sparse_attention
+from pallas_kernels import block_sparse_attention
 from pallas_kernels._devices import current_device, has_flash
-from pallas_kernels.block_sparse_attention._lists import visible_blocks
-
-_BLOCK = 128  # of the lists that name every block
+from pallas_kernels.block_sparse_attention._lists import causal_lists
 
 
 def sparse_attention(
@@ -192,7 +190,10 @@ class Thresholds:
 
 
 def thresholds(device_kind: str | None = None) -> Thresholds:
-    """What was measured for a device; default the one that code is traced for.
+    """The limits for a device; default the one that code is traced for.
+
+    `thresholds.json` has a row by name for a device that was measured; the row
+    "default" is an estimate.
 
     Example:
       >>> from angeljax.attention.sparse import thresholds
@@ -316,7 +317,7 @@ def _dense(
         q,
         k,
         v,
-        every_block(q.shape[1], k.shape[1], q_offset),
+        causal_lists(q.shape[1], k.shape[1], q_offset=q_offset),
         scale=scale,
         q_offset=q_offset,
         lengths=lengths,
@@ -330,14 +331,3 @@ def _flash(q: jax.Array) -> Any:
     """ "cudnn" where it can run; decided while tracing, as gradients need."""
     fits = q.dtype in (jnp.bfloat16, jnp.float16) and not q.shape[-1] % 8
     return "cudnn" if has_flash() and fits and q.shape[-1] <= 128 else None
-
-
-def every_block(
-    q_length: int, k_length: int, q_offset: int | jax.Array, block_size: int = _BLOCK
-) -> BlockLists:
-    """Lists with every block that a query may see; `q_offset` may be traced, `[B]`."""
-    _, last = visible_blocks(q_length, k_length, block_size, block_size, q_offset)
-    blocks = jnp.arange(-(-k_length // block_size))
-    mask = blocks <= last[..., None]
-    mask = mask[:, None] if mask.ndim == 3 else mask[None, None]
-    return BlockLists.from_mask(mask, block_q=block_size, block_k=block_size)

@@ -133,24 +133,23 @@ def causal_lists(
     *,
     block_q: int = 128,
     block_k: int = 128,
-    q_offset: int = 0,
+    q_offset: Any = 0,
 ) -> BlockLists:
     """Lists with every block that a query may see: attention without sparsity.
 
     Args:
       q_length, k_length: rows of q and k.
       block_q, block_k: rows of a block.
-      q_offset: position of the first query among the keys.
+      q_offset: position of the first query among the keys, an integer or int32 `[B]`;
+        may be traced.
 
     Returns:
-      Lists of shape `[1, 1, num_q_blocks, num_k_blocks]`.
+      Lists of shape `[B or 1, 1, num_q_blocks, num_k_blocks]`.
     """
     _, last = visible_blocks(q_length, k_length, block_q, block_k, q_offset)
-    return BlockLists.from_mask(
-        (jnp.arange(-(-k_length // block_k)) <= last[:, None])[None, None],
-        block_q=block_q,
-        block_k=block_k,
-    )
+    mask = jnp.arange(-(-k_length // block_k)) <= last[..., None]
+    shape = -1, 1, *mask.shape[-2:]
+    return BlockLists.from_mask(mask.reshape(shape), block_q=block_q, block_k=block_k)
 
 
 def visible_blocks(
