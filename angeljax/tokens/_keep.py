@@ -18,9 +18,9 @@ def keep_count(
 ) -> int:
     """Tokens kept out of `num_tokens`.
 
-    An integer is a count. A float is a share: `num_tokens * keep` rounded to the nearest
-    integer, halves to the even one, at least 1. `drop_ratio` is the share that goes, as
-    AngelSlim counts: `num_tokens * (1 - drop_ratio)`, rounded the same way.
+    An integer is a count. A float is a share: `num_tokens * keep` rounded to the
+    nearest integer, halves to the even one, at least 1. `drop_ratio` is the share that
+    goes, as AngelSlim counts: `num_tokens * (1 - drop_ratio)`, rounded the same way.
 
     Args:
       num_tokens: of the image, clip or sequence.
@@ -28,8 +28,8 @@ def keep_count(
       drop_ratio: instead of `keep`, a share from 0 to below 1.
 
     Raises:
-      ValueError: neither or both are given, or the value is out of range, NaN, a boolean
-        or no number.
+      ValueError: neither or both are given, or the value is out of range, NaN, a
+        boolean or no number.
 
     Example:
       >>> keep_count(576, 64), keep_count(576, 0.25), keep_count(10, drop_ratio=0.75)
@@ -56,7 +56,7 @@ def keep_count(
         return int(min(keep, num_tokens))
     if not 0 < keep <= 1:
         raise ValueError(
-            f"keep={keep!r} must be a share above 0 and up to 1.0; a count is an integer"
+            f"keep={keep!r} must be a share above 0, at most 1.0; an integer is a count"
         )
     return max(1, round(num_tokens * float(keep))) if num_tokens else 0
 
@@ -64,8 +64,8 @@ def keep_count(
 def keep_counts(keep: int | float, mask: jax.Array) -> jax.Array:
     """`keep_count` of every row of a mask: bool `[..., N]` to int32 `[...]`.
 
-    A share is of the real tokens of the row; a count is that count, or all of them where
-    there are fewer. A row without a token keeps none.
+    A share is of the real tokens of the row; a count is that count, or all of them
+    where there are fewer. A row without a token keeps none.
     """
     n = mask.shape[-1]
     most = keep_count(n, keep)

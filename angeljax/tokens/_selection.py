@@ -41,7 +41,7 @@ class Selection:
 
     @classmethod
     def of(cls, order: jax.Array, num_tokens: int) -> Selection:
-        """From the order of choice, int32 `[..., K]`; unused slots hold `num_tokens`."""
+        """From the choices in order, int32 `[..., K]`; unused ones are `num_tokens`."""
         order = order.astype(jnp.int32)
         indices = jnp.sort(order, axis=-1)
         return cls(indices=indices, mask=_mask(indices, num_tokens), order=order)
