@@ -57,7 +57,8 @@ def guide(directory: Path) -> dict[str, str]:
     found = {}
     for name, (claim, table) in tables.items():
         if files := _read(directory, claim):
-            found[name] = f"{_source(files[0])}\n{table(_entries(files[0]))}"
+            fullest = max(files, key=lambda data: len(data["rows"]))
+            found[name] = f"{_source(fullest)}\n{table(_entries(fullest))}"
     return found
 
 
