@@ -5,9 +5,10 @@
 One layer with 32 query heads on 8 key heads of 128 in bfloat16, Stem at a set density,
 from queries to outputs, against causal attention by cuDNN; kernels take turns. Between
 the measured points a straight line is assumed. Calls are chained inside one program,
-since a short prompt takes less time than its launch from Python. `dense_below` is the shortest length at
-which a quarter of the blocks costs no more than dense attention, in whole hundreds of
-tokens; `dense_above` the highest density that does so at 16k tokens, in percent.
+since a short prompt takes less time than its launch from Python. `dense_below` is the
+shortest length at which a quarter of the blocks costs no more than dense attention, in
+whole hundreds of tokens; `dense_above` the highest density that does so at 16k tokens,
+in percent.
 `--update` puts both in `angeljax/attention/thresholds.json` under the device's name.
 """
 
