@@ -164,9 +164,7 @@ def prefill_pruned(
     return StagedPrefill(
         logits=decoder.head(decoder.norm(_take(x, end_of_row))),
         cache=StagedCache((*caches, last), (0, *layers)),
-        pruned=dataclasses.replace(
-            short, prompt=dataclasses.replace(prompt, embeds=x)
-        ),
+        pruned=dataclasses.replace(short, prompt=dataclasses.replace(prompt, embeds=x)),
     )
 
 

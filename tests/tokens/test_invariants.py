@@ -104,9 +104,7 @@ def test_as_if_the_pruned_tokens_were_masked(case, policy, beside):
 
 
 def test_generation_goes_on_after_a_pruned_prompt(case):
-    prompt = Prompt(
-        embeds=jnp.asarray(case["embeds"]), mask=jnp.asarray(case["mask"])
-    )
+    prompt = Prompt(embeds=jnp.asarray(case["embeds"]), mask=jnp.asarray(case["mask"]))
     chosen = Selection.of(jnp.array(KEPT), 6)
     short = apply_selection(chosen, prompt, SPANS, padding_side="left")
     got = generate(
