@@ -211,7 +211,7 @@ def questions(
     first.append(len(rows))
     for digit in DIGITS:
         for answer in ("no", "yes"):
-            add(f"Is there a {digit}?", answer)
+            add(f"Is the {digit} there?", answer)
     first.append(len(rows))
     for name in names:
         add("What is in the photograph?", name)
