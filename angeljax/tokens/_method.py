@@ -7,7 +7,7 @@ import difflib
 import functools
 import inspect
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import jax
@@ -129,6 +129,9 @@ def method(
                     )
             given = {a: options.pop(a) for a in extra if options.get(a) is not None}
             options = {k: v for k, v in options.items() if k not in extra}
+            for option, value in options.items():
+                if not isinstance(value, Hashable) or isinstance(value, jax.Array):
+                    raise ValueError(f"{option} must be a plain value, not {value!r}")
             tokens, single = _tokens(
                 name, needs, embeds, keep, importance, mask, text, attn, key,
                 given, extra,
@@ -138,15 +141,9 @@ def method(
                 groups, tokens.mask, keep, quota, num_groups, group_size, group_keep
             )
 
-            def choose(rows: Tokens) -> Choice:
-                if batched:
-                    return core(rows, **options)
-                return jax.vmap(lambda row: core(row, **options))(rows)
-
-            order, merged = _quota.choose(choose, tokens, plan)
-            chosen = Selection.of(order, tokens.num_tokens)
-            if merged is not None:
-                rows = chosen.take(merged).astype(jnp.asarray(embeds).dtype)
+            chosen = _chosen(tokens, plan, core, batched, tuple(options.items()))
+            if chosen.merged is not None:
+                rows = chosen.merged.astype(jnp.asarray(embeds).dtype)
                 chosen = dataclasses.replace(chosen, merged=rows)
             return jax.tree.map(lambda x: x[0], chosen) if single else chosen
 
@@ -164,6 +161,27 @@ def method(
         return run
 
     return wrap
+
+
+# Outside of a `jit`, one program instead of many small ones.
+@functools.partial(jax.jit, static_argnames=("core", "batched", "options"))
+def _chosen(
+    tokens: Tokens,
+    plan: _quota.Plan,
+    core: Callable[..., Choice],
+    batched: bool,
+    options: tuple[tuple[str, Any], ...],
+) -> Selection:
+    def choose(rows: Tokens) -> Choice:
+        if batched:
+            return core(rows, **dict(options))
+        return jax.vmap(lambda row: core(row, **dict(options)))(rows)
+
+    order, merged = _quota.choose(choose, tokens, plan)
+    chosen = Selection.of(order, tokens.num_tokens)
+    if merged is None:
+        return chosen
+    return dataclasses.replace(chosen, merged=chosen.take(merged))
 
 
 def _tokens(

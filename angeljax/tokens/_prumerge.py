@@ -56,11 +56,13 @@ def prumerge(
     within("uniform_ratio", uniform_ratio, 0, 1)
     n, keep, count, mask = tokens.num_tokens, tokens.keep, tokens.count, tokens.mask
     attn = tokens.saliency
-    table = np.array([round(k * (1 - uniform_ratio)) for k in range(keep + 1)], np.int32)
+    table = np.array(
+        [round(k * (1 - uniform_ratio)) for k in range(keep + 1)], np.int32
+    )
     if adaptive:
         # The spread tokens come in proportion to the outliers, as the stride does.
-        total = round(_outliers(attn, mask) / max(1 - uniform_ratio, 1e-6))
-        count = jnp.minimum(count, jnp.maximum(total, 1))
+        total = jnp.round(_outliers(attn, mask) / max(1 - uniform_ratio, 1e-6))
+        count = jnp.minimum(count, jnp.maximum(total, 1).astype(jnp.int32))
     number = jnp.asarray(table)[count]
     heavy = _choose.best(attn, mask, keep, number)
     spread = strided(mask & ~_choose.chosen(heavy, n), keep, count - number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import numbers
 from collections.abc import Callable
@@ -18,6 +19,11 @@ from angeljax.tokens._keep import keep_count, keep_counts
 QUOTAS = "global", "per_group", "proportional"
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["groups"],
+    meta_fields=["quota", "num_groups", "group_size", "group_keep", "keep"],
+)
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """A quota, checked. All but `groups` is static.
@@ -277,7 +283,9 @@ def apportion(
     heavy = jnp.argsort(jnp.argsort(-jnp.where(size > 0, weight, -1.0), stable=True))
     # One more of each group in turn, heaviest first, until `count` is reached.
     level = jnp.arange(least)[:, None] * size.shape[0] + heavy
-    level = jnp.where(jnp.arange(least)[:, None] < floor, level, jnp.iinfo(jnp.int32).max)
+    level = jnp.where(
+        jnp.arange(least)[:, None] < floor, level, jnp.iinfo(jnp.int32).max
+    )
     flat = jnp.argsort(level.reshape(-1), stable=True)
     taken = jnp.argsort(flat) < jnp.minimum(count, jnp.sum(floor))
     floor = jnp.sum(taken.reshape(level.shape), axis=0, dtype=jnp.int32)

@@ -59,7 +59,9 @@ def visionzip(
     target = rest & (place % step == 0) & (place // step < contextual)
     slot = jnp.arange(keep)
     later = jnp.argsort(~target, stable=True)[jnp.maximum(slot - count + contextual, 0)]
-    order = _choose.first(jnp.where(slot < count - contextual, dominant, later), count, n)
+    order = _choose.first(
+        jnp.where(slot < count - contextual, dominant, later), count, n
+    )
     if merge is None:
         return order
     keys = tokens.arrays.get("keys", tokens.embeds)
