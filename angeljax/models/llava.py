@@ -210,7 +210,9 @@ class LlavaModel:
                 f"pixels must be [B, 3, H, W] or [B, M, 3, H, W], not {pixels.shape}"
             )
         if attention and c.select == "full":
-            raise ValueError('attention is of patches: it needs a model of select="default"')
+            raise ValueError(
+                'attention is of patches: it needs a model of select="default"'
+            )
         batch = pixels.shape[0]
         run = c.vision_layers
         middle = 9 * run // 23 if object_layer is None else object_layer
@@ -366,7 +368,9 @@ class LlavaModel:
                 self.text, params["text"], embeds=embeds, mask=mask, **sampling
             )
         # Arrays that the function carries are arguments; it is a pytree or has none.
-        fn = prune if jax.tree.leaves(prune) != [prune] else jax.tree_util.Partial(prune)
+        fn = (
+            prune if jax.tree.leaves(prune) != [prune] else jax.tree_util.Partial(prune)
+        )
         options: dict[str, Any] = {"model": self, "position_policy": position_policy}
         if layer is None:
             inputs = _pruned(*given, fn, **options)
