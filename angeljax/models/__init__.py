@@ -3,6 +3,7 @@
 The rest of angeljax does not import this package: it works on anybody's model.
 """
 
+from angeljax.models._llava_config import LlavaConfig
 from angeljax.models.attention import causal_attention, dense_attention
 from angeljax.models.biases import add_biases
 from angeljax.models.cache import KVCache, init_cache
@@ -10,11 +11,24 @@ from angeljax.models.config import DecoderConfig, ModelError
 from angeljax.models.decoder import Decoder
 from angeljax.models.features import Features
 from angeljax.models.fusion import fuse_projections, split_projections
-from angeljax.models.generate import Generated, decode_step, filter_logits, generate
+from angeljax.models.generate import (
+    Generated,
+    decode_step,
+    filter_logits,
+    generate,
+    generate_after,
+)
 from angeljax.models.language_model import LanguageModel, stack_layers, unstack_layers
+from angeljax.models.llava import ImagePrompt, ImageTokens, LlavaModel
 from angeljax.models.loading import LoadedModel, load_config, load_model
 from angeljax.models.serving import prepare_decoder
+from angeljax.models.staged import StagedCache, StagedPrefill, prefill_pruned
 from angeljax.models.tokenizer import Tokenizer
+from angeljax.models.vision_tower import (
+    VisionFeatures,
+    VisionTower,
+    VisionTowerConfig,
+)
 
 __all__ = [
     "add_biases",
@@ -22,20 +36,31 @@ __all__ = [
     "DecoderConfig",
     "Features",
     "Generated",
+    "ImagePrompt",
+    "ImageTokens",
     "KVCache",
     "LanguageModel",
+    "LlavaConfig",
+    "LlavaModel",
     "LoadedModel",
     "ModelError",
+    "StagedCache",
+    "StagedPrefill",
     "Tokenizer",
+    "VisionFeatures",
+    "VisionTower",
+    "VisionTowerConfig",
     "causal_attention",
     "decode_step",
     "dense_attention",
     "filter_logits",
     "fuse_projections",
     "generate",
+    "generate_after",
     "init_cache",
     "load_config",
     "load_model",
+    "prefill_pruned",
     "prepare_decoder",
     "split_projections",
     "stack_layers",

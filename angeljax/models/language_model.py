@@ -18,6 +18,7 @@ from angeljax.models.config import DecoderConfig
 from angeljax.models.decoder import Decoder
 from angeljax.models.features import Features
 from angeljax.models.layers import AttentionFn, Block
+from angeljax.models.staged import StagedCache, apply_staged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,23 +140,49 @@ class LanguageModel:
     def apply(
         self,
         params: dict[str, Any],
-        tokens: jax.Array,
+        tokens: jax.Array | None = None,
         *,
+        embeds: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        deepstack: Sequence[jax.Array] | None = None,
+        next_position: jax.Array | None = None,
         mask: jax.Array | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | StagedCache | None = None,
         last_only: bool = False,
         start: int | None = None,
         total: int | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
-        """`Decoder.__call__` as a pure function."""
+    ) -> tuple[jax.Array, Any]:
+        """`Decoder.__call__` as a pure function.
+
+        Also goes on after `prefill_pruned`, with its cache: only `tokens` or `embeds`,
+        `mask` and `last_only` are then looked at.
+        """
+        if isinstance(cache, StagedCache):
+            return apply_staged(
+                self,
+                params,
+                cache,
+                tokens,
+                embeds=embeds,
+                mask=mask,
+                last_only=last_only,
+            )
         return self.bind(params)(
             tokens,
+            embeds=embeds,
+            positions=positions,
+            deepstack=deepstack,
+            next_position=next_position,
             mask=mask,
             cache=cache,
             last_only=last_only,
             start=start,
             total=total,
         )
+
+    def embed(self, params: dict[str, Any], tokens: jax.Array) -> jax.Array:
+        """Embeddings `[B, T, hidden_size]` of int32 tokens `[B, T]`."""
+        return self.bind(params).embed(tokens)
 
     def logits(self, params: dict[str, Any], tokens: jax.Array) -> jax.Array:
         """float32 next-token logits `[B, T, V]` of int32 tokens `[B, T]`."""
