@@ -202,6 +202,17 @@ def floats_of(value: Any) -> list[Float]:
     ]
 
 
+def pair(a: Float, b: Float) -> Any:
+    """A raw MLIR vector of two float32."""
+    kind = ir.VectorType.get((2,), _f32())
+    return mlir_vector.from_elements(kind, [a.value, b.value])
+
+
+def word(value: Any) -> Int:
+    """A raw MLIR vector of 32 bits as a word."""
+    return Int(utils.bitcast(value, _i32()))
+
+
 def as_float8(word: Int) -> Any:
     """A word as a raw MLIR vector of four e4m3."""
     kind = ir.Float8E4M3FNType.get()
@@ -319,6 +330,7 @@ __all__ = [
     "loop",
     "loop_tree",
     "offset",
+    "pair",
     "pointer",
     "ptx",
     "select",
@@ -330,4 +342,5 @@ __all__ = [
     "vector",
     "vector_of_float",
     "when",
+    "word",
 ]

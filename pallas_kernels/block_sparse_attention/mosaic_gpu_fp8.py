@@ -33,7 +33,7 @@ from jax.experimental.mosaic.gpu import fragmented_array as fa
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _ptx as asm
-from pallas_kernels._ptx import Int
+from pallas_kernels._ptx import Float, Int
 from pallas_kernels.block_sparse_attention import _hopper_tiles as tiles
 from pallas_kernels.block_sparse_attention._float8 import (
     FLOAT8,
@@ -208,13 +208,7 @@ def _compute(c: Shape, group: Any, *refs: Any) -> None:
         return lax.broadcast_in_dim(rows, x.shape, [0])
 
     def hide(s: Any, logits: Any) -> Any:
-        shape, layout = logits.shape, plgpu.Layout.WGMMA
-        row, column = (
-            plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
-            for axis in range(2)
-        )
-        key = at.key_of(s, at.block_of(s))
-        return jnp.where(row - column >= key - position, logits, -jnp.inf)
+        return _hide(c, logits, position - at.key_of(s, at.block_of(s)))
 
     def expect_keys(s: Any) -> None:
         @pl.when(s < at.steps)
@@ -238,7 +232,7 @@ def _compute(c: Shape, group: Any, *refs: Any) -> None:
             logits = logits * unit
         shrink = jnp.exp2(m - new)
         p = jnp.exp2(logits - over(new - _SHIFT, logits))
-        return _to_float8(c, p), new, total * shrink + p.sum(axis=1), shrink
+        return _weights(c, p), new, total * shrink + p.sum(axis=1), shrink
 
     def logits_of(acc: Any, s: Any, waiting: int) -> Any:
         logits = plgpu.wgmma_accumulator_load(acc, wait_n=waiting)
@@ -288,6 +282,8 @@ def _compute(c: Shape, group: Any, *refs: Any) -> None:
 
             got = pl.run_scoped(inside, products, *fresh)
             new, m, total, after, part = got
+            # Only here: `wgmma` must not run while registers for it are made.
+            new = _operand(c, new)
             if stay:
                 held[...] = part * over(after, part)
                 return m, total, new, after, None
@@ -302,6 +298,7 @@ def _compute(c: Shape, group: Any, *refs: Any) -> None:
         total = rows(jnp.zeros((ROWS,), jnp.float32))
         expect_keys(0)
         p, m, total, shrink = softmax(pl.run_scoped(begin, products), m, total)
+        p = _operand(c, p)
         expect_keys(1)
         sums = None
         if not stay:
@@ -341,25 +338,89 @@ def _compute(c: Shape, group: Any, *refs: Any) -> None:
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
-def _to_float8(c: Shape, p: Any) -> Any:
-    """Weights in e4m3, where the threads have them: keys as in `Float8KV.v`."""
+def _hide(c: Shape, logits: Any, diagonal: Any) -> Any:
+    """-inf in the columns of row r from `r + diagonal + 1` on."""
+    if c.interpret:
+        row, column = (jnp.arange(n) for n in logits.shape)
+        return jnp.where(column <= row[:, None] + diagonal, logits, -jnp.inf)
+    wgmma = plgpu.Layout.WGMMA
+    result = plgpu.ShapeDtypeStruct(logits.shape, jnp.float32, layout=wgmma)
+
+    # Written with `broadcasted_iota` this keeps a register for each column of a thread
+    # over the whole loop, and there are none left.
+    @plgpu.inline_mgpu(
+        arg_types=(wgmma, plgpu.Layout.WG_SPLAT), return_type=result
+    )
+    def hide(_: Any, x: Any, diagonal: Any) -> Any:
+        (diagonal,) = diagonal.registers.flat
+        thread = asm.special("tid.x") & 127
+        row = (thread >> 5) * 16 + ((thread & 31) >> 2)
+        last = Int(diagonal) + row - (thread & 3) * 2  # column, from the first
+        out = np.empty_like(x.registers)
+        for i, (at, pair) in enumerate(np.ndenumerate(x.registers)):
+            column, rows = 8 * (i // 2), 8 * (i % 2)
+            hidden = Float.of(-math.inf)
+            out[at] = asm.pair(
+                *(
+                    asm.select(last.less(column + n - rows), hidden, value)
+                    for n, value in enumerate(asm.floats_of(pair))
+                )
+            )
+        return fa.FragmentedArray(
+            _registers=out, _layout=fa.WGMMA_LAYOUT, _is_signed=None
+        )
+
+    return hide(logits, diagonal)
+
+
+def _weights(c: Shape, p: Any) -> Any:
+    """Weights in e4m3 where the threads have them: keys in the order of `Float8KV.v`.
+
+    Not yet what is multiplied: pairs are swapped, see `_operand`.
+    """
     if c.interpret:  # where arrays are whole, and so is their order
         return p.astype(FLOAT8)
     result = plgpu.ShapeDtypeStruct(p.shape, FLOAT8, layout=plgpu.Layout.WGMMA_8BIT)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WGMMA,), return_type=result)
     def convert(_: Any, x: Any) -> Any:
-        return fa.FragmentedArray(
-            _registers=packed(x.registers, p.shape, _four),
-            _layout=fa.WGMMA_LAYOUT_8BIT,
-            _is_signed=None,
-        )
+        return _fragment(merged(x.registers, p.shape, _four))
 
     return convert(p)
 
 
-def packed(registers: Any, shape: tuple[int, ...], four: Callable[..., Any]) -> Any:
-    """Registers of float32 in `WGMMA_LAYOUT` as those of 8 bits for `wgmma`.
+def _operand(c: Shape, p: Any) -> Any:
+    """Swaps the pairs of `_weights`.
+
+    Registers for the next product must not be made while the tensor cores work, or
+    ptxas waits for these first. That of a step runs until its weights are done, so
+    they come in other registers and are moved behind the wait, one instruction for
+    four. ptxas would see through plain moves.
+    """
+    if c.interpret:
+        return p
+    kind = plgpu.Layout.WGMMA_8BIT
+    result = plgpu.ShapeDtypeStruct(p.shape, FLOAT8, layout=kind)
+
+    @plgpu.inline_mgpu(arg_types=(kind,), return_type=result)
+    def swap(_: Any, x: Any) -> Any:
+        out = np.empty_like(x.registers)
+        for at, four in np.ndenumerate(x.registers):
+            code = "prmt.b32 $0, $1, $1, 0x1032;"
+            out[at] = asm.as_float8(asm.ptx(code, asm.word(four), out=(Int,)))
+        return _fragment(out)
+
+    return swap(p)
+
+
+def _fragment(registers: Any) -> Any:
+    return fa.FragmentedArray(
+        _registers=registers, _layout=fa.WGMMA_LAYOUT_8BIT, _is_signed=None
+    )
+
+
+def merged(registers: Any, shape: tuple[int, ...], four: Callable[..., Any]) -> Any:
+    """Pairs of columns as accumulators of `wgmma` have them, by fours as operands.
 
     A thread has columns 2 b and 2 b + 1 (b its place among four) of each 8, in rows r
     and r + 8; as an operand it has four columns of each 16.
@@ -372,12 +433,12 @@ def packed(registers: Any, shape: tuple[int, ...], four: Callable[..., Any]) -> 
 
 
 def _four(a: Any, b: Any) -> Any:
-    """Two pairs of float32 to four e4m3, in this order."""
-    floats = asm.floats_of(a) + asm.floats_of(b)
+    """Two pairs of float32 to four e4m3, the second pair first."""
     word = asm.ptx(
-        "{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; "
-        "cvt.rn.satfinite.e4m3x2.f32 h, $4, $3; mov.b32 $0, {l, h}; }",
-        *floats,
+        "{ .reg .b16 a, b; cvt.rn.satfinite.e4m3x2.f32 a, $2, $1; "
+        "cvt.rn.satfinite.e4m3x2.f32 b, $4, $3; mov.b32 $0, {b, a}; }",
+        *asm.floats_of(a),
+        *asm.floats_of(b),
         out=(Int,),
         pure=True,
     )
