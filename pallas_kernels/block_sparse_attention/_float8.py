@@ -110,8 +110,13 @@ def quantize_kv(
             k = jnp.where(real, k, 0)
     k, k_scale = _quantize(k, (1, 3))
     v, v_scale = _quantize(v, (1, 3))
-    v = jnp.pad(v.transpose(0, 2, 3, 1), [(0, 0)] * 3 + [(0, -s % _LANES)])
+    v = jnp.pad(v.transpose(0, 2, 3, 1), [(0, 0)] * 3 + [(0, padded(s) - s)])
     return Float8KV(k, out_of_order(v), k_scale[:, 0, :, 0], v_scale[:, 0, :, 0], mean)
+
+
+def padded(s: int) -> int:
+    """Keys for which `Float8KV.v` has room, of s."""
+    return -(-s // _LANES) * _LANES
 
 
 def quantize_rows(q: jax.Array) -> tuple[jax.Array, jax.Array]:

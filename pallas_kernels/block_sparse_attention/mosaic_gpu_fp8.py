@@ -266,9 +266,6 @@ def _compute(c: Shape, group: Any, *refs: Any) -> None:
 
             def inside(acc: Any, *parts: Any) -> Any:
                 into = held if stay else parts[0] if parts else None
-                if parts:  # not between the products, where ptxas would wait for them
-                    zero = jnp.zeros((ROWS, c.dim), jnp.float32)
-                    into[...] = plgpu.layout_cast(zero, plgpu.Layout.WGMMA)
                 plgpu.wgmma(acc, queries, k_smem.at[slot(s)].T)
                 start_values(into, p, s - 1)
                 logits = logits_of(acc, s, 1)
@@ -318,7 +315,7 @@ def _compute(c: Shape, group: Any, *refs: Any) -> None:
             start_values(into, p, end)
             return values_of(into, p, end)
 
-        last = pl.run_scoped(finish, *fresh)
+        last = pl.run_scoped(finish, *fresh) if fresh else finish()
         if not stay:
             last = sums * over(shrink, sums) + last
         return last, m, total
