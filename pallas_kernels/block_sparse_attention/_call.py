@@ -94,8 +94,9 @@ def float8_function(name: str, scale: float, soft_cap: float | None) -> Any:
     def forward(q: Any, *args: Any) -> Any:
         *leaves, lists, q_offset = args
         kv = Float8KV(*leaves, *[None] * (5 - len(leaves)))
-        run = _float8_of(name)
-        return run(q, kv, lists, scale=scale, q_offset=q_offset, soft_cap=soft_cap)
+        return _float8_attention(
+            name, q, kv, lists, scale=scale, q_offset=q_offset, soft_cap=soft_cap
+        )
 
     @forward.def_vmap
     def _(size: int, batched: Any, *args: Any) -> Any:
@@ -125,22 +126,35 @@ def float8_function(name: str, scale: float, soft_cap: float | None) -> Any:
     return call
 
 
-def _float8_of(name: str) -> Any:
-    """`attention` of an implementation for a `Float8KV`; lse is without the mean."""
-    if name == "mosaic_gpu":
+def float8_unsupported(name: str, q: Any, kv: Float8KV, lists: Any) -> str | None:
+    """Why an implementation cannot run with a `Float8KV`, or None."""
+    if _multiplies_float8(name, q, kv, lists):
+        return None
+    keys = jax.ShapeDtypeStruct(kv.k.shape, q.dtype)
+    return implementation(_PACKAGE, name).unsupported(q, keys, keys, lists)
+
+
+def _multiplies_float8(name: str, q: Any, kv: Float8KV, lists: Any) -> bool:
+    if name != "mosaic_gpu":
+        return False
+    from pallas_kernels.block_sparse_attention import mosaic_gpu_fp8
+
+    return mosaic_gpu_fp8.unsupported(q, kv, lists) is None
+
+
+def _float8_attention(
+    name: str, q: Any, kv: Float8KV, lists: Any, **options: Any
+) -> tuple[jax.Array, jax.Array]:
+    """`attention` of an implementation; lse is that of keys without their mean."""
+    if _multiplies_float8(name, q, kv, lists):
         from pallas_kernels.block_sparse_attention import mosaic_gpu_fp8
 
-        return mosaic_gpu_fp8.attention
-    module = implementation(_PACKAGE, name)
-
-    def run(q: Any, kv: Float8KV, lists: Any, **options: Any) -> Any:
-        # The numbers that products are made of; exact, as scales are powers of two.
-        rows, scales = _float8.quantize_rows(q)
-        rows = rows.astype(jnp.float32) * scales[..., None]
-        k, v = kv.centred_keys(q.dtype), kv.values(q.dtype)
-        return module.attention(rows.astype(q.dtype), k, v, lists, **options)
-
-    return run
+        return mosaic_gpu_fp8.attention(q, kv, lists, **options)
+    # What the numbers stand for: exact in 16 bits, as scales are powers of two.
+    rows, scales = _float8.quantize_rows(q)
+    rows = (rows.astype(jnp.float32) * scales[..., None]).astype(q.dtype)
+    k, v = kv.centred_keys(q.dtype), kv.values(q.dtype)
+    return implementation(_PACKAGE, name).attention(rows, k, v, lists, **options)
 
 
 def _vary_alike(args: Any) -> Any:

@@ -8,7 +8,6 @@ memory. Lists are read from their end, so that masked blocks come first.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -181,5 +180,3 @@ def copy(c: Shape, at: Tile, sources: Any, ring: Any) -> None:
             def _(s: int = s) -> None:
                 for free in ring[1::2]:
                     plgpu.barrier_wait(free.at[s])
-
-

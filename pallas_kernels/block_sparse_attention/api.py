@@ -140,8 +140,9 @@ def block_sparse_attention_fp8(
       q: `[B, T, H, D]`, bfloat16, float16 or float32.
       kv: from `quantize_kv`, keys `[B, S, Hkv, D]`; without a mean for a `soft_cap`.
       lists, scale, q_offset, lengths, return_lse, soft_cap, implementation: see
-        `block_sparse_attention`. "mosaic_gpu" takes head sizes D that are multiples of
-        32 up to 256.
+        `block_sparse_attention`. Products are in 8 bits on "mosaic_gpu" with 16-bit
+        queries, head sizes D that are multiples of 32 up to 256, and blocks of
+        multiples of 128 queries and 64 keys.
 
     Returns:
       `[B, T, H, D]` in the dtype of q; with `return_lse` also float32 `[B, H, T]`.
@@ -242,13 +243,7 @@ def _unsupported(name: str, q: Any, *args: Any) -> str | None:
     module = module_of(PACKAGE, name)
     if len(args) == 3:
         return module.unsupported(q, *args)
-    kv, lists = args
-    if name == "mosaic_gpu":
-        from pallas_kernels.block_sparse_attention import mosaic_gpu_fp8
-
-        return mosaic_gpu_fp8.unsupported(q, kv, lists)
-    keys = jax.ShapeDtypeStruct(kv.k.shape, q.dtype)
-    return module.unsupported(q, keys, keys, lists)
+    return _call.float8_unsupported(name, q, *args)
 
 
 def _each_row(x: int | jax.Array, batch: int) -> jax.Array:

@@ -108,7 +108,9 @@ def attention(
         },
     )
     q, rows = quantize_rows(q)
-    factor = rows * jnp.repeat(kv.k_scale, shape.heads // shape.kv_heads, axis=1)[:, None]
+    factor = (
+        rows * jnp.repeat(kv.k_scale, shape.heads // shape.kv_heads, axis=1)[:, None]
+    )
     factor = (factor * _unit(shape)).transpose(0, 2, 1)
     room = shape.tiles * TILE - shape.q_length
     factor = jnp.pad(factor, ((0, 0), (0, 0), (0, room)), constant_values=1)
@@ -222,7 +224,7 @@ def _compute(c: Shape, group: Any, *refs: Any) -> None:
         factor = plgpu.load(row, layout=by_row, optimized=False)
 
     def softmax(logits: Any, m: Any, total: Any) -> Any:
-        """Weights times 2^8 in FP8, the new maximum, their sum, the factor of old ones."""
+        """Weights times 2^8, the new maximum, their sum, the factor of old ones."""
         if c.soft_cap is None:
             new = jnp.maximum(m, logits.max(axis=1) * factor)
             logits = logits * over(factor, logits)
@@ -345,9 +347,7 @@ def _hide(c: Shape, logits: Any, diagonal: Any) -> Any:
 
     # Written with `broadcasted_iota` this keeps a register for each column of a thread
     # over the whole loop, and there are none left.
-    @plgpu.inline_mgpu(
-        arg_types=(wgmma, plgpu.Layout.WG_SPLAT), return_type=result
-    )
+    @plgpu.inline_mgpu(arg_types=(wgmma, plgpu.Layout.WG_SPLAT), return_type=result)
     def hide(_: Any, x: Any, diagonal: Any) -> Any:
         (diagonal,) = diagonal.registers.flat
         thread = asm.special("tid.x") & 127
