@@ -91,22 +91,12 @@ def block_sparse_attention(
     _check.shapes(q, k, v, lists, q_offset, lengths, soft_cap)
     if kv_dtype not in (None, FLOAT8.name):
         raise KernelError(f"kv_dtype must be None or {FLOAT8.name!r}, not {kv_dtype!r}")
+    tensors: tuple[Any, ...] = q, k, v
     if kv_dtype is not None:
-        _check.values(k, lists, q, _each_row(q_offset, q.shape[0]), lengths)
-        kv = quantize_kv(k, v, lengths=lengths, smooth=soft_cap is None)
-        return block_sparse_attention_fp8(
-            q,
-            kv,
-            lists,
-            scale=scale,
-            q_offset=q_offset,
-            lengths=lengths,
-            return_lse=return_lse,
-            soft_cap=soft_cap,
-            implementation=implementation,
-        )
+        tensors = q, quantize_kv(k, v, lengths=lengths, smooth=soft_cap is None)
     return _run(
-        (q, k, v),
+        tensors,
+        k,
         lists,
         scale,
         q_offset,
@@ -165,6 +155,7 @@ def block_sparse_attention_fp8(
     _check.float8_shapes(q, kv, lists, q_offset, lengths, soft_cap)
     return _run(
         (q, kv),
+        kv.k,
         lists,
         scale,
         q_offset,
@@ -177,6 +168,7 @@ def block_sparse_attention_fp8(
 
 def _run(
     tensors: tuple[Any, ...],
+    k: jax.Array,
     lists: BlockLists,
     scale: float | None,
     q_offset: int | jax.Array,
@@ -185,9 +177,11 @@ def _run(
     soft_cap: float | None,
     implementation: str | None,
 ) -> Any:
-    """Attention of `(q, k, v)` or `(q, Float8KV)`, whose shapes were checked."""
+    """Attention of `(q, k, v)` or `(q, Float8KV)`, whose shapes were checked.
+
+    `k` is looked at for NaN.
+    """
     q = tensors[0]
-    k = tensors[1].k if isinstance(tensors[1], Float8KV) else tensors[1]
     offset = _each_row(q_offset, q.shape[0])
     if lengths is not None:
         lengths = _each_row(lengths, q.shape[0])
