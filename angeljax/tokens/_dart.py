@@ -19,7 +19,8 @@ def dart(tokens: Tokens, *, image_pivots: int = 4, text_pivots: int = 4) -> Choi
 
     among tokens that nobody has taken, until there are K (arXiv 2502.11494, with the
     details of AngelSlim). The paper works after a layer of the language model; this
-    form needs embeddings only. Arguments are those of `prune`: with `text` there are text pivots as well.
+    form needs embeddings only. Arguments are those of `prune`: with `text` there are
+    text pivots as well.
 
     Args:
       tokens: see `prune`.
@@ -63,10 +64,10 @@ def dart(tokens: Tokens, *, image_pivots: int = 4, text_pivots: int = 4) -> Choi
     done = jnp.sum(order < n)
     for pivot, there in pivots:
         like = _choose.cosines(tokens.embeds, pivot[None])[:, 0]
-        number = jnp.where(there, jnp.minimum(share, count - done), 0)
-        new = _choose.best(-like, tokens.mask & ~taken, keep, number)
+        more = jnp.where(there, jnp.minimum(share, count - done), 0)
+        new = _choose.best(-like, tokens.mask & ~taken, keep, more)
         slots = jnp.where(new < n, done + jnp.arange(keep), keep)
         order = order.at[slots].set(new, mode="drop")
         taken |= _choose.chosen(new, n)
-        done += number
+        done += more
     return order
