@@ -151,26 +151,29 @@ def test_apportion_at_the_edges():
 def test_minimum_of_each_group_under_a_global_budget():
     """Rows in which the free choice has none, one, two ... tokens of group 1."""
     rng = np.random.default_rng(1)
-    rows, n, least = 8, 20, 2
+    rows, n, least = 12, 20, 2
     groups = np.stack(
         [rng.permutation(np.repeat([0, 1, 2, -1], (9, 9, 1, 1))) for _ in range(rows)]
     )
     x = np.stack([row(rng, "random", n, D)[0] for _ in range(rows)])
     w = rng.normal(size=(rows, n)) - (groups == 1) * np.linspace(3, 0, rows)[:, None]
     given = dict(embeds=x, importance=w.astype(np.float32), groups=groups, keep=8)
-    free = prune(**given, lam=0.95)
-    found = prune(**given, lam=0.95, group_keep=least)
-    seen = set()
+    free = prune(**given)
+    found = prune(**given, group_keep=least)
+    seen, apart = set(), False
     for b in range(rows):
         order = np.asarray(free.order[b]).tolist()
         added, have = [], [sum(groups[b][i] == g for i in order) for g in range(3)]
         seen.add(have[1])
+        own = _oracles.idpruner(x[b][groups[b] == 1], w[b][groups[b] == 1], least)
+        own = np.flatnonzero(groups[b] == 1)[own]
+        apart |= have[1] == least and not {*own.tolist()} <= {*order}
         # Added: the first choices of the group alone.
         for g in range(3):
             members = np.flatnonzero(groups[b] == g)
             missing = min(least, len(members)) - have[g]
             alone = _oracles.idpruner(
-                x[b][members], w[b][members], min(least, len(members)), 0.95
+                x[b][members], w[b][members], min(least, len(members))
             )
             new = [i for i in members[alone].tolist() if i not in order]
             added += new[: max(missing, 0)]
@@ -182,7 +185,8 @@ def test_minimum_of_each_group_under_a_global_budget():
                 left.remove(i)
         assert {*np.flatnonzero(found.mask[b]).tolist()} == {*left, *added}
         assert found.count[b] == 8
-    assert {0, 1, 2} <= seen
+    # A group that has enough keeps what it has, though alone it would choose others.
+    assert {0, 1, 2} <= seen and apart
 
 
 def test_minimum_wins_over_the_share_of_a_short_row():
