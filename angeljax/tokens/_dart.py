@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 
 from angeljax.tokens import _choose
@@ -17,9 +20,10 @@ def dart(tokens: Tokens, *, image_pivots: int = 4, text_pivots: int = 4) -> Choi
 
         argmin_j cos(x_j, x_p),   ceil((K - vision pivots) / pivots) times,
 
-    among tokens that nobody has taken, until there are K (arXiv 2502.11494, section 3).
-    The paper works after a layer of the language model; this form needs embeddings
-    only. Arguments are those of `prune`: with `text` there are text pivots as well.
+    among tokens that nobody has taken, until there are K (arXiv 2502.11494, with the
+    details of AngelSlim). The paper works after a layer of the language model; this
+    form needs embeddings only. Arguments are those of `prune`: with `text` there are
+    text pivots as well.
 
     Args:
       tokens: see `prune`.
@@ -48,25 +52,25 @@ def dart(tokens: Tokens, *, image_pivots: int = 4, text_pivots: int = 4) -> Choi
     size = jnp.sum(jnp.abs(keys), axis=-1)
     images = jnp.minimum(image_pivots, count)
     most = min(image_pivots, keep)
-    order = _choose.best(size, tokens.mask, most, jnp.minimum(images, most))
-    pivots = [(tokens.embeds[jnp.minimum(i, n - 1)], i < n) for i in order]
+    first = _choose.best(size, tokens.mask, most, images)
+    there, pivots = first < n, tokens.embeds[jnp.minimum(first, n - 1)]
     if tokens.text is not None:
         size = jnp.sum(jnp.abs(tokens.text), axis=-1)
-        number = min(text_pivots, size.shape[0])
-        where = jnp.argsort(-size, stable=True)[:number]
-        pivots += [(tokens.text[i], size[i] > 0) for i in where]
+        where = jnp.argsort(-size, stable=True)[:text_pivots]
+        there = jnp.concatenate([there, size[where] > 0])
+        pivots = jnp.concatenate([pivots, tokens.text[where]])
+    share = -(-(count - images) // jnp.maximum(jnp.sum(there), 1))
+    like = _choose.cosines(pivots, tokens.embeds)
 
-    total = sum(there.astype(jnp.int32) for _, there in pivots)
-    share = -(-(count - images) // jnp.maximum(total, 1))
-    taken = _choose.chosen(order, n)
-    order = jnp.full(keep, n, jnp.int32).at[: order.shape[0]].set(order)
-    done = jnp.sum(order < n)
-    for pivot, there in pivots:
-        like = _choose.cosines(tokens.embeds, pivot[None])[:, 0]
-        number = jnp.where(there, jnp.minimum(share, count - done), 0)
-        new = _choose.best(-like, tokens.mask & ~taken, keep, number)
+    def take(state: Any, pivot: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+        order, done, taken = state
+        like, there = pivot
+        more = jnp.where(there, jnp.minimum(share, count - done), 0)
+        new = _choose.best(-like, tokens.mask & ~taken, keep, more)
         slots = jnp.where(new < n, done + jnp.arange(keep), keep)
         order = order.at[slots].set(new, mode="drop")
-        taken |= _choose.chosen(new, n)
-        done += number
-    return order
+        return (order, done + more, taken | _choose.chosen(new, n)), None
+
+    order = jnp.full(keep, n, jnp.int32).at[:most].set(first)
+    state = order, jnp.sum(order < n), _choose.chosen(first, n)
+    return jax.lax.scan(take, state, (like, there))[0][0]
