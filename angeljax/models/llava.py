@@ -25,7 +25,7 @@ from angeljax.models.layers import AttentionFn, Linear
 from angeljax.models.staged import StagedPrefill, prefill_pruned
 from angeljax.models.vision_tower import VisionTower
 from angeljax.tokens import Prompt, Pruned, apply_selection, token_positions
-from angeljax.tokens._signals import PruneFn, choose
+from angeljax.tokens._signals import PruneFn, argument, choose
 from angeljax.tokens.apply import PositionPolicy
 
 
@@ -210,9 +210,7 @@ class LlavaModel:
                 f"pixels must be [B, 3, H, W] or [B, M, 3, H, W], not {pixels.shape}"
             )
         if attention and c.select == "full":
-            raise ValueError(
-                'attention is of patches: it needs a model of select="default"'
-            )
+            raise ValueError('attention is of patches: it needs select="default"')
         batch = pixels.shape[0]
         run = c.vision_layers
         middle = 9 * run // 23 if object_layer is None else object_layer
@@ -367,10 +365,7 @@ class LlavaModel:
             return generate(
                 self.text, params["text"], embeds=embeds, mask=mask, **sampling
             )
-        # Arrays that the function carries are arguments; it is a pytree or has none.
-        fn = (
-            prune if jax.tree.leaves(prune) != [prune] else jax.tree_util.Partial(prune)
-        )
+        fn = argument(prune)
         options: dict[str, Any] = {"model": self, "position_policy": position_policy}
         if layer is None:
             inputs = _pruned(*given, fn, **options)

@@ -126,7 +126,7 @@ def prefill_pruned(
       [(1, 1, 16, 8), (1, 1, 10, 8)]
     """
     layers = (layer,) if isinstance(layer, int) else tuple(layer)
-    prunes = (prune,) * len(layers) if callable(prune) else tuple(prune)
+    prunes = tuple(prune) if isinstance(prune, Sequence) else (prune,) * len(layers)
     _check(model, layers, prunes, prompt)
     at = token_positions(where, length=prompt.length)
     at = jnp.broadcast_to(at, (len(prompt.embeds), at.shape[-1]))

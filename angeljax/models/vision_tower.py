@@ -319,7 +319,7 @@ class VisionLayer(nnx.Module):
     def attention(
         self, x: jax.Array, *, class_token: bool
     ) -> tuple[jax.Array, jax.Array]:
-        """Saliency of the patches, float32 `[B, N]`, and their keys' mean over heads."""
+        """Saliency of the patches, float32 `[B, N]`, and the mean of their keys."""
         y, attn = self.attn_norm(x), self.attn
         q, k = attn.split(attn.q_proj(y)), attn.split(attn.k_proj(y))
         if not class_token:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,20 @@ from angeljax.tokens._selection import Selection
 PruneFn = Callable[..., Selection]
 
 
-def choose(fn: PruneFn, embeds: jax.Array, **signals: Any) -> Selection:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """A function without arrays as an argument of compiled ones."""
+
+    fn: PruneFn = dataclasses.field(metadata={"static": True})
+
+
+def argument(fn: PruneFn) -> Any:
+    """The function as a pytree: itself if it is one, and carries its arrays along."""
+    return Static(fn) if jax.tree.leaves(fn) == [fn] else fn
+
+
+def choose(fn: Any, embeds: jax.Array, **signals: Any) -> Selection:
     """`fn(embeds, ...)` with the signals that it has parameters for and are not None.
 
     Raises:
@@ -29,6 +43,7 @@ def choose(fn: PruneFn, embeds: jax.Array, **signals: Any) -> Selection:
       >>> choose(loudest, x, mask=jnp.ones((1, 3), bool), attn=None).indices.tolist()
       [[1, 2]]
     """
+    fn = fn.fn if isinstance(fn, Static) else fn
     takes = parameters(fn)
     given = {
         name: value
