@@ -50,12 +50,12 @@ def unit(rows: jax.Array) -> jax.Array:
 
 
 def cosines(a: jax.Array, b: jax.Array) -> jax.Array:
-    """float32 `[..., A, B]`: of every row of `a` `[..., A, D]` with every one of `b`."""
+    """float32 `[..., A, B]`, of rows `a` `[..., A, D]` and `b` `[..., B, D]`."""
     return jnp.einsum("...ad,...bd->...ab", unit(a), unit(b), precision=_HIGHEST)
 
 
 def min_max(scores: jax.Array, mask: jax.Array) -> jax.Array:
-    """`(s - min s) / (max s - min s + 1e-6)` over the real tokens of a row, 0 elsewhere.
+    """`(s - min s) / (max s - min s + 1e-6)` over the real tokens, 0 elsewhere.
 
     `[..., N]` of any float dtype to float32; equal scores become zeros.
     """

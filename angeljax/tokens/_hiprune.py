@@ -19,7 +19,7 @@ def hiprune(tokens: Tokens, *, alpha: float = 0.1, width: int | None = None) -> 
         buffers    = the anchors' four neighbours in the image
         registers  = topK(attn) of the rest, until there are K
 
-    (arXiv 2508.00553, section 3.3). Attention is what each token receives
+    (arXiv 2508.00553). Attention is what each token receives
     (`received_attention`): `attn` in the last layer, `object_attn` in one in the
     middle. Arguments are those of `prune`.
 

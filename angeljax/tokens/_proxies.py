@@ -76,7 +76,9 @@ def received_attention(
 def cls_attention(
     q: jax.Array, k: jax.Array, *, mask: jax.Array | None = None
 ) -> jax.Array:
-    """What the class token looks at: mean_h softmax_j(q_h . k_hj / sqrt(d)).
+    """What the class token looks at.
+
+        a_j = mean_h softmax_j(q_h . k_hj / sqrt(d))
 
     The saliency of VisionZip (arXiv 2412.04467), VisPruner (2412.01818) and PruMerge
     (2403.15388) for towers with a class token, as CLIP's. The softmax is over the
@@ -103,8 +105,10 @@ def last_token_attention(
 ) -> jax.Array:
     """What one token of the prompt looks at among the vision tokens, for `fastv`.
 
-    mean_h softmax_j(q_h . k_hj / sqrt(d)), with the softmax over the vision tokens alone
-    (FastV, arXiv 2403.06764, as AngelSlim computes it).
+        a_j = mean_h softmax_j(q_h . k_hj / sqrt(d))
+
+    with the softmax over the vision tokens alone (FastV, arXiv 2403.06764, as AngelSlim
+    computes it).
 
     Args:
       q: `[..., heads, d]`, query of the last text token, after its rotary embedding.
@@ -134,7 +138,7 @@ def last_token_attention(
 def text_relevance(embeds: jax.Array, text: jax.Array) -> jax.Array:
     """How far a token is from the prompt: -mean_m cos(x_i, t_m).
 
-    CDPruner's relevance (arXiv 2506.10967, section 3.2). The sign is that of the
+    CDPruner's relevance (arXiv 2506.10967). The sign is that of the
     published code: CLIP's patch embeddings lie *away* from the text that describes
     them. For embeddings that lie nearer to what they mean, negate it.
 

@@ -30,7 +30,7 @@ def score_tokens(
 ) -> jax.Array:
     """The learned importance of each token, for `idpruner` and `visionselector`.
 
-    The scorer is attention without softmax and values (arXiv 2510.16598, section 3.2):
+    The scorer is attention without softmax and values (arXiv 2510.16598):
 
         w_i = mean_j (W_q x_i + b_q) . (W_k x_j + b_k) / sqrt(h)
 
