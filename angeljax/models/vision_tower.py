@@ -200,7 +200,7 @@ class VisionTower(nnx.Module):
           layer: which of the hidden states, where 0 are the embeddings and -1 is behind
             the last layer, before the norm that follows. (`post_norm` is that norm.)
           attention: layers whose attention is wanted, from 0; negative ones count from
-            the last one that runs.
+            the last of all, whether it runs or not.
 
         Returns:
           `VisionFeatures`.
@@ -217,10 +217,12 @@ class VisionTower(nnx.Module):
         last = layers_run(layer, total)
         if last > len(self.layers):
             raise ValueError(f"layer={layer}: the tower has {len(self.layers)} layers")
-        for number in attention:
-            if not -last <= number < last:
-                raise ValueError(f"attention of layer {number}: {last} layers run")
-        wanted = [number % last for number in attention]
+        wanted = [n + total if n < 0 else n for n in attention]
+        for given, number in zip(attention, wanted, strict=True):
+            if not 0 <= number < last:
+                raise ValueError(
+                    f"attention of layer {given}: layers 0 to {last - 1} of {total} run"
+                )
         x = self.embed(pixels.astype(self.dtype))
         if self.pre_norm is not None:
             x = self.pre_norm(x)

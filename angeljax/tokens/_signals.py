@@ -28,8 +28,19 @@ def argument(fn: PruneFn) -> Any:
     return Static(fn) if jax.tree.leaves(fn) == [fn] else fn
 
 
-def choose(fn: Any, embeds: jax.Array, **signals: Any) -> Selection:
+def choose(
+    fn: Any, embeds: jax.Array, *, takes: PruneFn | None = None, **signals: Any
+) -> Selection:
     """`fn(embeds, ...)` with the signals that it has parameters for and are not None.
+
+    Args:
+      fn: the function, or an `argument` with one.
+      embeds: float `[..., N, D]`.
+      takes: the function whose parameters count, where it is another.
+      **signals: what the host has.
+
+    Returns:
+      The `Selection`.
 
     Raises:
       ValueError: what came back is no `Selection` of these tokens.
@@ -44,11 +55,11 @@ def choose(fn: Any, embeds: jax.Array, **signals: Any) -> Selection:
       [[1, 2]]
     """
     fn = fn.fn if isinstance(fn, Static) else fn
-    takes = parameters(fn)
+    known = parameters(fn if takes is None else takes)
     given = {
         name: value
         for name, value in signals.items()
-        if value is not None and (takes is None or name in takes)
+        if value is not None and (known is None or name in known)
     }
     chosen = fn(embeds, **given)
     if not isinstance(chosen, Selection):
@@ -62,6 +73,12 @@ def choose(fn: Any, embeds: jax.Array, **signals: Any) -> Selection:
             f"{list(embeds.shape[:-1])}"
         )
     return chosen
+
+
+def wanted_layers(fn: Any) -> dict[str, int | None]:
+    """`attn_layer` and `object_layer` of a `TokenPruner`; None leaves it to the host."""
+    fn = fn.fn if isinstance(fn, Static) else fn
+    return {n: getattr(fn, n, None) for n in ("attn_layer", "object_layer")}
 
 
 def parameters(fn: PruneFn) -> frozenset[str] | None:

@@ -47,7 +47,9 @@ def randomise(model, seed):
         norm = "norm" in key and key.endswith("weight")
         noise = rng.normal(size=value.shape) * 0.25
         state[key] = (float(norm) + noise).astype(np.float16)
-    model.load_state_dict({k: torch.tensor(v.astype(np.float32)) for k, v in state.items()})
+    model.load_state_dict(
+        {k: torch.tensor(v.astype(np.float32)) for k, v in state.items()}
+    )
     return state
 
 
@@ -64,9 +66,7 @@ def tower(name, kind, config):
     model = kind(config).float().eval()
     state = randomise(model, len(name))
     pixels = np.random.default_rng(1).normal(size=(2, 3, 13, 13)).astype(np.float32)
-    out = model(
-        torch.tensor(pixels), output_hidden_states=True, output_attentions=True
-    )
+    out = model(torch.tensor(pixels), output_hidden_states=True, output_attentions=True)
     save(
         name,
         config,

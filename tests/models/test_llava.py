@@ -16,6 +16,7 @@ from angeljax.models import (
     load_llava,
     load_vision_tower,
 )
+from angeljax.recipe import TokensOptions
 from angeljax.tokens import fastv, hiprune, visionzip
 from tests.models._files import GOLDEN
 
@@ -221,6 +222,21 @@ def test_configurations(tmp_path):
     arrays.pop("w:model.multi_modal_projector.linear_2.bias")
     with pytest.raises(ModelError, match="no tensor for projector/linear_2/bias"):
         load_llava(write(tmp_path / "cut", arrays))
+
+
+def test_layers_of_attention(loaded):
+    x = loaded("llava_clip")  # two of three layers run
+    pixels = jnp.asarray(golden("llava_clip")["pixels"])
+    run = functools.partial(x.model.encode_images, x.params, attention=True)
+    first = jax.jit(functools.partial(run, attn_layer=-3, object_layer=1))(pixels)
+    usual = jax.jit(run)(pixels)
+    np.testing.assert_allclose(first.object_attn, usual.attn, rtol=1e-5)
+    np.testing.assert_allclose(first.attn, usual.object_attn, rtol=1e-5)
+    with pytest.raises(ValueError, match="attention of layer -1: layers 0 to 1 of 3"):
+        run(pixels, attn_layer=-1)
+    fn = TokensOptions(method="fastv", keep=2, attn_layer=-1).prune_fn()
+    with pytest.raises(ValueError, match="attention of layer -1"):
+        x.model.pruned_prompt(x.params, jnp.zeros((2, 12), int), pixels, prune=fn)
 
 
 def test_wrong_pixels(loaded):
