@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -41,7 +41,7 @@ _FIELDS = {  # ours: name in config.json
     "image_size": "image_size",
     "patch_size": "patch_size",
 }
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
@@ -123,14 +123,16 @@ class VisionTowerConfig:
         kind = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}.get(
             data.get("model_type", ""), data.get("model_type", "clip_vision_model")
         )
-        full = {**_DEFAULTS.get(kind, {}), **data}
+        full: dict[str, Any] = {**_DEFAULTS.get(kind, {}), **data}
         if full.get("num_channels", 3) != 3:
             raise ModelError("vision_config: num_channels must be 3")
+        sizes: dict[str, Any]
+        sizes = {ours: full.get(theirs) for ours, theirs in _FIELDS.items()}
         return cls(
             model_type=kind,
             norm_eps=full.get("layer_norm_eps", 1e-6),
             activation=full.get("hidden_act", "gelu"),
-            **{ours: full.get(theirs) for ours, theirs in _FIELDS.items()},
+            **sizes,
         )
 
 

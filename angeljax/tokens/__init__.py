@@ -20,8 +20,8 @@ from angeljax.tokens._proxies import (
     received_attention,
     text_relevance,
 )
-from angeljax.tokens._pruner import TokenPruner
 from angeljax.tokens._prumerge import prumerge, prumerge_plus
+from angeljax.tokens._pruner import TokenPruner
 from angeljax.tokens._registry import methods, prune
 from angeljax.tokens._scope import scope
 from angeljax.tokens._scorer import (
