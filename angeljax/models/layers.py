@@ -57,6 +57,23 @@ class RMSNorm(nnx.Module):
         return {"norm": self.scale[...], "norm_eps": self.eps}
 
 
+class LayerNorm(nnx.Module):
+    """Layer normalisation with statistics in float32 (arXiv 1607.06450)."""
+
+    def __init__(self, size: int, eps: float, *, dtype: Any, rngs: nnx.Rngs) -> None:
+        self.scale = nnx.Param(_ONES(rngs.params(), (size,), dtype))
+        self.bias = nnx.Param(_ZEROS(rngs.params(), (size,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        y = wide * jax.lax.rsqrt(variance + self.eps)
+        y = y * self.scale[...].astype(jnp.float32)
+        return (y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions and an optional cache."""
 
