@@ -10,10 +10,17 @@ from angeljax.models.config import DecoderConfig, ModelError
 from angeljax.models.decoder import Decoder
 from angeljax.models.features import Features
 from angeljax.models.fusion import fuse_projections, split_projections
-from angeljax.models.generate import Generated, decode_step, filter_logits, generate
+from angeljax.models.generate import (
+    Generated,
+    decode_step,
+    filter_logits,
+    generate,
+    generate_after,
+)
 from angeljax.models.language_model import LanguageModel, stack_layers, unstack_layers
 from angeljax.models.loading import LoadedModel, load_config, load_model
 from angeljax.models.serving import prepare_decoder
+from angeljax.models.staged import StagedCache, StagedPrefill, prefill_pruned
 from angeljax.models.tokenizer import Tokenizer
 
 __all__ = [
@@ -26,6 +33,8 @@ __all__ = [
     "LanguageModel",
     "LoadedModel",
     "ModelError",
+    "StagedCache",
+    "StagedPrefill",
     "Tokenizer",
     "causal_attention",
     "decode_step",
@@ -33,9 +42,11 @@ __all__ = [
     "filter_logits",
     "fuse_projections",
     "generate",
+    "generate_after",
     "init_cache",
     "load_config",
     "load_model",
+    "prefill_pruned",
     "prepare_decoder",
     "split_projections",
     "stack_layers",

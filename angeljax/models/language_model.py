@@ -18,6 +18,7 @@ from angeljax.models.config import DecoderConfig
 from angeljax.models.decoder import Decoder
 from angeljax.models.features import Features
 from angeljax.models.layers import AttentionFn, Block
+from angeljax.models.staged import StagedCache, apply_staged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,12 +137,26 @@ class LanguageModel:
         deepstack: Sequence[jax.Array] | None = None,
         next_position: jax.Array | None = None,
         mask: jax.Array | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | StagedCache | None = None,
         last_only: bool = False,
         start: int | None = None,
         total: int | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
-        """`Decoder.__call__` as a pure function."""
+    ) -> tuple[jax.Array, Any]:
+        """`Decoder.__call__` as a pure function.
+
+        Also goes on after `prefill_pruned`, with its cache: only `tokens` or `embeds`,
+        `mask` and `last_only` are then looked at.
+        """
+        if isinstance(cache, StagedCache):
+            return apply_staged(
+                self,
+                params,
+                cache,
+                tokens,
+                embeds=embeds,
+                mask=mask,
+                last_only=last_only,
+            )
         return self.bind(params)(
             tokens,
             embeds=embeds,

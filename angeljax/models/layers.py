@@ -99,18 +99,10 @@ class Attention(nnx.Module):
             c.head_dim,
         )
 
-    def __call__(
-        self,
-        x: jax.Array,
-        rotation: tuple[jax.Array, jax.Array],
-        mask: jax.Array | Prefill | Step,
-        cache: Store | None,
-        attention_fn: AttentionFn,
-        *,
-        norm: RMSNorm,
-    ) -> tuple[jax.Array, Store | None]:
-        """`x + attention(norm(x))`, and the cache with the new tokens."""
-        residual = x
+    def project(
+        self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], norm: RMSNorm
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values `[B, T, heads, head_dim]` of `norm(x)`, rotated."""
         b, t, _ = x.shape
         if self.fused:
             n_q, n_kv = self.widths
@@ -124,7 +116,22 @@ class Attention(nnx.Module):
         v = v.reshape(b, t, self.kv_heads, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        return rotate(q, *rotation), rotate(k, *rotation), v
+
+    def __call__(
+        self,
+        x: jax.Array,
+        rotation: tuple[jax.Array, jax.Array],
+        mask: jax.Array | Prefill | Step,
+        cache: Store | None,
+        attention_fn: AttentionFn,
+        *,
+        norm: RMSNorm,
+    ) -> tuple[jax.Array, Store | None]:
+        """`x + attention(norm(x))`, and the cache with the new tokens."""
+        residual = x
+        b, t, _ = x.shape
+        q, k, v = self.project(x, rotation, norm)
         if cache is not None:
             own = k.astype(cache.k.dtype), v.astype(cache.v.dtype)
             pages = cache.pages
