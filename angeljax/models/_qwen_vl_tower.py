@@ -65,28 +65,29 @@ class VisionAttention(nnx.Module):
         parts, at = [], 0
         for frames in groups:
             end = at + frames.count * frames.size
-            piece = [y[at:end] for y in (q, k, v[0])]
-            parts.append(_in_frames(*piece, frames, self.windowed))
+            piece = (q[at:end], k[at:end], v[0, at:end])
+            parts.append(_in_frames(piece, frames, self.windowed))
             at = end
         y = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
         return self.o_proj(y.reshape(len(x), -1), residual=residual)
 
 
 def _in_frames(
-    q: jax.Array, k: jax.Array, v: jax.Array, frames: Frames, windowed: bool
+    qkv: tuple[jax.Array, jax.Array, jax.Array], frames: Frames, windowed: bool
 ) -> jax.Array:
     """`[count * size, H, D]`; all of a frame, or its windows by size."""
-    split = [x.reshape(frames.count, frames.size, *x.shape[1:]) for x in (q, k, v)]
+    heads = qkv[0].shape[1:]
+    split = [x.reshape(frames.count, frames.size, *heads) for x in qkv]
     pieces = frames.windows if windowed else ((1, frames.size),)
     parts, at = [], 0
     for count, size in pieces:
         end = at + count * size
-        shape = (frames.count * count, size, *q.shape[1:])
-        y = _attend(*(x[:, at:end].reshape(shape) for x in split))
-        parts.append(y.reshape(frames.count, count * size, *q.shape[1:]))
+        shape = (frames.count * count, size, *heads)
+        q, k, v = (x[:, at:end].reshape(shape) for x in split)
+        parts.append(_attend(q, k, v).reshape(frames.count, count * size, *heads))
         at = end
     y = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
-    return y.reshape(q.shape)
+    return y.reshape(qkv[0].shape)
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

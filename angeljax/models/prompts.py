@@ -28,9 +28,9 @@ def decoder_inputs(prompt: Prompt | Pruned) -> dict[str, Any]:
       >>> sorted(name for name, value in inputs.items() if value is not None)
       ['embeds']
     """
-    after = None
+    after = prompt.next_position if isinstance(prompt, Pruned) else None
     if isinstance(prompt, Pruned):
-        prompt, after = prompt.prompt, prompt.next_position
+        prompt = prompt.prompt
     if prompt.attention_mask is not None:
         raise ValueError(
             "Prompt.attention_mask: a decoder is causal and takes `mask` only"
