@@ -12,6 +12,7 @@ import jax.numpy as jnp
 _STEPS = 64
 
 
+@jax.jit
 def soft_top_k(
     scores: jax.Array, k: jax.Array | float, mask: jax.Array | None = None
 ) -> jax.Array:

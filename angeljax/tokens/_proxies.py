@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -10,6 +12,7 @@ from angeljax.tokens import _choose
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
+@functools.partial(jax.jit, static_argnames=("merge_unit", "mean_query"))
 def received_attention(
     q: jax.Array,
     k: jax.Array,
@@ -73,6 +76,7 @@ def received_attention(
     return total.reshape(*mask.shape[:-1], n // merge_unit, merge_unit).sum(-1)
 
 
+@jax.jit
 def cls_attention(
     q: jax.Array, k: jax.Array, *, mask: jax.Array | None = None
 ) -> jax.Array:
@@ -100,6 +104,7 @@ def cls_attention(
     return last_token_attention(q, k, mask=mask)
 
 
+@jax.jit
 def last_token_attention(
     q: jax.Array, k: jax.Array, *, mask: jax.Array | None = None
 ) -> jax.Array:
@@ -135,6 +140,7 @@ def last_token_attention(
     return weights[..., 0, :].mean(-2)
 
 
+@jax.jit
 def text_relevance(embeds: jax.Array, text: jax.Array) -> jax.Array:
     """How far a token is from the prompt: -mean_m cos(x_i, t_m).
 
@@ -184,6 +190,7 @@ def norm_importance(embeds: jax.Array, *, order: int = 2) -> jax.Array:
     return jnp.linalg.norm(embeds.astype(jnp.float32), ord=order, axis=-1)
 
 
+@jax.jit
 def distinctiveness(embeds: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """How unlike the others a token is: 1 - mean_j cos(x_i, x_j).
 

@@ -307,7 +307,7 @@ def apportion(
     high = jnp.max(jnp.where(size > 0, size / jnp.maximum(weight, 1e-30), 0))
     low, high = jax.lax.fori_loop(0, 64, halve, (jnp.zeros_like(high), high))
     exact = share(high)
-    whole = jnp.floor(exact + 1e-4).astype(jnp.int32)
+    whole = jnp.floor(exact).astype(jnp.int32)
     # A share that is a whole number already, as all at a bound are, gets no more.
     rest = jnp.where(whole < size, exact - whole, -jnp.inf)
     place = jnp.argsort(jnp.argsort(-rest, stable=True))

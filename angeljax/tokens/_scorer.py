@@ -25,6 +25,7 @@ _NAMES = {
 }
 
 
+@jax.jit
 def score_tokens(
     scorer: Scorer, embeds: jax.Array, mask: jax.Array | None = None
 ) -> jax.Array:

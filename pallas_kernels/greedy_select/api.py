@@ -44,8 +44,8 @@ def greedy_select(
       come last, in the order of v.
     - "facility" (SCOPE, arXiv 2510.24214):
       `sum(max(0, S[i, l] - c[l]) for l) * v[i] ** weight` with
-      `c[l] = max(0, max(S[j, l] for j in C))`. Tokens that add nothing come last, in the
-      order of v.
+      `c[l] = max(0, max(S[j, l] for j in C))`. Tokens that add nothing come last, in
+      the order of v.
 
     Ties go to the lowest index. Every prefix of a choice is the choice for a smaller K,
     as long as `parallel` is 1.

@@ -82,7 +82,7 @@ class _Mmr:
     def __init__(self, gram: Any, importance: Any, valid: Any, s: Settings) -> None:
         del valid
         self.gram, self.importance = gram, importance
-        self.base, self.factor = _terms.mmr_terms(importance, s)
+        self.base, self.factor = _terms.mmr_base(importance, s), _terms.mmr_factor(s)
 
     def start(self) -> jax.Array:
         return jnp.full(self.base.shape, -jnp.inf, jnp.float32)
