@@ -28,9 +28,14 @@ def decoder_inputs(prompt: Prompt | Pruned) -> dict[str, Any]:
       >>> sorted(name for name, value in inputs.items() if value is not None)
       ['embeds']
     """
-    after = prompt.next_position if isinstance(prompt, Pruned) else None
+    after, planes = None, ()
     if isinstance(prompt, Pruned):
+        after = prompt.next_position
+        # Those that stood beside the vision tokens alone are spread out.
+        planes = tuple(map(prompt.spread, prompt.prompt.deepstack))
         prompt = prompt.prompt
+    else:
+        planes = tuple(prompt.deepstack)
     if prompt.attention_mask is not None:
         raise ValueError(
             "Prompt.attention_mask: a decoder is causal and takes `mask` only"
@@ -40,7 +45,7 @@ def decoder_inputs(prompt: Prompt | Pruned) -> dict[str, Any]:
     return {
         "embeds": prompt.embeds,
         "positions": prompt.positions,
-        "deepstack": prompt.deepstack or None,
+        "deepstack": planes or None,
         "next_position": after,
         "mask": prompt.mask,
     }
