@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -101,10 +102,22 @@ def group_adjacent(
         raise ValueError(
             f"mask must be {list(embeds.shape[:2])}, not {list(mask.shape)}"
         )
-    x = unit(embeds)
     parallel = n <= _PARALLEL if form == "auto" else form == "parallel"
+    return _group(embeds, mask, threshold, parallel=parallel)
+
+
+# Outside of a `jit`, one program instead of many small ones.
+@functools.partial(jax.jit, static_argnames="parallel")
+def _group(
+    embeds: jax.Array,
+    mask: jax.Array,
+    threshold: float | jax.Array,
+    *,
+    parallel: bool,
+) -> Groups:
     group = _parallel if parallel else _scan
-    starts, scores = jax.vmap(group, in_axes=(0, 0, None))(x, mask, threshold)
+    by_clip = jax.vmap(group, in_axes=(0, 0, None))
+    starts, scores = by_clip(unit(embeds), mask, threshold)
     scores = jnp.where(mask & ~starts, scores, jnp.inf)
     return Groups(starts=starts & mask, scores=scores, mask=mask)
 

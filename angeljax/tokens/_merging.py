@@ -11,7 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from angeljax.tokens._attention_weights import AttentionWeights, Heads, pool_attention
+from angeljax.tokens._attention_weights import (
+    HEADS,
+    AttentionWeights,
+    Heads,
+    pool_attention,
+)
 from angeljax.tokens._keep import keep_count
 from angeljax.tokens._selection import Selection
 from pallas_kernels import greedy_select
@@ -24,6 +29,39 @@ Weights = Literal["attention", "uniform"]
 Pruner = Literal["dpp", "mmr"]
 # An array is the attention of all heads between all frames, still to be pooled.
 Attention = AttentionWeights | tuple[jax.Array, jax.Array] | jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What all methods have and no array says; see `samp`."""
+
+    keep: int | float
+    weights: Weights
+    relevance: Heads
+    pruner: Pruner | None
+    weight: float
+    rounding: Rounding
+    least: int
+
+    def __post_init__(self) -> None:
+        _one_of("weights", self.weights, WEIGHTS)
+        _one_of("relevance", self.relevance, HEADS)
+        _one_of("rounding", self.rounding, ROUNDINGS)
+        if self.pruner is not None:
+            _one_of("pruner", self.pruner, PRUNERS)
+        if type(self.least) is not int or self.least < 1:
+            raise ValueError(f"least={self.least!r} must be an integer of 1 or more")
+
+    def kept_of(self, n: int) -> np.ndarray:
+        """int32 `[n + 1]`: tokens kept of 0, 1, ... n real ones."""
+        most = keep_count(n, self.keep)
+        if isinstance(self.keep, numbers.Integral):
+            return np.minimum(np.arange(n + 1), most).astype(np.int32)
+        # In Python's floats: float32 rounds some halves away.
+        how = round if self.rounding == "round" else math.floor
+        share = float(self.keep)
+        kept = [min(max(how(i * share), self.least), i) for i in range(n + 1)]
+        return np.asarray(kept, np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +87,7 @@ class Clips:
     real: jax.Array
 
     @classmethod
-    def of(
-        cls,
-        embeds: jax.Array,
-        mask: jax.Array | None,
-        keep: int | float,
-        rounding: Rounding = "round",
-        least: int = 1,
-    ) -> Clips:
+    def of(cls, embeds: jax.Array, mask: jax.Array | None, options: Options) -> Clips:
         """Checks the arguments that all methods have, and moves the padding back."""
         single = embeds.ndim == 2
         if embeds.ndim not in (2, 3):
@@ -71,7 +102,7 @@ class Clips:
         if single:
             embeds, mask = embeds[None], None if mask is None else mask[None]
         batch, n, _ = embeds.shape
-        table = kept_of(n, keep, rounding, least)
+        table = options.kept_of(n)
         if mask is None:
             full = jnp.ones((batch, n), bool)
             counts = jnp.full(batch, table[-1])
@@ -126,8 +157,7 @@ def token_weights(
     clips: Clips,
     attn: Attention | None,
     importance: jax.Array | None,
-    weights: Weights,
-    relevance: Heads,
+    options: Options,
 ) -> tuple[jax.Array, jax.Array]:
     """Weights of merging and relevance for pruning, float32 `[B, N]`.
 
@@ -135,19 +165,18 @@ def token_weights(
       ValueError: neither attention nor importance is there though `weights` is
         "attention", or shapes that do not go together.
     """
-    one_of("weights", weights, WEIGHTS)
-    if attn is None and importance is None and weights == "attention":
+    if attn is None and importance is None and options.weights == "attention":
         raise ValueError(
             'give attn (or importance), or weights="uniform" to merge and prune '
             "without attention"
         )
-    summed = None if attn is None else _summed(clips, attn, relevance)
+    summed = None if attn is None else _summed(clips, attn, options.relevance)
     ones = clips.mask.astype(jnp.float32)
     if importance is not None:
         relevant = clips.row("importance", importance)
     else:
         relevant = ones if summed is None else clips.row("attn", summed.diagonal)
-    if weights == "uniform":
+    if options.weights == "uniform":
         return ones, relevant
     if summed is None:
         return relevant, relevant
@@ -203,24 +232,22 @@ def choose(
     rows: jax.Array,
     relevant: jax.Array,
     leaders: jax.Array,
-    pruner: Pruner,
-    weight: float,
+    options: Options,
 ) -> jax.Array:
-    """The rows to keep of those at `leaders`: int32 `[B, K]` in order of choice."""
-    one_of("pruner", pruner, PRUNERS)
+    """What the pruner keeps of the rows at `leaders`, in order: int32 `[B, K]`."""
     relevant = jax.lax.stop_gradient(relevant)
     # Neither depends on the scale, and attention to oneself may be tiny.
     high = jnp.max(relevant, axis=-1, keepdims=True, where=leaders, initial=0)
     relevant = relevant / jnp.where(high > 0, high, 1)
-    if pruner == "mmr":
+    if options.pruner == "mmr":
         low = jnp.min(relevant, axis=-1, keepdims=True, where=leaders, initial=1)
         relevant = (relevant - low) / (1 - low + 1e-6)
     return greedy_select(
         jnp.where(leaders[..., None], rows, 0),
         relevant,
         clips.num_keep,
-        objective=pruner,
-        weight=weight,
+        objective=options.pruner or "dpp",
+        weight=options.weight,
         mask=leaders,
         counts=clips.counts,
     )
@@ -241,24 +268,10 @@ def ranks(scores: jax.Array, among: jax.Array, *, descending: bool) -> jax.Array
     return jnp.where(among, rank, scores.shape[-1])
 
 
-def one_of(name: str, value: object, known: tuple[str, ...]) -> None:
+def _one_of(name: str, value: object, known: tuple[str, ...]) -> None:
     """Raises ValueError with what is known."""
     if value not in known:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
-
-
-def kept_of(n: int, keep: int | float, rounding: Rounding, least: int) -> np.ndarray:
-    """Tokens kept of 0, 1, ... n real ones."""
-    one_of("rounding", rounding, ROUNDINGS)
-    if isinstance(least, bool) or not isinstance(least, int) or least < 1:
-        raise ValueError(f"least={least!r} must be an integer of 1 or more")
-    most = keep_count(n, keep)
-    if isinstance(keep, numbers.Integral):
-        return np.minimum(np.arange(n + 1), most).astype(np.int32)
-    # In Python's floats: float32 rounds some halves away.
-    how = round if rounding == "round" else math.floor
-    kept = [min(max(how(i * float(keep)), least), i) for i in range(n + 1)]
-    return np.asarray(kept, np.int32)
 
 
 def _sums(x: jax.Array, owner: jax.Array) -> jax.Array:

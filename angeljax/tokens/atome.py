@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from angeljax.tokens import _merging
 from angeljax.tokens._attention_weights import Heads
 from angeljax.tokens._grouping import adjacent_cosine, check_threshold
-from angeljax.tokens._merging import Attention, Clips, Pruner, Rounding, Weights
+from angeljax.tokens._merging import (
+    Attention,
+    Clips,
+    Options,
+    Pruner,
+    Rounding,
+    Weights,
+)
 from angeljax.tokens._selection import Selection
 
 
@@ -64,26 +74,46 @@ def atome(
       >>> chosen.indices.tolist(), chosen.merged[0].tolist()
       ([0, 2, 3, 4], [1.0, 0.125])
     """
-    clips = Clips.of(embeds, mask, keep, rounding, least)
-    heavy, relevant = _merging.token_weights(
-        clips, attn, importance, weights, relevance
+    check_threshold(threshold)
+    options = Options(
+        keep=keep,
+        weights=weights,
+        relevance=relevance,
+        pruner=pruner,
+        weight=weight,
+        rounding=rounding,
+        least=least,
     )
+    return _atome(embeds, importance, mask, attn, threshold, options)
+
+
+# Outside of a `jit`, one program instead of many small ones.
+@functools.partial(jax.jit, static_argnames="options")
+def _atome(
+    embeds: jax.Array,
+    importance: jax.Array | None,
+    mask: jax.Array | None,
+    attn: Attention | None,
+    threshold: float | jax.Array,
+    options: Options,
+) -> Selection:
+    clips = Clips.of(embeds, mask, options)
+    heavy, relevant = _merging.token_weights(clips, attn, importance, options)
     n = clips.mask.shape[1]
     place = jnp.arange(n, dtype=jnp.int32)
     owner = jnp.where(clips.mask, place, n)
     leaders = clips.mask
-    if pruner is None:
-        for _ in range(_rounds(n, keep, rounding, least)):
+    if options.pruner is None:
+        for _ in range(_rounds(options.kept_of(n))):
             owner, leaders = _round(clips, heavy, owner, leaders, None)
     else:
-        check_threshold(threshold)
         owner, leaders = _round(clips, heavy, owner, leaders, threshold)
     rows = _merging.merge(clips.embeds, heavy, owner)
-    if pruner is None:
+    if options.pruner is None:
         order = _merging.first_of(leaders, clips.num_keep)
     else:
         relevant = _merging.mean_of(relevant, owner)
-        order = _merging.choose(clips, rows, relevant, leaders, pruner, weight)
+        order = _merging.choose(clips, rows, relevant, leaders, options)
     return clips.selection(order, rows)
 
 
@@ -117,10 +147,10 @@ def _round(
     return owner, leaders & (target == jnp.arange(n))
 
 
-def _rounds(n: int, keep: int | float, rounding: Rounding, least: int) -> int:
+def _rounds(kept_of: np.ndarray) -> int:
     """Rounds until every possible number of tokens fits its budget."""
     most = 0
-    for length, kept in enumerate(_merging.kept_of(n, keep, rounding, least)):
+    for length, kept in enumerate(kept_of):
         rounds = 0
         while length > kept:
             length, rounds = max(kept, -(-length // 2)), rounds + 1

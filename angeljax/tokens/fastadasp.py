@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from angeljax.tokens import _merging
 from angeljax.tokens._attention_weights import Heads
 from angeljax.tokens._grouping import adjacent_cosine, check_threshold
-from angeljax.tokens._merging import Attention, Clips, Pruner, Rounding, Weights
+from angeljax.tokens._merging import (
+    Attention,
+    Clips,
+    Options,
+    Pruner,
+    Rounding,
+    Weights,
+)
 from angeljax.tokens._selection import Selection
 
 
@@ -63,15 +72,35 @@ def fastadasp(
       >>> chosen.indices.tolist(), chosen.merged[0].tolist()
       ([0, 3, 4], [1.0, 0.25])
     """
-    clips = Clips.of(embeds, mask, keep, rounding, least)
-    heavy, relevant = _merging.token_weights(
-        clips, attn, importance, weights, relevance
+    check_threshold(threshold)
+    options = Options(
+        keep=keep,
+        weights=weights,
+        relevance=relevance,
+        pruner=pruner,
+        weight=weight,
+        rounding=rounding,
+        least=least,
     )
+    return _fastadasp(embeds, importance, mask, attn, threshold, options)
+
+
+# Outside of a `jit`, one program instead of many small ones.
+@functools.partial(jax.jit, static_argnames="options")
+def _fastadasp(
+    embeds: jax.Array,
+    importance: jax.Array | None,
+    mask: jax.Array | None,
+    attn: Attention | None,
+    threshold: float | jax.Array,
+    options: Options,
+) -> Selection:
+    clips = Clips.of(embeds, mask, options)
+    heavy, relevant = _merging.token_weights(clips, attn, importance, options)
     cosine = adjacent_cosine(jax.lax.stop_gradient(clips.embeds))
     links = clips.mask[:, 1:]
     excess = clips.length - clips.counts
-    if pruner is not None:
-        check_threshold(threshold)
+    if options.pruner is not None:
         links &= cosine > threshold
     closed = _merging.ranks(cosine, links, descending=True) < excess[:, None]
     closed = jnp.pad(closed & links, ((0, 0), (1, 0)))  # with the token before
@@ -80,9 +109,9 @@ def fastadasp(
     owner = jax.lax.cummax(jnp.where(leaders, place, 0), axis=1)
     owner = jnp.where(clips.mask, owner, leaders.shape[1])
     rows = _merging.merge(clips.embeds, heavy, owner)
-    if pruner is None:
+    if options.pruner is None:
         order = _merging.first_of(leaders, clips.num_keep)
     else:
         relevant = _merging.mean_of(relevant, owner)
-        order = _merging.choose(clips, rows, relevant, leaders, pruner, weight)
+        order = _merging.choose(clips, rows, relevant, leaders, options)
     return clips.selection(order, rows)

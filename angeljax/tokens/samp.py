@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import jax
@@ -9,8 +10,15 @@ import jax.numpy as jnp
 
 from angeljax.tokens import _merging
 from angeljax.tokens._attention_weights import Heads
-from angeljax.tokens._grouping import Groups, group_adjacent
-from angeljax.tokens._merging import Attention, Clips, Pruner, Rounding, Weights
+from angeljax.tokens._grouping import Groups, check_threshold, group_adjacent
+from angeljax.tokens._merging import (
+    Attention,
+    Clips,
+    Options,
+    Pruner,
+    Rounding,
+    Weights,
+)
 from angeljax.tokens._selection import Selection
 
 
@@ -88,10 +96,35 @@ def samp(
       >>> chosen.indices.tolist(), chosen.merged.tolist()
       ([0, 3], [[1.0, 0.0625], [-1.0, 0.625]])
     """
-    clips = Clips.of(embeds, mask, keep, rounding, least)
-    heavy, relevant = _merging.token_weights(
-        clips, attn, importance, weights, relevance
+    check_threshold(threshold)
+    options = Options(
+        keep=keep,
+        weights=weights,
+        relevance=relevance,
+        pruner=pruner,
+        weight=weight,
+        rounding=rounding,
+        least=least,
     )
+    return _samp(
+        embeds, importance, mask, attn, threshold, options, self_similarity, grouping
+    )
+
+
+# Outside of a `jit`, one program instead of many small ones.
+@functools.partial(jax.jit, static_argnames=("options", "self_similarity", "grouping"))
+def _samp(
+    embeds: jax.Array,
+    importance: jax.Array | None,
+    mask: jax.Array | None,
+    attn: Attention | None,
+    threshold: float | jax.Array,
+    options: Options,
+    self_similarity: bool,
+    grouping: Literal["auto", "parallel", "scan"],
+) -> Selection:
+    clips = Clips.of(embeds, mask, options)
+    heavy, relevant = _merging.token_weights(clips, attn, importance, options)
     groups = group_adjacent(
         jax.lax.stop_gradient(clips.embeds),
         threshold=threshold,
@@ -104,7 +137,7 @@ def samp(
     rows = _merging.merge(clips.embeds, heavy, owner)
     leaders = groups.starts | released
     order = _merging.choose(
-        clips, rows, _merging.mean_of(relevant, owner), leaders, pruner, weight
+        clips, rows, _merging.mean_of(relevant, owner), leaders, options
     )
     return clips.selection(order, rows)
 

@@ -203,6 +203,7 @@ def test_roundings_of_a_share():
         ({}, "give attn"),
         ({"attn": ATTN, "threshold": 1.5}, "threshold=1.5"),
         ({"attn": ATTN, "pruner": "topk"}, "pruner='topk'"),
+        ({"attn": ATTN, "pruner": None}, "pruner=None"),
         ({"attn": ATTN, "rounding": "up"}, "rounding='up'"),
         ({"attn": ATTN, "least": 0}, "least=0"),
         ({"attn": ATTN, "weights": "plain"}, "weights='plain'"),
