@@ -106,6 +106,8 @@ def samp(
         rounding=rounding,
         least=least,
     )
+    if pruner is None:
+        raise ValueError("pruner=None: samp needs one, dpp or mmr")
     return _samp(
         embeds, importance, mask, attn, threshold, options, self_similarity, grouping
     )
