@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from angeljax.models.config import ModelError
-from angeljax.models.language_model import LanguageModel
 
 # path, name in the file, and a function that reads it as `[out, in]` (or a vector)
 Tensor = tuple[tuple[Any, ...], str, Callable[[], np.ndarray]]
@@ -18,8 +17,16 @@ Tensor = tuple[tuple[Any, ...], str, Callable[[], np.ndarray]]
 Shardings = Callable[[str, tuple[int, ...]], Any]
 
 
+@runtime_checkable
+class Architecture(Protocol):
+    """A model that knows its param tree; `LanguageModel` is one."""
+
+    def abstract(self, param_dtype: Any) -> dict[str, Any]:
+        """The tree with abstract leaves."""
+
+
 def assemble(
-    model: LanguageModel,
+    model: Architecture,
     tensors: Iterable[Tensor],
     *,
     dtype: Any,
@@ -37,6 +44,7 @@ def assemble(
     """
     abstract = model.abstract(dtype)
     want = _flatten(abstract)
+    scan_layers = getattr(model, "scan_layers", False)
     stacks: dict[tuple[Any, ...], tuple[np.ndarray, set[int]]] = {}
     values: dict[tuple[Any, ...], Any] = {}
 
@@ -50,7 +58,7 @@ def assemble(
         )
 
     for path, name, read in tensors:
-        layer = path[1] if path[0] == "layers" and model.scan_layers else None
+        layer = path[1] if path[0] == "layers" and scan_layers else None
         key = path if layer is None else ("layers", *path[2:])
         if key not in want or (layer is not None and layer >= want[key].shape[0]):
             raise ModelError(f"{file}: the configuration has no place for {name}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,21 +44,28 @@ def read_params(
     """
     tensors = (
         (path, name, read)
-        for path, name, read in _tensors(folder)
+        for path, name, read in read_tensors(folder, hf_path)
         # Checkpoints with tied embeddings may carry the head as well.
         if not (model.config.tied and path[0] == "lm_head")
     )
     return assemble(model, tensors, dtype=dtype, shardings=shardings, file=folder)
 
 
-def _tensors(folder: Path) -> Iterator[Tensor]:
+def read_tensors(
+    folder: Path, path_of: Callable[[str], tuple[Any, ...] | None]
+) -> Iterator[Tensor]:
+    """Tensors of a folder's safetensors files for which `path_of` has a place.
+
+    Raises:
+      ModelError: a file is missing or damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
     for file in _files(folder):
         try:
             with safe_open(file, framework="np") as f:
                 for name in f.keys():  # noqa: SIM118 (no mapping)
-                    path = hf_path(name)
+                    path = path_of(name)
                     if path is not None:
                         yield path, name, functools.partial(_read, f, name, file)
         except SafetensorError as e:
