@@ -25,6 +25,7 @@ import numpy as np
 from jax import lax
 
 _LEAST = float(np.finfo(np.float32).min)
+LARGE = -_LEAST  # finite, so that differences are numbers
 # A token of a DPP whose variance, given the chosen ones, is below both of these (the
 # second relative to the variance that it started with) lies in their span.
 DPP_FLOOR = 1e-12
@@ -72,6 +73,26 @@ def mmr_terms(importance: jax.Array, s: Settings) -> tuple[jax.Array, float]:
     # The barrier keeps the product out of the subtraction that follows it.
     base = lax.optimization_barrier(importance * np.float32(s.weight))
     return base, float(np.float32(1) - np.float32(s.weight))
+
+
+def mmr_start(
+    importance: jax.Array, valid: jax.Array, s: Settings
+) -> tuple[jax.Array, jax.Array, float]:
+    """Scores of the first choice, `mmr_terms` with -inf where there is no token."""
+    base, factor = mmr_terms(importance, s)
+    first, base = (jnp.where(valid, x, -jnp.inf) for x in (importance, base))
+    return first, jnp.where(base == 0, 0.0, base), factor
+
+
+def one_launch(n: int, settings: Settings, most: int) -> str | None:
+    """One clause if kernels of one thread block for each row cannot run this."""
+    if settings.objective != "mmr":
+        return f"objective {settings.objective!r} (it takes 'mmr')"
+    if settings.parallel != 1:
+        return f"parallel={settings.parallel} (it takes 1)"
+    if n > most:
+        return f"{n} tokens (it takes up to {most})"
+    return None
 
 
 def tiered(

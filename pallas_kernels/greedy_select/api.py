@@ -93,11 +93,12 @@ def greedy_select(
         num_select, n, objective, weight, parallel, precision, importance is not None
     )
     settings = Settings(int(num_select), objective, float(weight), int(parallel))
-    name = implementation or choose(batch, n, settings)
+    rows = n + (_gram.padding(n) if gram is None else 0)
+    name = implementation or choose(batch, rows, settings)
     module = module_of(_call.PACKAGE, name)
     if implementation is not None:
         why = None if name == "tpu" else elsewhere(name)
-        why = why or module.unsupported(batch, n, settings)
+        why = why or module.unsupported(batch, rows, settings)
         if why is not None:
             raise KernelError(
                 f"implementation {name!r} cannot run this: {why}; use "
@@ -129,11 +130,20 @@ def _run(
     settings: Settings,
 ) -> jax.Array:
     embeds, importance, gram = jax.lax.stop_gradient((embeds, importance, gram))
+    given = gram if embeds is None else embeds
+    assert given is not None
+    n, shape = given.shape[1], given.shape[:2]
+    valid = jnp.ones(shape, bool) if mask is None else mask
+    importance = _terms.clean(importance, valid, settings)
     if gram is None:
         assert embeds is not None
+        rest = _gram.padding(n)
+        if rest:
+            embeds = jnp.pad(embeds, ((0, 0), (0, rest), (0, 0)))
+            importance, valid = (
+                jnp.pad(x, ((0, 0), (0, rest))) for x in (importance, valid)
+            )
         gram = _gram.cosine(embeds, precision)
-    valid = jnp.ones(gram.shape[:2], bool) if mask is None else mask
-    importance = _terms.clean(importance, valid, settings)
     limit = _terms.limits(valid, counts, settings.num_select)
     run = _call.function(name, settings)
-    return run(gram.astype(jnp.float32), importance, valid, limit)
+    return jnp.minimum(run(gram.astype(jnp.float32), importance, valid, limit), n)
