@@ -3,6 +3,8 @@
 The rest of angeljax does not import this package: it works on anybody's model.
 """
 
+from angeljax.models._qwen2_audio_config import AudioEncoderConfig, Qwen2AudioConfig
+from angeljax.models._qwen2_audio_loading import LoadedQwen2Audio, load_qwen2_audio
 from angeljax.models.attention import causal_attention, dense_attention
 from angeljax.models.biases import add_biases
 from angeljax.models.cache import KVCache, init_cache
@@ -13,11 +15,14 @@ from angeljax.models.fusion import fuse_projections, split_projections
 from angeljax.models.generate import Generated, decode_step, filter_logits, generate
 from angeljax.models.language_model import LanguageModel, stack_layers, unstack_layers
 from angeljax.models.loading import LoadedModel, load_config, load_model
+from angeljax.models.qwen2_audio import AudioTokens, Qwen2AudioModel, audio_lengths
 from angeljax.models.serving import prepare_decoder
 from angeljax.models.tokenizer import Tokenizer
 
 __all__ = [
     "add_biases",
+    "AudioEncoderConfig",
+    "AudioTokens",
     "Decoder",
     "DecoderConfig",
     "Features",
@@ -25,8 +30,12 @@ __all__ = [
     "KVCache",
     "LanguageModel",
     "LoadedModel",
+    "LoadedQwen2Audio",
     "ModelError",
+    "Qwen2AudioConfig",
+    "Qwen2AudioModel",
     "Tokenizer",
+    "audio_lengths",
     "causal_attention",
     "decode_step",
     "dense_attention",
@@ -36,6 +45,7 @@ __all__ = [
     "init_cache",
     "load_config",
     "load_model",
+    "load_qwen2_audio",
     "prepare_decoder",
     "split_projections",
     "stack_layers",
