@@ -1,8 +1,15 @@
-"""Language models of our own, loaded from other people's files.
+"""Language and speech models of our own, loaded from other people's files.
 
 The rest of angeljax does not import this package: it works on anybody's model.
 """
 
+from angeljax.models._audio import read_audio
+from angeljax.models._mel import log_mel
+from angeljax.models._transcribe import encode_audio, transcribe
+from angeljax.models._whisper_config import WhisperConfig
+from angeljax.models._whisper_decode import transcribe_tokens
+from angeljax.models._whisper_layers import EncoderAttention
+from angeljax.models._whisper_loading import LoadedWhisper, load_whisper
 from angeljax.models.attention import causal_attention, dense_attention
 from angeljax.models.biases import add_biases
 from angeljax.models.cache import KVCache, init_cache
@@ -15,29 +22,41 @@ from angeljax.models.language_model import LanguageModel, stack_layers, unstack_
 from angeljax.models.loading import LoadedModel, load_config, load_model
 from angeljax.models.serving import prepare_decoder
 from angeljax.models.tokenizer import Tokenizer
+from angeljax.models.whisper import EncodedAudio, WhisperModel
 
 __all__ = [
-    "add_biases",
     "Decoder",
     "DecoderConfig",
+    "EncodedAudio",
+    "EncoderAttention",
     "Features",
     "Generated",
     "KVCache",
     "LanguageModel",
     "LoadedModel",
+    "LoadedWhisper",
     "ModelError",
     "Tokenizer",
+    "WhisperConfig",
+    "WhisperModel",
+    "add_biases",
     "causal_attention",
     "decode_step",
     "dense_attention",
+    "encode_audio",
     "filter_logits",
     "fuse_projections",
     "generate",
     "init_cache",
     "load_config",
     "load_model",
+    "load_whisper",
+    "log_mel",
     "prepare_decoder",
+    "read_audio",
     "split_projections",
     "stack_layers",
+    "transcribe",
+    "transcribe_tokens",
     "unstack_layers",
 ]
