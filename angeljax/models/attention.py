@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -90,3 +92,11 @@ def token_attention(
 
 def _attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     return jax.nn.dot_product_attention(q, k, v, mask=mask)
+
+
+def attend_mask(queries: jax.Array, keys: jax.Array, window: Any) -> jax.Array:
+    """bool `[B, 1, T, S]`: which key each query sees; window 0 sees all before it."""
+    distance = queries[:, :, None] - keys[:, None, :]
+    seen = (keys[:, None, :] >= 0) & (distance >= 0)
+    near = (distance < window) | (jnp.asarray(window) == 0)
+    return (seen & near)[:, None]

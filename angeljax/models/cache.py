@@ -28,11 +28,14 @@ class KVCache:
         array `[layers, B, num_kv_heads, slots, head_dim]`; keys after rotation. The
         decoder takes both and gives back what it took. Unrolled layers are fastest with
         the tuple, scanned ones with the array.
-      positions: int32 `[B, slots]`, position of each slot, -1 for padding and for
-        slots that are not filled.
+      positions: int32 `[B, slots]`, how many tokens of the row precede that of each
+        slot, -1 for padding and for slots that are not filled.
       length: int32 scalar, slots that are filled.
       pages: bounds of the keys for sparse decoding, stacked or apart as `k` is; None
         without.
+      rope_delta: int32 `[B]`, rotary position of the next token less the number of
+        tokens before it, so that decoding goes on where a prompt with images, or with
+        pruned tokens, ended; None where the two are the same.
     """
 
     k: Layers
@@ -40,6 +43,7 @@ class KVCache:
     positions: jax.Array
     length: jax.Array
     pages: KeyPages | tuple[KeyPages, ...] | None = None
+    rope_delta: jax.Array | None = None
 
     def store(self, layer: int, real: jax.Array | None = None) -> Store:
         """What an unrolled layer reads and writes."""
@@ -127,6 +131,7 @@ def init_cache(
         positions=jnp.full((batch, slots), -1, jnp.int32),
         length=jnp.zeros((), jnp.int32),
         pages=pages,
+        rope_delta=jnp.zeros(batch, jnp.int32) if config.mrope_section else None,
     )
 
 

@@ -30,6 +30,10 @@ _ROPE_NEEDS = {
 }
 
 
+# The decoders inside of models that also see.
+_TEXT_MODELS = {"qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+
+
 class ModelError(ValueError):
     """A model that cannot be read or is not supported; the message is one line."""
 
@@ -49,6 +53,9 @@ class DecoderConfig:
       rope_scaling: () or the sorted items of a Hugging Face `rope_scaling`.
       rope_factors: divisors of the rotary frequencies, as GGUF files carry them; ()
         without.
+      mrope_section: how many rotary frequencies turn with time, height and width
+        (Qwen2.5-VL, Qwen3-VL); () where positions have one axis.
+      mrope_interleaved: the three take turns (Qwen3-VL); else one run for each.
       attention_bias: bias on q, k and v (Qwen2).
       output_bias: bias on the output projection.
       mlp_bias: bias on the three projections of the MLP.
@@ -73,6 +80,8 @@ class DecoderConfig:
     rope_theta: float = 10000.0
     rope_scaling: tuple[tuple[str, Any], ...] = ()
     rope_factors: tuple[float, ...] = ()
+    mrope_section: tuple[int, ...] = ()
+    mrope_interleaved: bool = False
     attention_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
@@ -116,6 +125,12 @@ class DecoderConfig:
                 f"{len(self.rope_factors)} rope factors for a head_dim of "
                 f"{self.head_dim}"
             )
+        section = self.mrope_section
+        if section and (len(section) != 3 or sum(section) != self.head_dim // 2):
+            raise ModelError(
+                f"mrope_section must be three numbers with the sum {self.head_dim // 2}"
+                f" (half of head_dim), not {list(section)}"
+            )
         if self.windows and len(self.windows) != self.num_layers:
             raise ModelError(
                 f"{len(self.windows)} attention windows for {self.num_layers} layers"
@@ -137,6 +152,7 @@ class DecoderConfig:
           8
         """
         kind = data.get("model_type")
+        kind = _TEXT_MODELS.get(str(kind), kind)
         if kind not in MODEL_TYPES:
             raise ModelError(
                 f"model_type {kind!r} is not supported: use one of "
@@ -155,6 +171,10 @@ class DecoderConfig:
             raise ModelError("partial_rotary_factor below 1 is not supported")
         theta = rope.pop("rope_theta", None) or data.get("rope_theta") or 10000.0
         rope_type = rope.setdefault("rope_type", rope.pop("type", "default"))
+        section = tuple(rope.pop("mrope_section", ()))
+        interleaved = bool(rope.pop("mrope_interleaved", False))
+        if rope_type == "mrope":
+            rope_type = rope["rope_type"] = "default"
         positions = data.get("max_position_embeddings") or 2048
         if rope_type in ("llama3", "yarn"):
             rope.setdefault("original_max_position_embeddings", positions)
@@ -174,6 +194,8 @@ class DecoderConfig:
             activation=data.get("hidden_act", "silu"),
             rope_theta=float(theta),
             rope_scaling=() if rope_type == "default" else tuple(sorted(rope.items())),
+            mrope_section=section,
+            mrope_interleaved=interleaved,
             attention_bias=bias,
             output_bias=bias and kind != "qwen2",
             mlp_bias=bool(data.get("mlp_bias", False)),
@@ -191,6 +213,7 @@ class DecoderConfig:
             **dataclasses.asdict(self),
             "rope_scaling": dict(self.rope_scaling),
             "rope_factors": list(self.rope_factors),
+            "mrope_section": list(self.mrope_section),
             "windows": list(self.windows),
             "eos_ids": list(self.eos_ids),
         }
@@ -207,7 +230,7 @@ class DecoderConfig:
             raise ModelError(f"unknown model field {sorted(unknown)[0]!r}")
         fields = dict(data)
         fields["rope_scaling"] = tuple(sorted(fields.get("rope_scaling", {}).items()))
-        for name in ("rope_factors", "windows", "eos_ids"):
+        for name in ("rope_factors", "mrope_section", "windows", "eos_ids"):
             fields[name] = tuple(fields.get(name, ()))
         try:
             return cls(**fields)

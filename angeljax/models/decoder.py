@@ -20,14 +20,11 @@ from flax import nnx
 
 from angeljax import ops
 from angeljax.attention.decode import Step
-from angeljax.attention.prefill import (
-    Packing,
-    Prefill,
-    SparseAttention,
-    slots_by_position,
-)
+from angeljax.attention.prefill import Packing, Prefill, SparseAttention
 from angeljax.models import features
-from angeljax.models.attention import causal_attention, dense_attention
+from angeljax.models._entry import Entry, Reading
+from angeljax.models._sparse import prefill_of, sparse_or_dense, standing
+from angeljax.models.attention import attend_mask, causal_attention, dense_attention
 from angeljax.models.cache import KVCache, Store
 from angeljax.models.config import DecoderConfig
 from angeljax.models.layers import (
@@ -37,7 +34,6 @@ from angeljax.models.layers import (
     Linear,
     RMSNorm,
 )
-from angeljax.models.rope import cos_sin
 
 
 class Decoder(nnx.Module):
@@ -96,8 +92,12 @@ class Decoder(nnx.Module):
 
     def __call__(
         self,
-        tokens: jax.Array,
+        tokens: jax.Array | None = None,
         *,
+        embeds: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        deepstack: Sequence[jax.Array] | None = None,
+        next_position: jax.Array | None = None,
         mask: jax.Array | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
@@ -108,6 +108,15 @@ class Decoder(nnx.Module):
 
         Args:
           tokens: int32 `[B, T]`.
+          embeds: `[B, T, hidden_size]` in place of tokens, such as those of `embed`
+            with images among them.
+          positions: int32 `[B, T]`, the rotary positions where they are not the order
+            of the tokens; `[3, B, T]` (time, height, width) for a model with
+            `mrope_section`. What a token sees follows the order in any case.
+          deepstack: `[B, T, hidden_size]` each, added to the outputs of the first
+            layers (arXiv 2406.04334); zeros where nothing is to be added.
+          next_position: int32 `[B]`, rotary position of the token that follows, which
+            the cache keeps. Default: one more than the largest so far.
           mask: bool `[B, T]`, True for real tokens; padding may stand on either side.
           cache: continue after what it holds; T more slots must be free.
           last_only: give the logits of the last position only, `[B, 1, V]`.
@@ -122,28 +131,27 @@ class Decoder(nnx.Module):
           without a cache).
 
         Raises:
-          ValueError: sparse attention cannot serve this model, or `start` or `total`
-            cannot be.
+          ValueError: sparse attention cannot serve this model, `start` or `total`
+            cannot be, or shapes do not fit.
         """
         attention_fn = self._attention(mask, cache)
-        prompt = self._prompt(tokens.shape[1], mask, cache, start, total)
+        read = Reading.of(self.config, tokens, embeds, positions, deepstack, mask)
+        prompt = self._prefill(read.shape[1], mask, cache, start, total)
         packing = Packing.of(mask if prompt is not None else None)
-        if mask is not None:
-            tokens, mask = packing.pack(tokens), packing.pack(mask)
-        x, rotation, positions, keys = self._enter(tokens, mask, cache)
-        told = self._told(positions, keys, _standing(prompt, mask, cache, keys), cache)
-        around = rotation, mask, attention_fn
+        read = read.pack(packing)
+        x = self._embedded(read)
+        entry = Entry.of(self.config, read, cache, next_position)
+        order, keys, mask = entry.order, entry.keys, read.mask
+        told = self._told(order, keys, standing(prompt, mask, cache, keys), cache)
+        around = entry.rotation, mask, attention_fn, read.deepstack
         if self.scan_layers:
-            mask_of = self._mask_of(told, positions, keys)
+            mask_of = self._mask_of(told, order, keys)
             x, cache = self._scan(x, cache, mask_of, *around)
         else:
             x, cache = self._loop(x, cache, told, *around)
         x = packing.unpack(x, last_only=last_only)
         logits = self.head(self.norm(x))
-        if cache is None:
-            return logits, None
-        length = cache.length + tokens.shape[1]
-        return logits, dataclasses.replace(cache, positions=keys, length=length)
+        return logits, None if cache is None else entry.leave(cache)
 
     def features(
         self,
@@ -158,78 +166,32 @@ class Decoder(nnx.Module):
         count = self.config.num_layers
         wanted = features.check_layers(hidden, count)
         inside = features.check_layers(relations, count)
-        prompt = self._prompt(tokens.shape[1], mask, None, None, None)
+        prompt = self._prefill(tokens.shape[1], mask, None, None, None)
         packing = Packing.of(mask if prompt is not None else None)
-        if mask is not None:
-            tokens, mask = packing.pack(tokens), packing.pack(mask)
-        x, rotation, positions, keys = self._enter(tokens, mask, None)
-        told = self._told(positions, keys, _standing(prompt, mask, None, keys), None)
+        read = Reading.of(self.config, tokens, None, None, None, mask).pack(packing)
+        x, entry = self._embedded(read), Entry.of(self.config, read, None)
+        order, keys, mask = entry.order, entry.keys, read.mask
+        told = self._told(order, keys, standing(prompt, mask, None, keys), None)
         around = (self._attention(mask, None), wanted, inside, remat)
         if self.scan_layers:
-            mask_of = self._mask_of(told, positions, keys)
-            order = jnp.arange(count), jnp.asarray(self._windows(), jnp.int32)
-            found = features.scan(self.layers, x, rotation, mask_of, order, *around)
+            mask_of = self._mask_of(told, order, keys)
+            place = jnp.arange(count), jnp.asarray(self._windows(), jnp.int32)
+            layers = self.layers
+            found = features.scan(layers, x, entry.rotation, mask_of, place, *around)
         else:
-            found = features.loop(list(self.layers), x, rotation, told, *around)
+            found = features.loop(list(self.layers), x, entry.rotation, told, *around)
         found = jax.tree.map(packing.unpack, found)
         return features.Features(self.norm(found[0]), *found[1:])
 
-    def _prompt(
-        self,
-        length: int,
-        mask: Any,
-        cache: KVCache | None,
-        start: int | None,
-        total: int | None,
-    ) -> Prefill | None:
-        """What is known of a prefill while tracing; None where attention is dense."""
-        if not isinstance(self.attention_fn, SparseAttention):
-            return None
-        if cache is None:
-            if start:
-                raise ValueError(f"start={start} needs the cache with those tokens")
-            start = 0
-        slots = length if cache is None else cache.positions.shape[1]
-        total = slots if total is None else total
-        # Rows that end in padding are shorter than they look.
-        least = (start or 0) + (length if mask is None else 1)
-        if total < least:
-            raise ValueError(
-                f"total={total}: a prompt is no shorter than the {start or 0} tokens "
-                f"before and the {length} of this chunk"
-            )
-        windows, layers = self._windows(), self.config.num_layers
-        if all(windows) or (self.scan_layers and any(windows)):
-            raise ValueError(
-                "sparse attention is for layers without a sliding window, and "
-                + (
-                    "every layer of this model has one: leave it out"
-                    if all(windows)
-                    else "with scan_layers all must be such: use scan_layers=False"
-                )
-            )
-        if not self.attention_fn.sparse(length, total, layers):
-            return None
-        return Prefill(num_layers=layers, total=total, start=start)
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """Embeddings `[B, T, hidden_size]` of int32 tokens `[B, T]`."""
+        return ops.embed(self.embed_tokens.embedding[...], tokens, dtype=self.dtype)
 
-    def _enter(
-        self, tokens: jax.Array, mask: jax.Array | None, cache: KVCache | None
-    ) -> tuple[jax.Array, Any, jax.Array, jax.Array]:
-        """Embedded tokens, rotation, positions of the tokens and of all keys."""
-        seen = 0 if cache is None else jnp.max(cache.positions, -1, keepdims=True) + 1
-        if mask is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-            positions = positions.astype(jnp.int32) + seen
-        else:
-            count = jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1 + seen
-            positions = jnp.where(mask, count, -1)
-        keys = positions
-        if cache is not None:
-            at = (0, cache.length)
-            keys = jax.lax.dynamic_update_slice(cache.positions, positions, at)
-        rotation = cos_sin(self.config, jnp.maximum(positions, 0))
-        x = ops.embed(self.embed_tokens.embedding[...], tokens, dtype=self.dtype)
-        return x, rotation, positions, keys
+    def _embedded(self, read: Reading) -> jax.Array:
+        if read.tokens is not None:
+            return self.embed(read.tokens)
+        assert read.embeds is not None, "one of the two is given"
+        return read.embeds.astype(self.dtype)
 
     def head(self, x: jax.Array) -> jax.Array:
         """float32 logits of normalised hidden states."""
@@ -243,8 +205,12 @@ class Decoder(nnx.Module):
         if self.attention_fn is causal_attention and not plain:
             return dense_attention
         if isinstance(self.attention_fn, SparseAttention):
-            return _sparse_or_dense(self.attention_fn)
+            return sparse_or_dense(self.attention_fn)
         return self.attention_fn
+
+    def _prefill(self, length: int, *given: Any) -> Prefill | None:
+        windows, scanned = self._windows(), self.scan_layers
+        return prefill_of(self.attention_fn, windows, scanned, length, *given)
 
     def _windows(self) -> list[int]:
         return list(self.config.windows) or [0] * self.config.num_layers
@@ -257,11 +223,13 @@ class Decoder(nnx.Module):
         rotation: Any,
         real: jax.Array | None,
         attention_fn: AttentionFn,
+        planes: tuple[jax.Array, ...],
     ) -> tuple[jax.Array, KVCache | None]:
         done: list[Any] = []
         for i, (layer, mask) in enumerate(zip(self.layers, told, strict=True)):
             store = None if cache is None else cache.store(i, real)
             x, store = layer(x, rotation, mask, store, attention_fn)
+            x = x if i >= len(planes) else x + planes[i].astype(x.dtype)
             done.append(store)
             if cache is not None and not isinstance(cache.k, tuple):
                 cache = _with(cache, store.k, store.v, store.pages)
@@ -279,6 +247,7 @@ class Decoder(nnx.Module):
         rotation: Any,
         real: jax.Array | None,
         attention_fn: AttentionFn,
+        planes: tuple[jax.Array, ...],
     ) -> tuple[jax.Array, KVCache | None]:
         graphdef, state = nnx.split(self.layers)
         count = self.config.num_layers
@@ -289,6 +258,8 @@ class Decoder(nnx.Module):
                 None if x is None else jax.tree.map(lambda *x: jnp.stack(x), *x)
                 for x in kv
             )
+
+        added = jnp.stack([p.astype(x.dtype) for p in planes]) if planes else None
 
         def step(carry: Any, layer: Any) -> tuple[Any, None]:
             # The cache is carried: as an input and output of the scan it would be
@@ -301,6 +272,11 @@ class Decoder(nnx.Module):
                 store = Store(k, v, pages, cache.length, i, real)
             block = nnx.merge(graphdef, state)
             h, store = block(h, rotation, mask_of((i, window)), store, attention_fn)
+            if added is not None:
+                # Two scans, one with planes, would copy the stack of weights apart.
+                h = h + jnp.where(
+                    i < len(added), added[jnp.minimum(i, len(added) - 1)], 0
+                )
             return (h, None if store is None else store[:3]), None
 
         order = jnp.arange(count), jnp.asarray(self._windows(), jnp.int32)
@@ -358,40 +334,3 @@ class Decoder(nnx.Module):
 
 def _with(cache: KVCache, k: Any, v: Any, pages: Any) -> KVCache:
     return dataclasses.replace(cache, k=k, v=v, pages=pages)
-
-
-def _standing(
-    prompt: Prefill | None, mask: Any, cache: KVCache | None, keys: jax.Array
-) -> Prefill | None:
-    """The prefill with what only the arrays tell."""
-    if prompt is None or (mask is None and prompt.start is not None):
-        return prompt
-    if prompt.start is not None:
-        lengths = prompt.start + jnp.sum(mask, axis=-1, dtype=jnp.int32)
-        return dataclasses.replace(prompt, lengths=lengths)
-    assert cache is not None, "only a cache leaves the start open"
-    return dataclasses.replace(
-        prompt,
-        offset=jnp.max(cache.positions, axis=-1) + 1,
-        slots=slots_by_position(keys),
-        lengths=jnp.max(keys, axis=-1) + 1,
-    )
-
-
-def _sparse_or_dense(sparse: SparseAttention) -> AttentionFn:
-    """Sparse where a layer is told where its queries stand, dense under a mask."""
-
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: Any) -> jax.Array:
-        if isinstance(mask, Prefill):
-            return sparse(q, k, v, mask)
-        return dense_attention(q, k, v, mask)
-
-    return attend
-
-
-def attend_mask(queries: jax.Array, keys: jax.Array, window: Any) -> jax.Array:
-    """bool `[B, 1, T, S]`: which key each query sees; window 0 sees all before it."""
-    distance = queries[:, :, None] - keys[:, None, :]
-    seen = (keys[:, None, :] >= 0) & (distance >= 0)
-    near = (distance < window) | (jnp.asarray(window) == 0)
-    return (seen & near)[:, None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -33,8 +34,7 @@ class Generated:
 )
 def _generate(
     params: Any,
-    tokens: jax.Array,
-    mask: jax.Array | None,
+    prompt: dict[str, Any],
     key: jax.Array,
     temperature: jax.Array,
     top_p: jax.Array | None,
@@ -46,7 +46,8 @@ def _generate(
     eos_ids: tuple[int, ...],
     pad_id: int,
 ) -> Generated:
-    batch, length = tokens.shape
+    given = prompt["tokens"] if prompt["embeds"] is None else prompt["embeds"]
+    batch, length = given.shape[:2]
     empty = model.init_cache(batch, length + max_new_tokens)
 
     def choose(logits: jax.Array, key: jax.Array) -> jax.Array:
@@ -59,13 +60,7 @@ def _generate(
         return jnp.isin(token, jnp.asarray(eos_ids, jnp.int32))
 
     logits, cache = model.apply(
-        params,
-        tokens,
-        mask=mask,
-        cache=empty,
-        last_only=True,
-        start=0,
-        total=length,
+        params, **prompt, cache=empty, last_only=True, start=0, total=length
     )
     first = choose(logits[:, -1], jax.random.fold_in(key, 0))
     out = jnp.full((batch, max_new_tokens), pad_id, jnp.int32).at[:, 0].set(first)
@@ -169,9 +164,13 @@ def filter_logits(
 def generate(
     model: LanguageModel,
     params: Any,
-    tokens: jax.Array,
+    tokens: jax.Array | None = None,
     mask: jax.Array | None = None,
     *,
+    embeds: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    deepstack: Sequence[jax.Array] | None = None,
+    next_position: jax.Array | None = None,
     max_new_tokens: int,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -186,6 +185,9 @@ def generate(
       params: its param tree, compressed or not.
       tokens: int32 `[B, T]`, padded on the left.
       mask: bool `[B, T]`, True for real tokens; default all.
+      embeds, positions, deepstack, next_position: a prompt with images among its
+        tokens, in place of `tokens`; see `Decoder`. Generation goes on after the
+        largest position, or at `next_position`.
       max_new_tokens: upper limit for each row; the loop ends early when all rows have.
       temperature: 0 takes the likeliest token.
       top_k, top_p: restrict sampling; see `filter_logits`.
@@ -199,21 +201,32 @@ def generate(
       ValueError: an option is out of range, `mask` has another shape than `tokens`, or
         one of its rows is empty or ends in padding.
     """
-    tokens = jnp.asarray(tokens, jnp.int32)
-    if tokens.ndim != 2 or tokens.shape[1] == 0:
-        raise ValueError(f"tokens must be [batch, length >= 1], not {tokens.shape}")
+    if tokens is not None:
+        tokens = jnp.asarray(tokens, jnp.int32)
+        if tokens.ndim != 2 or tokens.shape[1] == 0:
+            raise ValueError(f"tokens must be [batch, length >= 1], not {tokens.shape}")
+    if (tokens is None) == (embeds is None):
+        raise ValueError("give either tokens or embeds, the other None")
     check_sampling(max_new_tokens, temperature, top_k, top_p)
     if temperature > 0 and key is None:
         raise ValueError("sampling needs a key: pass key=jax.random.key(seed)")
     if mask is not None:
-        _check_mask(mask := jnp.asarray(mask, bool), tokens)
+        given: Any = tokens if embeds is None else embeds
+        _check_mask(mask := jnp.asarray(mask, bool), given.shape[:2])
     config = model.config
     eos = config.eos_ids if eos_ids is None else tuple(eos_ids)
     pad = config.pad_id if config.pad_id is not None else (eos[0] if eos else 0)
+    prompt = {
+        "tokens": tokens,
+        "embeds": embeds,
+        "positions": positions,
+        "deepstack": None if deepstack is None else tuple(deepstack),
+        "next_position": next_position,
+        "mask": mask,
+    }
     return _generate(
         params,
-        tokens,
-        mask,
+        prompt,
         jax.random.key(0) if key is None else key,
         jnp.asarray(max(temperature, 1e-6), jnp.float32),
         None if top_p is None else jnp.asarray(top_p, jnp.float32),
@@ -240,8 +253,8 @@ def check_sampling(
         raise ValueError(f"top_k must be at least 1, not {top_k}")
 
 
-def _check_mask(mask: jax.Array, tokens: jax.Array) -> None:
-    if mask.shape != tokens.shape:
-        raise ValueError(f"mask has shape {mask.shape}, tokens have {tokens.shape}")
+def _check_mask(mask: jax.Array, shape: tuple[int, ...]) -> None:
+    if mask.shape != shape:
+        raise ValueError(f"mask has shape {mask.shape}, tokens have {shape}")
     if not bool(mask[:, -1].all()):
         raise ValueError("prompts are padded on the left: the last token must be real")

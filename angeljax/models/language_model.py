@@ -139,8 +139,12 @@ class LanguageModel:
     def apply(
         self,
         params: dict[str, Any],
-        tokens: jax.Array,
+        tokens: jax.Array | None = None,
         *,
+        embeds: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        deepstack: Sequence[jax.Array] | None = None,
+        next_position: jax.Array | None = None,
         mask: jax.Array | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
@@ -150,12 +154,20 @@ class LanguageModel:
         """`Decoder.__call__` as a pure function."""
         return self.bind(params)(
             tokens,
+            embeds=embeds,
+            positions=positions,
+            deepstack=deepstack,
+            next_position=next_position,
             mask=mask,
             cache=cache,
             last_only=last_only,
             start=start,
             total=total,
         )
+
+    def embed(self, params: dict[str, Any], tokens: jax.Array) -> jax.Array:
+        """Embeddings `[B, T, hidden_size]` of int32 tokens `[B, T]`."""
+        return self.bind(params).embed(tokens)
 
     def logits(self, params: dict[str, Any], tokens: jax.Array) -> jax.Array:
         """float32 next-token logits `[B, T, V]` of int32 tokens `[B, T]`."""

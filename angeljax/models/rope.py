@@ -2,7 +2,8 @@
 
 RoFormer (arXiv 2104.09864); linear interpolation (arXiv 2306.15595); YaRN (arXiv
 2309.00071, sections 3.2-3.4); the frequency-dependent scaling of Llama 3.1 (arXiv
-2407.21783, section 3.4.2, parameters as in its configuration files).
+2407.21783, section 3.4.2, parameters as in its configuration files); multimodal rotary
+embedding with axes for time, height and width (arXiv 2409.12191, section 2.1).
 """
 
 from __future__ import annotations
@@ -70,15 +71,35 @@ def _yarn(
     return out, float(factor)
 
 
+def axes(config: DecoderConfig) -> np.ndarray:
+    """Which of time, height and width turns each frequency, int `[head_dim / 2]`.
+
+    Qwen2.5-VL gives each axis a run of frequencies; Qwen3-VL deals them out in turn, so
+    that each axis has high and low ones, and time has what is left over.
+    """
+    sections = config.mrope_section
+    if not config.mrope_interleaved:
+        return np.repeat(np.arange(3), sections)
+    turn = np.arange(config.head_dim // 2)
+    axis = turn % 3
+    return np.where(turn < 3 * np.asarray(sections)[axis], axis, 0)
+
+
 def cos_sin(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What `rotate` multiplies by, for int positions `[B, T]`.
+    """What `rotate` multiplies by, for int positions `[B, T]`, or `[3, B, T]`.
 
     Returns:
       float32 `[B, T, 1, 1, head_dim / 2]`, and `[B, T, 1, 2, head_dim / 2]` with the
       sine as it stands in the rows of the rotation.
     """
     frequency, factor = frequencies(config)
-    angles = positions.astype(jnp.float32)[..., None, None, None] * frequency
+    where = positions.astype(jnp.float32)[..., None, None, None]
+    if positions.ndim == 3:
+        # Two of the three terms are zeros: the sum is exact, and no gather.
+        of = axes(config)
+        angles = sum(where[i] * np.where(of == i, frequency, 0) for i in range(3))
+    else:
+        angles = where * frequency
     signs = jnp.asarray([[-1.0], [1.0]], jnp.float32)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor * signs
 

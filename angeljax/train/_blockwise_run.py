@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from angeljax import _leaves, ops
-from angeljax.models.decoder import attend_mask
+from angeljax.models.attention import attend_mask
 from angeljax.models.features import run_block
 from angeljax.models.language_model import LanguageModel
 from angeljax.models.rope import cos_sin

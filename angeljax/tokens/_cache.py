@@ -1,0 +1,73 @@
+"""Fewer slots of a cache that was filled before tokens were pruned."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def check_cache(cache: Any, lead: tuple[int, ...], policy: str) -> None:
+    """Refuses a cache that cannot be pruned.
+
+    Raises:
+      ValueError: one line that says why.
+    """
+    if policy == "compact":
+        raise ValueError(
+            "Prompt.cache holds keys that were rotated to the old positions: use "
+            'position_policy="keep", or prune before the model reads the prompt'
+        )
+    if cache.pages is not None:
+        raise ValueError(
+            "Prompt.cache has pages, which hold bounds of the pruned keys as well: use "
+            "a model without sparse decoding for this prefill"
+        )
+    *batch, length = lead
+    shape = cache.positions.shape
+    if tuple(batch) != shape[:-1] or shape[-1] < length:
+        raise ValueError(
+            f"Prompt.cache has positions {shape}, and a prompt of {list(lead)} needs "
+            f"{[*batch, f'at least {length}']}"
+        )
+
+
+def prune_cache(cache: Any, slots: jax.Array, length: int) -> Any:
+    """Gathers the slots of a cache; empty ones behind the prompt stay.
+
+    Args:
+      cache: an `angeljax.models.KVCache`, a prompt of `length` tokens in its first
+        slots; with or without the batch axis.
+      slots: int32 `[B, L']` or `[L']`, from `apply_selection`; `length` is no token.
+      length: L.
+
+    Returns:
+      The same cache with `length - L'` slots fewer.
+    """
+    total, kept = cache.positions.shape[-1], slots.shape[-1]
+    rest = jnp.arange(length, total, dtype=jnp.int32)
+    rest = jnp.broadcast_to(rest, (*slots.shape[:-1], total - length))
+    # Slots of no token get an index behind all others, so that they are filled.
+    index = jnp.concatenate([jnp.where(slots < length, slots, total), rest], axis=-1)
+
+    def gather(x: jax.Array) -> jax.Array:  # [..., B, H, slots, D]
+        at = index[..., None, :, None]
+        return jnp.take_along_axis(x, at, axis=-2, mode="fill", fill_value=0)
+
+    def layers(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return tuple(map(gather, x))
+        return jax.vmap(gather)(x)
+
+    positions = jnp.take_along_axis(
+        cache.positions, index, axis=-1, mode="fill", fill_value=-1
+    )
+    return dataclasses.replace(
+        cache,
+        k=layers(cache.k),
+        v=layers(cache.v),
+        positions=positions,
+        length=cache.length - (length - kept),
+    )
