@@ -1,5 +1,6 @@
 """Fewer vision and audio tokens: selection and merging as pure functions."""
 
+from angeljax.tokens._atome import atome
 from angeljax.tokens._attention_weights import (
     AttentionWeights,
     attention_weights,
@@ -11,6 +12,7 @@ from angeljax.tokens._dart import dart
 from angeljax.tokens._diagnostics import diagnostics
 from angeljax.tokens._difftopk import soft_top_k
 from angeljax.tokens._divprune import divprune
+from angeljax.tokens._fastadasp import fastadasp
 from angeljax.tokens._fastv import fastv
 from angeljax.tokens._grouping import Groups, group_adjacent
 from angeljax.tokens._hiprune import hiprune
@@ -28,6 +30,7 @@ from angeljax.tokens._proxies import (
 )
 from angeljax.tokens._prumerge import prumerge, prumerge_plus
 from angeljax.tokens._registry import methods, prune
+from angeljax.tokens._samp import samp
 from angeljax.tokens._scope import scope
 from angeljax.tokens._scorer import (
     init_scorer,
@@ -43,9 +46,6 @@ from angeljax.tokens._visionzip import visionzip
 from angeljax.tokens._vispruner import vispruner
 from angeljax.tokens._where import span_groups, token_positions
 from angeljax.tokens.apply import Pruned, apply_selection
-from angeljax.tokens.atome import atome
-from angeljax.tokens.fastadasp import fastadasp
-from angeljax.tokens.samp import samp
 
 __all__ = [
     "AttentionWeights",

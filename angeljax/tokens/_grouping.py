@@ -9,6 +9,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from angeljax.tokens._choose import unit
+
 FORMS = ("auto", "parallel", "scan")
 _PARALLEL = 4096  # tokens up to which all pairs are compared
 
@@ -68,7 +70,7 @@ def group_adjacent(
 
     Args:
       embeds: `[B, N, D]` or `[N, D]`; cosines are float32.
-      threshold: a cosine from -1 to 1, also a traced scalar.
+      threshold: a cosine from -1 to 1, also a traced scalar, or `[B]`.
       mask: bool `[B, N]`, True for real tokens, which come first in a row.
       form: "auto" is "parallel" up to 4096 tokens.
 
@@ -116,16 +118,10 @@ def _group(
     parallel: bool,
 ) -> Groups:
     group = _parallel if parallel else _scan
-    by_clip = jax.vmap(group, in_axes=(0, 0, None))
-    starts, scores = by_clip(unit(embeds), mask, threshold)
+    per_clip = jnp.broadcast_to(threshold, embeds.shape[:1])
+    starts, scores = jax.vmap(group)(unit(embeds), mask, per_clip)
     scores = jnp.where(mask & ~starts, scores, jnp.inf)
     return Groups(starts=starts & mask, scores=scores, mask=mask)
-
-
-def unit(x: jax.Array) -> jax.Array:
-    """float32 rows of length 1; rows of zeros stay."""
-    x = x.astype(jnp.float32)
-    return x / (jnp.linalg.norm(x, axis=-1, keepdims=True) + 1e-8)
 
 
 def adjacent_cosine(embeds: jax.Array) -> jax.Array:
@@ -141,7 +137,7 @@ def check_threshold(threshold: float | jax.Array) -> None:
 
 
 def _parallel(
-    x: jax.Array, mask: jax.Array, threshold: float | jax.Array
+    x: jax.Array, mask: jax.Array, threshold: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     n = x.shape[0]
     index = jnp.arange(n)
@@ -169,7 +165,7 @@ def _orbit(following: jax.Array) -> jax.Array:
 
 
 def _scan(
-    x: jax.Array, mask: jax.Array, threshold: float | jax.Array
+    x: jax.Array, mask: jax.Array, threshold: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     del mask  # real tokens come first: what follows them changes none of their groups
 

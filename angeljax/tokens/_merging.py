@@ -1,277 +1,354 @@
-"""What the methods share that merge neighbouring tokens of audio."""
+"""From groups of neighbouring audio tokens to a method that merges and prunes."""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import functools
+import inspect
 import math
 import numbers
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from angeljax.tokens._attention_weights import (
-    HEADS,
-    AttentionWeights,
-    Heads,
-    pool_attention,
-)
-from angeljax.tokens._keep import keep_count
+from angeljax.tokens import _choose
+from angeljax.tokens._attention_weights import HEADS, AttentionWeights, pool_attention
+from angeljax.tokens._grouping import check_threshold
+from angeljax.tokens._method import Choice, Tokens, method, one_of, positive, within
 from angeljax.tokens._selection import Selection
 from pallas_kernels import greedy_select
 
-ROUNDINGS = ("round", "floor")
-WEIGHTS = ("attention", "uniform")
-PRUNERS = ("dpp", "mmr")
-Rounding = Literal["round", "floor"]
+# Options of every method that merges.
+_OPTIONS = (
+    "threshold",
+    "weights",
+    "relevance",
+    "pruner",
+    "weight",
+    "rounding",
+    "least",
+)
 Weights = Literal["attention", "uniform"]
-Pruner = Literal["dpp", "mmr"]
-# An array is the attention of all heads between all frames, still to be pooled.
-Attention = AttentionWeights | tuple[jax.Array, jax.Array] | jax.Array
+# For each token of `[R, N]` the place of the one that stands for it, N in padding, and
+# True for those that stand for themselves and others.
+Groupings = tuple[jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Settings:
     """What all methods have and no array says; see `samp`."""
 
     keep: int | float
-    weights: Weights
-    relevance: Heads
-    pruner: Pruner | None
+    full: bool  # no padding anywhere
+    weights: str
+    pruner: str | None
     weight: float
-    rounding: Rounding
+    rounding: str
     least: int
+    own: tuple[tuple[str, Any], ...]  # options of one method
 
     def __post_init__(self) -> None:
-        _one_of("weights", self.weights, WEIGHTS)
-        _one_of("relevance", self.relevance, HEADS)
-        _one_of("rounding", self.rounding, ROUNDINGS)
-        if self.pruner is not None:
-            _one_of("pruner", self.pruner, PRUNERS)
-        if type(self.least) is not int or self.least < 1:
-            raise ValueError(f"least={self.least!r} must be an integer of 1 or more")
+        one_of("weights", self.weights, ("attention", "uniform"))
+        one_of("rounding", self.rounding, ("round", "floor"))
+        within("weight", self.weight, 0, 1)
+        positive("least", self.least)
 
-    def kept_of(self, n: int) -> np.ndarray:
-        """int32 `[n + 1]`: tokens kept of 0, 1, ... n real ones."""
-        most = keep_count(n, self.keep)
-        if isinstance(self.keep, numbers.Integral):
-            return np.minimum(np.arange(n + 1), most).astype(np.int32)
+    @property
+    def own_counts(self) -> bool:
+        """Whether a share is rounded in another way than `keep_count` does."""
+        share = not isinstance(self.keep, numbers.Integral)
+        return share and (self.rounding, self.least) != ("round", 1)
+
+    def counts(self, mask: jax.Array, most: int) -> jax.Array:
+        """int32 `[R]`: tokens that rows keep, K at most."""
         # In Python's floats: float32 rounds some halves away.
         how = round if self.rounding == "round" else math.floor
-        share = float(self.keep)
-        kept = [min(max(how(i * share), self.least), i) for i in range(n + 1)]
-        return np.asarray(kept, np.int32)
+        share, n = float(self.keep), mask.shape[-1]
+        kept = [min(max(how(i * share), self.least), i, most) for i in range(n + 1)]
+        length = jnp.sum(mask, axis=-1, dtype=jnp.int32)
+        return jnp.asarray(np.asarray(kept, np.int32))[length]
 
 
 @dataclasses.dataclass(frozen=True)
 class Clips:
-    """A batch of clips whose real tokens come first.
+    """Rows whose real tokens come first, for decisions: without a gradient.
 
     Attributes:
-      embeds: `[B, N, D]`.
-      mask: bool `[B, N]`, True for real tokens, all of them before the padding.
-      counts: int32 `[B]`, tokens to keep.
-      num_keep: K, the most of them, static.
-      places: int32 `[B, N]`, where the tokens were; None if there was no mask.
-      single: the caller has one clip without a batch axis.
-      real: bool `[B, N]`, the mask as it was given.
+      embeds: float32 `[R, N, D]`.
+      mask: bool `[R, N]`, True for real tokens, all of them before the padding.
+      counts: int32 `[R]`, tokens to keep.
+      weights: float32 `[R, N]`, of means.
+      threshold: float32 `[R]`, a cosine.
+      pruned: whether a pruner follows, so that more than `counts` may be left.
     """
 
     embeds: jax.Array
     mask: jax.Array
     counts: jax.Array
-    num_keep: int
-    places: jax.Array | None
-    single: bool
-    real: jax.Array
+    weights: jax.Array
+    threshold: jax.Array
+    pruned: bool
 
-    @classmethod
-    def of(cls, embeds: jax.Array, mask: jax.Array | None, options: Options) -> Clips:
-        """Checks the arguments that all methods have, and moves the padding back."""
-        single = embeds.ndim == 2
-        if embeds.ndim not in (2, 3):
-            raise ValueError(
-                f"embeds must be [B, N, D] or [N, D], not {list(embeds.shape)}"
-            )
-        if mask is not None and mask.shape != embeds.shape[:-1]:
-            raise ValueError(
-                f"mask must be {list(embeds.shape[:-1])} as embeds, not "
-                f"{list(mask.shape)}"
-            )
-        if single:
-            embeds, mask = embeds[None], None if mask is None else mask[None]
-        batch, n, _ = embeds.shape
-        table = options.kept_of(n)
-        if mask is None:
-            full = jnp.ones((batch, n), bool)
-            counts = jnp.full(batch, table[-1])
-            return cls(embeds, full, counts, int(table[-1]), None, single, full)
-        places = jnp.argsort(~mask, axis=-1, stable=True).astype(jnp.int32)
-        length = jnp.sum(mask, axis=-1, dtype=jnp.int32)
-        return cls(
-            jnp.take_along_axis(embeds, places[..., None], axis=1),
-            jnp.arange(n) < length[:, None],
-            jnp.asarray(table)[length],
-            int(table.max()),
-            places,
-            single,
-            mask,
-        )
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return self.mask.shape[1]
 
     @property
     def length(self) -> jax.Array:
-        """int32 `[B]`: real tokens."""
+        """int32 `[R]`: real tokens."""
         return jnp.sum(self.mask, axis=-1, dtype=jnp.int32)
 
-    def row(self, name: str, x: jax.Array) -> jax.Array:
-        """Numbers `[B, N]` or `[N]` of the tokens as float32, in the order of `mask`.
 
-        Zeros in padding.
-        """
-        if self.single and x.ndim == 1:
-            x = x[None]
-        if x.shape != self.mask.shape:
-            want = list(self.mask.shape[1 if self.single else 0 :])
-            raise ValueError(f"{name} must be {want}, not {list(x.shape)}")
-        if self.places is not None:
-            x = jnp.take_along_axis(x, self.places, axis=1)
-        return jnp.where(self.mask, x.astype(jnp.float32), 0)
+def merging(
+    *, weights: Weights, pruner: str | None
+) -> Callable[[Callable[..., Groupings]], Callable[..., Selection]]:
+    """Makes a method of a function from `Clips` to groups.
 
-    def selection(self, order: jax.Array, rows: jax.Array) -> Selection:
-        """From chosen tokens `[B, K]` and the rows `[B, N, D]` that stand for them."""
-        n = self.mask.shape[1]
-        merged = jnp.take_along_axis(
-            rows, jnp.sort(order)[..., None], axis=1, mode="fill", fill_value=0
-        )
-        if self.places is not None:
-            order = jnp.take_along_axis(
-                self.places, order, axis=1, mode="fill", fill_value=n
-            )
-        chosen = Selection.of(order, n)
-        chosen = dataclasses.replace(chosen, merged=merged.astype(self.embeds.dtype))
-        return jax.tree.map(lambda x: x[0], chosen) if self.single else chosen
-
-
-def token_weights(
-    clips: Clips,
-    attn: Attention | None,
-    importance: jax.Array | None,
-    options: Options,
-) -> tuple[jax.Array, jax.Array]:
-    """Weights of merging and relevance for pruning, float32 `[B, N]`.
-
-    Raises:
-      ValueError: neither attention nor importance is there though `weights` is
-        "attention", or shapes that do not go together.
-    """
-    if attn is None and importance is None and options.weights == "attention":
-        raise ValueError(
-            'give attn (or importance), or weights="uniform" to merge and prune '
-            "without attention"
-        )
-    summed = None if attn is None else _summed(clips, attn, options.relevance)
-    ones = clips.mask.astype(jnp.float32)
-    if importance is not None:
-        relevant = clips.row("importance", importance)
-    else:
-        relevant = ones if summed is None else clips.row("attn", summed.diagonal)
-    if options.weights == "uniform":
-        return ones, relevant
-    if summed is None:
-        return relevant, relevant
-    return clips.row("attn", summed.received), relevant
-
-
-def _summed(clips: Clips, attn: Attention, relevance: Heads) -> AttentionWeights:
-    if isinstance(attn, AttentionWeights):
-        return attn
-    if isinstance(attn, tuple):
-        return AttentionWeights(received=attn[0], diagonal=attn[1])
-    attn = attn[None] if clips.single and attn.ndim == 3 else attn
-    n = clips.mask.shape[1]
-    if attn.ndim != 4 or attn.shape[-1] % n or attn.shape[-1] != attn.shape[-2]:
-        raise ValueError(
-            "attn must be AttentionWeights, (received, diagonal), or weights "
-            f"[B, heads, p * {n}, p * {n}] of p frames to each of the {n} tokens, not "
-            f"{list(attn.shape)}"
-        )
-    pool = attn.shape[-1] // n
-    return pool_attention(attn, pool, mask=clips.real, relevance=relevance)
-
-
-def merge(x: jax.Array, weights: jax.Array, owner: jax.Array) -> jax.Array:
-    """Weighted means of the tokens that have one owner: `[B, N, D]`, float32.
+    The method takes what `prune` takes, the options of `samp`, and those of the
+    function. Each group becomes the weighted mean of its tokens, and the pruner chooses
+    among these.
 
     Args:
-      x: `[B, N, D]`.
-      weights: float32 `[B, N]`, not negative. Where they sum up to 0 the mean is plain.
-      owner: int32 `[B, N]`, the place of each token's mean; N for none.
+      weights: default of the option.
+      pruner: default of the option; where it is not None the method needs one.
     """
-    n = x.shape[1]
-    total = _sums(weights, owner)
-    none = _take(total, owner) <= 0
-    weights = jnp.where(none, 1.0, weights)
-    total = _sums(weights, owner)
-    sums = _sums(weights[..., None] * x.astype(jnp.float32), owner)
-    # A group of one is its token to the bit.
-    alone = _sums(jnp.ones_like(weights), owner) == 1
-    means = sums / jnp.where(total > 0, total, 1)[..., None]
-    own = (owner == jnp.arange(n)) & alone
-    return jnp.where(own[..., None], x.astype(jnp.float32), means)
+    pruners = ("dpp", "mmr", None) if pruner is None else ("dpp", "mmr")
+
+    def wrap(core: Callable[..., Groupings]) -> Callable[..., Selection]:
+        def chosen(tokens: Tokens, *, settings: Settings) -> Choice:
+            return _chosen(tokens, core, settings)
+
+        own = list(inspect.signature(core).parameters.values())[1:]
+        known = [*_OPTIONS, *(p.name for p in own)]
+        chosen.__name__ = core.__name__
+        inner = method(batched=True, arrays={"diagonal": 0, "threshold": 0})(chosen)
+
+        @functools.wraps(core)
+        def run(
+            embeds: jax.Array,
+            *,
+            keep: int | float,
+            importance: jax.Array | None = None,
+            mask: jax.Array | None = None,
+            text: jax.Array | None = None,
+            attn: Any = None,
+            key: jax.Array | None = None,
+            groups: jax.Array | None = None,
+            quota: str = "global",
+            num_groups: int | None = None,
+            group_size: int | None = None,
+            group_keep: int | None = None,
+            threshold: float | jax.Array = 0.85,
+            weights: str = weights,
+            relevance: str = "mean",
+            pruner: str | None = pruner,
+            weight: float = 0.5,
+            rounding: str = "round",
+            least: int = 1,
+            **options: Any,
+        ) -> Selection:
+            for option in options.keys() - {p.name for p in own}:
+                raise ValueError(_unknown(core.__name__, option, known))
+            one_of("pruner", pruner, pruners)
+            one_of("relevance", relevance, HEADS)
+            check_threshold(threshold)
+            settings = Settings(
+                keep=keep,
+                full=mask is None and groups is None,
+                weights=weights,
+                pruner=pruner,
+                weight=weight,
+                rounding=rounding,
+                least=least,
+                own=tuple(options.items()),
+            )
+            if settings.own_counts and quota == "proportional":
+                raise ValueError(
+                    'rounding and least are for a share of each row: quota="'
+                    'proportional" shares out one budget'
+                )
+            if weights == "attention" and attn is None and importance is None:
+                raise ValueError(
+                    f'{core.__name__} with weights="attention" needs attn, such as '
+                    "angeljax.tokens.attention_weights computes, or importance [B, N]; "
+                    'weights="uniform" needs neither'
+                )
+            embeds = jnp.asarray(embeds)
+            received, diagonal = _summed(embeds, attn, mask, relevance)
+            per_row = jnp.asarray(threshold, jnp.float32)[..., None]
+            return inner(
+                embeds,
+                keep=keep,
+                importance=importance,
+                mask=mask,
+                text=text,
+                attn=received,
+                key=key,
+                groups=groups,
+                quota=quota,
+                num_groups=num_groups,
+                group_size=group_size,
+                group_keep=group_keep,
+                diagonal=diagonal,
+                threshold=jnp.broadcast_to(per_row, embeds.shape[:-1]),
+                settings=settings,
+            )
+
+        takes = inspect.signature(run, follow_wrapped=False)
+        before = list(takes.parameters.values())[:-1]
+        run.__signature__ = takes.replace(parameters=[*before, *own])  # type: ignore[attr-defined]
+        return run
+
+    return wrap
 
 
-def mean_of(values: jax.Array, owner: jax.Array) -> jax.Array:
-    """Plain means of numbers `[B, N]` that have one owner."""
-    sizes = _sums(jnp.ones_like(values), owner)
-    return _sums(values, owner) / jnp.maximum(sizes, 1)
+def _chosen(
+    tokens: Tokens,
+    core: Callable[..., Groupings],
+    settings: Settings,
+) -> Choice:
+    mask, n = tokens.mask, tokens.num_tokens
+    attn, diagonal = tokens.attn, tokens.arrays.get("diagonal")
+    given = (tokens.importance, diagonal, attn)
+    relevant = next((x for x in given if x is not None), jnp.ones_like(mask, float))
+    heavy = jnp.ones_like(relevant)
+    if settings.weights == "attention":
+        heavy = relevant if attn is None else attn
+    counts = tokens.count
+    if settings.own_counts:
+        counts = settings.counts(mask, tokens.keep)
+    threshold = jnp.max(tokens.arrays["threshold"], axis=-1, where=mask, initial=-1.0)
+    places = jnp.argsort(~mask, axis=-1, stable=True)
+
+    def front(x: jax.Array) -> jax.Array:
+        """Real tokens first."""
+        if settings.full:
+            return x
+        index = places.reshape(*places.shape, *[1] * (x.ndim - 2))
+        return jnp.take_along_axis(x, index, axis=1)
+
+    real, rows = front(mask), front(tokens.rows)
+    heavy, relevant = front(heavy), front(relevant)
+    clips = Clips(
+        embeds=front(tokens.embeds),
+        mask=real,
+        counts=counts,
+        weights=heavy,
+        threshold=threshold,
+        pruned=settings.pruner is not None,
+    )
+    owner, leaders = core(clips, **dict(settings.own))
+    rows = merge(rows, heavy, owner)
+    if settings.pruner is None:
+        order = _choose.first(first_of(leaders)[:, : tokens.keep], counts, n)
+    else:
+        order = _pruned(
+            rows, _mean(relevant, owner), leaders, counts, tokens.keep, settings
+        )
+    if not settings.full:
+        order = jnp.take_along_axis(places, order, axis=1, mode="fill", fill_value=n)
+        back = jnp.argsort(places, axis=-1)
+        rows = jnp.take_along_axis(rows, back[..., None], axis=1)
+    return order.astype(jnp.int32), rows
 
 
-def choose(
-    clips: Clips,
+def _pruned(
     rows: jax.Array,
     relevant: jax.Array,
     leaders: jax.Array,
-    options: Options,
+    counts: jax.Array,
+    num_keep: int,
+    settings: Settings,
 ) -> jax.Array:
-    """What the pruner keeps of the rows at `leaders`, in order: int32 `[B, K]`."""
-    relevant = jax.lax.stop_gradient(relevant)
-    # Neither depends on the scale, and attention to oneself may be tiny.
+    """What the pruner keeps of the rows at `leaders`, in order: int32 `[R, K]`."""
+    # No pruner depends on the scale, and attention to oneself may be tiny.
     high = jnp.max(relevant, axis=-1, keepdims=True, where=leaders, initial=0)
     relevant = relevant / jnp.where(high > 0, high, 1)
-    if options.pruner == "mmr":
-        low = jnp.min(relevant, axis=-1, keepdims=True, where=leaders, initial=1)
-        relevant = (relevant - low) / (1 - low + 1e-6)
+    if settings.pruner == "mmr":
+        relevant = _choose.min_max(relevant, leaders)
     return greedy_select(
         jnp.where(leaders[..., None], rows, 0),
         relevant,
-        clips.num_keep,
-        objective=options.pruner or "dpp",
-        weight=options.weight,
+        num_keep,
+        objective=settings.pruner or "",
+        weight=settings.weight,
         mask=leaders,
-        counts=clips.counts,
+        counts=counts,
     )
 
 
-def first_of(leaders: jax.Array, num_keep: int) -> jax.Array:
-    """The True places of `[B, N]` in ascending order: int32 `[B, K]`, N where none."""
+def merge(x: jax.Array, weights: jax.Array, owner: jax.Array) -> jax.Array:
+    """Weighted means of the tokens that have one owner: `[R, N, D]`, float32.
+
+    Args:
+      x: `[R, N, D]`.
+      weights: float32 `[R, N]`, not negative. Where they sum up to 0 the mean is plain.
+      owner: int32 `[R, N]`, the place of each token's mean; N for none.
+    """
+    weights = jnp.where(_at(_sums(weights, owner), owner) > 0, weights, 1.0)
+    total = _sums(weights, owner)
+    sums = _sums(weights[..., None] * x.astype(jnp.float32), owner)
+    means = sums / jnp.where(total > 0, total, 1)[..., None]
+    # A group of one is its token to the bit.
+    alone = _sums(jnp.ones_like(weights), owner) == 1
+    own = alone & (owner == jnp.arange(x.shape[1]))
+    return jnp.where(own[..., None], x.astype(jnp.float32), means)
+
+
+def first_of(leaders: jax.Array) -> jax.Array:
+    """The True places of `[R, N]` in ascending order, then N: int32 `[R, N]`."""
     n = leaders.shape[1]
     places = jnp.where(leaders, jnp.arange(n, dtype=jnp.int32), n)
-    return jnp.sort(places, axis=-1)[:, :num_keep]
+    return jnp.sort(places, axis=-1)
 
 
 def ranks(scores: jax.Array, among: jax.Array, *, descending: bool) -> jax.Array:
-    """Ranks of `[B, N]` from 0 where `among`; ties by place; N or more elsewhere."""
+    """Ranks of `[R, N]` from 0 where `among`; ties by place; N elsewhere."""
     scores = -scores if descending else scores
     order = jnp.argsort(jnp.where(among, scores, jnp.inf), axis=-1, stable=True)
     rank = jnp.argsort(order, axis=-1, stable=True)
     return jnp.where(among, rank, scores.shape[-1])
 
 
-def _one_of(name: str, value: object, known: tuple[str, ...]) -> None:
-    """Raises ValueError with what is known."""
-    if value not in known:
-        raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}")
+def _summed(
+    embeds: jax.Array, attn: Any, mask: jax.Array | None, relevance: str
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Attention received and to oneself, of any of the forms that `samp` takes."""
+    if attn is None:
+        return None, None
+    if isinstance(attn, AttentionWeights):
+        return attn.received, attn.diagonal
+    if isinstance(attn, tuple):
+        return attn[0], attn[1]
+    attn, n = jnp.asarray(attn), embeds.shape[-2]
+    if attn.ndim != embeds.ndim + 1:  # received only, of all heads or their mean
+        return attn, None
+    if attn.shape[-1] % n or attn.shape[-1] != attn.shape[-2]:
+        raise ValueError(
+            f"attn must be [B, heads, p * {n}, p * {n}] for p frames to each of {n} "
+            f"tokens, not {list(attn.shape)}"
+        )
+    pool = attn.shape[-1] // n
+    heads: Any = relevance
+    summed = pool_attention(attn, pool, mask=mask, relevance=heads)
+    return summed.received, summed.diagonal
+
+
+def _unknown(name: str, option: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(option, known, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{name} has no option {option!r}: {hint}its options: {', '.join(known)}"
+
+
+def _mean(values: jax.Array, owner: jax.Array) -> jax.Array:
+    """Plain means of numbers `[R, N]` that have one owner."""
+    sizes = _sums(jnp.ones_like(values), owner)
+    return _sums(values, owner) / jnp.maximum(sizes, 1)
 
 
 def _sums(x: jax.Array, owner: jax.Array) -> jax.Array:
@@ -279,5 +356,5 @@ def _sums(x: jax.Array, owner: jax.Array) -> jax.Array:
     return jnp.zeros_like(x).at[rows, owner].add(x, mode="drop")
 
 
-def _take(x: jax.Array, owner: jax.Array) -> jax.Array:
+def _at(x: jax.Array, owner: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, owner, axis=1, mode="fill", fill_value=0)

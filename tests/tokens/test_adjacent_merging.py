@@ -49,10 +49,17 @@ def test_needs_attention_only_where_it_says_so():
         plain = method(X, keep=0.5, mask=MASK)
         again = method(X, keep=0.5, mask=MASK, attn=(RECEIVED, ITSELF))
         np.testing.assert_array_equal(plain.merged, again.merged)
-        with pytest.raises(ValueError, match="give attn"):
+        with pytest.raises(ValueError, match="needs attn"):
             method(X, keep=0.5, weights="attention")
         with pytest.raises(ValueError, match="threshold=2"):
             method(X, keep=0.5, pruner="dpp", threshold=2)
+
+
+def test_gradients_reach_the_members_of_a_mean():
+    for method, _ in METHODS.values():
+        one = functools.partial(method, keep=1)
+        gradient = jax.grad(lambda x, one=one: one(x).merged.sum())(X[0])
+        np.testing.assert_allclose(gradient, np.full(X[0].shape, 1 / N), rtol=1e-5)
 
 
 def test_smallest_clips():

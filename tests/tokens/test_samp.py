@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from angeljax.tokens import AttentionWeights, group_adjacent, keep_count, samp
+from angeljax.tokens import AttentionWeights, group_adjacent, keep_count, prune, samp
 from tests.tokens import _audio_oracles as oracle
 from tests.tokens._sounds import D, N, clips, compare
 
@@ -173,6 +173,30 @@ def test_attention_of_all_heads_and_other_weights(rng):
 ATTN_2 = RECEIVED[:2], np.ones_like(ITSELF[:2])
 
 
+def test_by_name_and_clip_by_clip():
+    by_name = prune(X, method="samp", keep=0.5, attn=ATTN, mask=MASK, threshold=0.6)
+    alone = run(X, ATTN, MASK, 0.6)
+    np.testing.assert_array_equal(by_name.merged, alone.merged)
+    # Two clips in a row of tokens, each with its own share.
+    a, b = 10, N - 10
+    groups = np.repeat([0, 1], [a, b])
+    attn = RECEIVED[0], ITSELF[0]
+    both = samp(
+        X[0], keep=0.5, attn=attn, threshold=0.6, groups=groups, quota="per_group"
+    )
+    merged = []
+    for part in (slice(0, a), slice(a, N)):
+        some = tuple(x[part] for x in attn)
+        merged.append(samp(X[0][part], keep=0.5, attn=some, threshold=0.6).merged)
+    assert int(both.count) == 12
+    np.testing.assert_allclose(both.merged[:12], np.concatenate(merged), rtol=1e-5)
+    # A threshold for each row, and attention received alone.
+    each = samp(X[:2], keep=0.5, attn=RECEIVED[:2], threshold=jnp.array([0.6, 0.85]))
+    for row, threshold in enumerate((0.6, 0.85)):
+        got = samp(X[row], keep=0.5, importance=RECEIVED[row], threshold=threshold)
+        np.testing.assert_array_equal(each.indices[row], got.indices)
+
+
 def test_gradients_and_dtypes():
     def loss(x):
         chosen = samp(x, keep=0.5, attn=ATTN, mask=MASK, threshold=0.6)
@@ -193,26 +217,34 @@ def test_roundings_of_a_share():
     count = lambda **o: samp(x, mask=mask, weights="uniform", **o).count.tolist()  # noqa: E731
     assert count(keep=0.5) == [4, 2, 1, 0]  # 3.5, 1.5, 0.5 to the even one, 1 at least
     assert count(keep=0.5, rounding="floor", least=2) == [3, 2, 1, 0]
-    assert count(keep=0.1, least=2) == [2, 2, 1, 0]
+    assert count(keep=0.3, least=2) == [2, 2, 1, 0]
     assert count(keep=3) == [3, 3, 1, 0]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "give attn"),
+        ({}, "needs attn"),
         ({"attn": ATTN, "threshold": 1.5}, "threshold=1.5"),
-        ({"attn": ATTN, "pruner": "topk"}, "pruner='topk'"),
-        ({"attn": ATTN, "pruner": None}, "pruner=None"),
-        ({"attn": ATTN, "rounding": "up"}, "rounding='up'"),
-        ({"attn": ATTN, "least": 0}, "least=0"),
-        ({"attn": ATTN, "weights": "plain"}, "weights='plain'"),
+        ({"attn": ATTN, "pruner": "topk"}, "pruner must be .* not 'topk'"),
+        ({"attn": ATTN, "pruner": None}, "pruner must be .* not None"),
+        ({"attn": ATTN, "rounding": "up"}, "rounding must be .* not 'up'"),
+        ({"attn": ATTN, "relevance": "sum"}, "relevance must be .* not 'sum'"),
+        ({"attn": ATTN, "least": 0}, "least must be"),
+        ({"attn": ATTN, "weights": "plain"}, "weights must be .* not 'plain'"),
         ({"attn": ATTN, "grouping": "tree"}, "form='tree'"),
+        ({"attn": ATTN, "treshold": 0.5}, "did you mean threshold"),
         ({"attn": np.ones((NUMBER, 2, N, N + 1))}, "attn must be"),
         ({"attn": (RECEIVED[:, 1:], ITSELF)}, "attn must be"),
+        ({"attn": (RECEIVED, ITSELF[:, 1:])}, "diagonal must be"),
         ({"importance": ITSELF[:3]}, "importance must be"),
         ({"attn": ATTN, "mask": MASK[:, 1:]}, "mask must be"),
         ({"attn": ATTN, "keep": N + 1}, "keep=25"),
+        (
+            {"attn": ATTN, "groups": np.zeros((NUMBER, N), int), "least": 2}
+            | {"quota": "proportional"},
+            "rounding and least",
+        ),
     ],
 )
 def test_says_what_is_wrong(options, message):
