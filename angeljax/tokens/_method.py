@@ -21,7 +21,7 @@ from angeljax.tokens._selection import Selection
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """The rows that a method chooses from, checked; one row `[N, ...]` or `[B, N, ...]`.
+    """The rows that a method chooses from, checked; `[N, ...]` or `[B, N, ...]`.
 
     Attributes:
       embeds: float32 `[B, N, D]`, without a gradient.
@@ -206,6 +206,8 @@ def _tokens(
     single = rows.ndim == 2
     lead = rows.shape[:-1]
     num_tokens = lead[-1]
+    if not num_tokens:
+        raise ValueError(f"embeds has no tokens: its shape is {list(rows.shape)}")
     static = keep_count(num_tokens, keep)
     if importance is not None:
         importance = _floats("importance", importance, lead)

@@ -68,20 +68,24 @@ def limits(valid: jax.Array, counts: jax.Array | None, num_select: int) -> jax.A
     return limit
 
 
-def mmr_terms(importance: jax.Array, s: Settings) -> tuple[jax.Array, float]:
-    """`weight * importance` and the factor of similarities, of the score of MMR."""
+def mmr_factor(s: Settings) -> float:
+    """What similarities are multiplied by, a float32."""
+    return float(np.float32(1) - np.float32(s.weight))
+
+
+def mmr_base(importance: jax.Array, s: Settings) -> jax.Array:
+    """`weight * importance`, of which similarities are subtracted."""
     # The barrier keeps the product out of the subtraction that follows it.
     base = lax.optimization_barrier(importance * np.float32(s.weight))
-    return base, float(np.float32(1) - np.float32(s.weight))
+    return jnp.where(base == 0, 0.0, base)
 
 
 def mmr_start(
     importance: jax.Array, valid: jax.Array, s: Settings
-) -> tuple[jax.Array, jax.Array, float]:
-    """Scores of the first choice, `mmr_terms` with -inf where there is no token."""
-    base, factor = mmr_terms(importance, s)
-    first, base = (jnp.where(valid, x, -jnp.inf) for x in (importance, base))
-    return first, jnp.where(base == 0, 0.0, base), factor
+) -> tuple[jax.Array, jax.Array]:
+    """Scores of the first choice and `mmr_base`, -inf where there is no token."""
+    first, base = importance, mmr_base(importance, s)
+    return jnp.where(valid, first, -jnp.inf), jnp.where(valid, base, -jnp.inf)
 
 
 def one_launch(n: int, settings: Settings, most: int) -> str | None:
@@ -126,3 +130,15 @@ def facility_scale(importance: jax.Array, s: Settings) -> jax.Array:
     if s.weight in (0, 1):
         return importance if s.weight else jnp.ones_like(importance)
     return lax.optimization_barrier(importance ** np.float32(s.weight))
+
+
+def gains(
+    units: jax.Array, covered: jax.Array, scale: jax.Array, importance: jax.Array
+) -> jax.Array:
+    """Keys of facility: what rows of `units` add to `covered`; see `tiered`.
+
+    Exact sums and one rounding each, so a gain has the same bits however many rows are
+    looked at, and never rises as tokens are covered.
+    """
+    gain = exact_sum(jnp.maximum(units - covered, 0))
+    return tiered(gain * scale, 0.0, importance)

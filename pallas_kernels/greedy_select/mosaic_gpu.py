@@ -75,7 +75,8 @@ def select(
 ) -> jax.Array:
     """See `_terms`; `tuning` overrides fields of `Shape`."""
     batch, n = importance.shape
-    first, base, factor = _terms.mmr_start(importance, valid, settings)
+    first, base = _terms.mmr_start(importance, valid, settings)
+    factor = _terms.mmr_factor(settings)
     rest = -n % 4  # rows are read by 16 bytes
     if rest:
         gram = jnp.pad(gram, ((0, 0), (0, rest), (0, rest)))
@@ -94,6 +95,15 @@ def warps_for(n: int) -> int:
     return next((w for w in (4, 8) if n <= 128 * w * 3), 16)
 
 
+def scratch(c: Shape) -> tuple[int, int]:
+    """Words of shared memory.
+
+    The best of every warp, twice: one barrier a step then is enough. And words that are
+    fetched early, which nothing reads.
+    """
+    return 4 * c.warps, -(-c.n // 8)
+
+
 @functools.lru_cache(maxsize=512)
 def build(c: Shape) -> Callable[..., jax.Array]:
     """The kernel `(gram, first, base, limit) -> order`."""
@@ -102,8 +112,9 @@ def build(c: Shape) -> Callable[..., jax.Array]:
         from pallas_kernels.greedy_select import _lanes
 
         types = (plgpu.RefType(),) * 7
-        emit = functools.partial(_emit, c, _lanes)
-        plgpu.inline_mgpu(arg_types=types)(lambda _, *refs: emit(*refs))(*refs)
+        plgpu.inline_mgpu(arg_types=types)(lambda _, *inner: emit(c, _lanes, *inner))(
+            *refs
+        )
 
     return plgpu.kernel(
         body,
@@ -112,11 +123,7 @@ def build(c: Shape) -> Callable[..., jax.Array]:
         grid_names=("row",),
         num_threads=c.warps // 4,
         thread_name="group",
-        # The best of every warp, twice: one barrier a step then is enough.
-        scratch_types=(
-            plgpu.SMEM((4 * c.warps,), jnp.int32),
-            plgpu.SMEM((-(-c.n // 8),), jnp.int32),
-        ),
+        scratch_types=tuple(plgpu.SMEM((s,), jnp.int32) for s in scratch(c)),
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
@@ -198,7 +205,7 @@ class _Block:
         return self._over_warp(m.select(columns.equals(best), lowest, keys), columns)[1]
 
 
-def _emit(
+def emit(
     c: Shape,
     m: Any,
     gram: Any,
@@ -270,4 +277,4 @@ def _fetch(c: Shape, here: _Block, row: Any, unread: Any) -> None:
             m.prefetch(m.offset(row, sector, 32))
 
 
-__all__ = ["Shape", "build", "select", "unsupported", "warps_for"]
+__all__ = ["Shape", "build", "emit", "scratch", "select", "unsupported", "warps_for"]

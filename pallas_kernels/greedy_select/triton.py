@@ -1,21 +1,19 @@
-"""Greedy selection in one launch on NVIDIA GPUs, by Pallas' Triton backend.
+"""Greedy selection in one launch as a Triton kernel, through jax-triton: for NVIDIA
+GPUs from Ampere on. Nothing of Triton is imported before a call.
 
-A thread block takes one row of the batch. Scores stay in its registers for all of the
-choices; a step is one argmax over the block and one row of the Gram matrix, which
-mostly comes from the L2 cache. So a step costs its latency, not its bytes.
+A thread block takes one row of the batch and keeps its scores in registers for all of
+the choices; a step is a maximum over the block and one row of the Gram matrix.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels import _triton
+from pallas_kernels._devices import current_device
 from pallas_kernels.greedy_select import _terms
 from pallas_kernels.greedy_select._terms import Settings
 
@@ -25,7 +23,11 @@ _MOST = 32768  # tokens whose scores fit in the registers of a block
 def unsupported(batch: int, n: int, settings: Settings) -> str | None:
     """Why this cannot run here, or None."""
     del batch
-    return _terms.one_launch(n, settings, _MOST)
+    why = _terms.one_launch(n, settings, _MOST)
+    found = getattr(current_device(), "compute_capability", None)
+    if why is None and found is not None and float(found) < 8:
+        why = f"compute capability {found} (it takes 8.0 and later)"
+    return why or _triton.missing()
 
 
 def select(
@@ -36,69 +38,51 @@ def select(
     settings: Settings,
     *,
     warps: int | None = None,
-    interpret: bool = False,
+    capability: int | None = None,
 ) -> jax.Array:
-    """See `_terms`; `warps` of a thread block is for tuning."""
+    """See `_terms`.
+
+    Args:
+      gram, importance, valid, limit, settings: as there.
+      warps: of a thread block, for tuning.
+      capability: of the GPU to compile for, such as 80; default that of the device.
+    """
+    if capability is None:
+        major, minor = str(jax.devices()[0].compute_capability).split(".")
+        capability = 10 * int(major) + int(minor)
     batch, n = importance.shape
-    first, base, factor = _terms.mmr_start(importance, valid, settings)
-    width = max(128, pl.next_power_of_2(n))
-    body = functools.partial(_body, n, width, settings.num_select, factor)
-    return pl.pallas_call(
-        body,
-        out_shape=jax.ShapeDtypeStruct((batch, settings.num_select), jnp.int32),
+    first, base = _terms.mmr_start(importance, valid, settings)
+    from pallas_kernels.greedy_select import _triton_kernel
+
+    return _triton.library().triton_call(
+        gram, first, base, limit,
+        kernel=_triton_kernel.greedy_select,
+        out_type=jax.ShapeDtypeStruct((batch, settings.num_select), jnp.int32),
         grid=(batch,),
-        in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 4,
-        out_specs=pl.BlockSpec(memory_space=pl.ANY),
-        compiler_params=plgpu.CompilerParams(
-            num_warps=warps or _warps(width), num_stages=1
-        ),
-        interpret=interpret,
         name="greedy_select",
-    )(gram, first, base, limit)
+        num_warps=warps or warps_for(n),
+        num_stages=1,
+        compute_capability=capability,
+        **constants(n, settings),
+    )  # fmt: skip
 
 
-def _warps(width: int) -> int:
+def warps_for(n: int) -> int:
     """Eight scores of a thread, as long as that takes 4 to 16 warps."""
-    return min(max(width // 256, 4), 16)
+    return min(max(_power(n) // 256, 4), 16)
 
 
-def _body(
-    n: int,
-    width: int,
-    num_select: int,
-    factor: float,
-    gram: Any,
-    first: Any,
-    base: Any,
-    limit: Any,
-    order: Any,
-) -> None:
-    batch = pl.program_id(0)
-    column = lax.broadcasted_iota(jnp.int32, (width,), 0)
-    inside = column < n
-    whole = pl.ds(0, width)
+def constants(n: int, settings: Settings) -> dict[str, Any]:
+    """What `_triton_kernel.greedy_select` is specialized for."""
+    return dict(
+        N=n,
+        WIDTH=max(_power(n), 128),
+        SLOTS=settings.num_select,
+        BLOCK_SLOTS=_power(settings.num_select),
+        FACTOR=_terms.mmr_factor(settings),
+    )
 
-    def read(ref: Any, other: float) -> jax.Array:
-        return plgpu.load(ref, mask=inside, other=other)
 
-    count = limit[batch]
-
-    def step(t: jax.Array, carry: Any) -> Any:
-        score, near, base = carry
-        # The lowest index where several are the largest.
-        best = jnp.argmax(score, axis=0).astype(jnp.int32)
-        order[batch, t] = best
-        row = read(gram.at[batch, best, whole], 0.0)
-        base = jnp.where(column == best, -jnp.inf, base)
-        near = jnp.maximum(near, row * factor)
-        return base - near, near, base
-
-    near = jnp.full((width,), -_terms.LARGE, jnp.float32)
-    score = read(first.at[batch, whole], -jnp.inf)
-    carry = score, near, read(base.at[batch, whole], -jnp.inf)
-    lax.fori_loop(0, count, step, carry)
-
-    def unused(t: jax.Array, _: None) -> None:
-        order[batch, t] = jnp.int32(n)
-
-    lax.fori_loop(count, num_select, unused, None)
+def _power(n: int) -> int:
+    """The next power of two."""
+    return 1 << (n - 1).bit_length()
