@@ -326,7 +326,7 @@ def _real(args: argparse.Namespace) -> Any:
     learn, test = (scenes.load(args.images, test=t) for t in (False, True))
     encode = loaded.tokenizer.encode
     table = scenes.questions(
-        lambda x: list(encode(x)), learn.names, loaded.tokenizer.eos_ids[0]
+        lambda x: list(encode(x)), learn.names, 2
     )
     return vlm.Toy(loaded.model.config), text, learn, test, table
 
