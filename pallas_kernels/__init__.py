@@ -7,6 +7,7 @@ from pallas_kernels.block_sparse_attention import (
     BlockLists,
     block_sparse_attention,
 )
+from pallas_kernels.greedy_select.api import greedy_select
 from pallas_kernels.quantized_matmul.api import quantized_matmul
 from pallas_kernels.ragged_matmul.api import ragged_matmul
 from pallas_kernels.ternary_matmul.api import ternary_matmul
@@ -19,6 +20,7 @@ __all__ = [
     "WeightLayout",
     "block_sparse_attention",
     "cannot_hold",
+    "greedy_select",
     "implementation_for",
     "packed_matmul",
     "prepare",

@@ -3,6 +3,8 @@
 The rest of angeljax does not import this package: it works on anybody's model.
 """
 
+from angeljax.models._llava_config import LlavaConfig
+from angeljax.models._llava_loading import LoadedLlava, load_llava, load_vision_tower
 from angeljax.models.attention import causal_attention, dense_attention
 from angeljax.models.biases import add_biases
 from angeljax.models.cache import KVCache, init_cache
@@ -18,10 +20,16 @@ from angeljax.models.generate import (
     generate_after,
 )
 from angeljax.models.language_model import LanguageModel, stack_layers, unstack_layers
+from angeljax.models.llava import ImagePrompt, ImageTokens, LlavaModel
 from angeljax.models.loading import LoadedModel, load_config, load_model
 from angeljax.models.serving import prepare_decoder
 from angeljax.models.staged import StagedCache, StagedPrefill, prefill_pruned
 from angeljax.models.tokenizer import Tokenizer
+from angeljax.models.vision_tower import (
+    VisionFeatures,
+    VisionTower,
+    VisionTowerConfig,
+)
 
 __all__ = [
     "add_biases",
@@ -29,13 +37,21 @@ __all__ = [
     "DecoderConfig",
     "Features",
     "Generated",
+    "ImagePrompt",
+    "ImageTokens",
     "KVCache",
     "LanguageModel",
+    "LlavaConfig",
+    "LlavaModel",
+    "LoadedLlava",
     "LoadedModel",
     "ModelError",
     "StagedCache",
     "StagedPrefill",
     "Tokenizer",
+    "VisionFeatures",
+    "VisionTower",
+    "VisionTowerConfig",
     "causal_attention",
     "decode_step",
     "dense_attention",
@@ -45,7 +61,9 @@ __all__ = [
     "generate_after",
     "init_cache",
     "load_config",
+    "load_llava",
     "load_model",
+    "load_vision_tower",
     "prefill_pruned",
     "prepare_decoder",
     "split_projections",

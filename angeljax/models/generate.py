@@ -201,7 +201,7 @@ def decode_step(
     Args:
       model: the architecture.
       params: its param tree, compressed or not.
-      cache: what was read before, a `KVCache` or a `StagedCache`; one slot must be free.
+      cache: what was read before, a `KVCache` or `StagedCache`; one slot must be free.
       token: int32 `[B]`.
 
     Returns:

@@ -14,11 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from angeljax.attention.prefill import SparseAttention
 from angeljax.models.cache import KVCache
 from angeljax.models.rope import cos_sin
-from angeljax.tokens import Prompt, Pruned, apply_selection, token_positions
+from angeljax.tokens import (
+    Prompt,
+    Pruned,
+    apply_selection,
+    last_token_attention,
+    token_positions,
+)
 from angeljax.tokens._signals import PruneFn, choose
 from angeljax.tokens.apply import PositionPolicy
 
@@ -68,7 +75,7 @@ def prefill_pruned(
     layer: int | Sequence[int],
     room: int,
     position_policy: PositionPolicy = "keep",
-    groups: jax.Array | None = None,
+    groups: jax.Array | np.ndarray | None = None,
 ) -> StagedPrefill:
     """Reads a prompt and prunes vision tokens on the way through the layers.
 
@@ -84,8 +91,8 @@ def prefill_pruned(
         those of these that it has parameters for: `mask` bool `[B, N]`; `attn` float32
         `[B, N]`, what the last text token pays to the vision tokens in the last layer
         that read them all, softmax over these alone, mean over heads, as in
-        AngelSlim's FastV; `text` `[B, L, D]`, hidden states of text, zeros elsewhere;
-        `groups`.
+        AngelSlim's FastV; `keys` `[B, N, Hkv * head_dim]`, rotated, of that layer;
+        `text` `[B, L, D]`, hidden states of text, zeros elsewhere; `groups`.
       layer: how many layers read all tokens, from 1; several in ascending order.
       room: slots for tokens to be decoded.
       position_policy: see `apply_selection`; of the layers behind a pruning.
@@ -119,12 +126,14 @@ def prefill_pruned(
       [(1, 1, 16, 8), (1, 1, 10, 8)]
     """
     layers = (layer,) if isinstance(layer, int) else tuple(layer)
-    prunes = (prune,) * len(layers) if callable(prune) else tuple(prune)
+    prunes = tuple(prune) if isinstance(prune, Sequence) else (prune,) * len(layers)
     _check(model, layers, prunes, prompt)
     at = token_positions(where, length=prompt.length)
     at = jnp.broadcast_to(at, (len(prompt.embeds), at.shape[-1]))
     if groups is not None:
-        groups = jnp.broadcast_to(groups, at.shape)
+        # A NumPy array stays one: then the methods can count the groups.
+        host = isinstance(groups, np.ndarray)
+        groups = (np if host else jnp).broadcast_to(groups, at.shape)
     prompt = Prompt(
         embeds=prompt.embeds,
         mask=prompt.real(),
@@ -137,13 +146,14 @@ def prefill_pruned(
         run = _Run(model, params, prompt, after, room)
         before, first = run(prompt.embeds, start, end - 1)
         x, second = run(before, end - 1, end)
-        caches.append(second if first is None else _join(first, second))
+        caches.append(_join(first, second))
         chosen = choose(
             fn,
             _take(x, at),
             mask=_take(prompt.real(), at),
             attn=run.attention(before, second, at, end - 1),
             text=jnp.where(_is_text(prompt, at)[..., None], x, 0),
+            keys=_keys(second, at),
             groups=groups,
         )
         short = apply_selection(
@@ -154,7 +164,7 @@ def prefill_pruned(
         )
         prompt, at, after = short.prompt, short.vision, short.next_position
         if groups is not None:
-            groups = _take(groups, chosen.indices)
+            groups = _take(jnp.asarray(groups), chosen.indices)
     x, last = _Run(model, params, prompt, after, room)(
         prompt.embeds, layers[-1], model.config.num_layers
     )
@@ -255,18 +265,9 @@ class _Run:
         block = self.model.bind_block(tree)
         rotation = cos_sin(config, positions)
         q, _, _ = block.attn.project(_take(x, last), rotation, block.attn_norm)
-        b, _, heads, dim = q.shape
-        k = cache.k[0]  # [B, Hkv, slots, dim], of one layer either way
-        k = jnp.take_along_axis(k, at[:, None, :, None], 2, mode="fill", fill_value=0)
-        q = q.reshape(b, k.shape[1], heads // k.shape[1], dim).astype(jnp.float32)
-        scores = jnp.einsum(
-            "bkgd,bknd->bkgn", q, k.astype(jnp.float32), precision="highest"
-        )
-        there = _take(prompt.real(), at)[:, None, None]
-        scores = jnp.where(there, scores * dim**-0.5, -jnp.inf)
-        # A row without vision tokens has no softmax.
-        scores = jnp.where(there.any(-1, keepdims=True), scores, 0)
-        return jnp.mean(jax.nn.softmax(scores, axis=-1), axis=(1, 2))
+        k = jnp.swapaxes(cache.k[0], 1, 2)  # of one layer, whichever form the cache has
+        there = _take(prompt.real(), at)
+        return last_token_attention(q[:, 0], _take(k, at), mask=there)
 
 
 def _part(
@@ -292,9 +293,11 @@ def _numbered(layers: dict[Any, Any]) -> dict[int, Any]:
     return {int(i): layer for i, layer in layers.items()}
 
 
-def _join(first: KVCache, second: KVCache | None) -> KVCache:
-    """One cache of two runs over the same tokens."""
+def _join(first: KVCache | None, second: KVCache | None) -> KVCache:
+    """One cache of two runs over the same tokens; the first may be of no layer."""
     assert second is not None, "a run of layers has a cache"
+    if first is None:
+        return second
 
     def both(a: Any, b: Any) -> Any:
         return (*a, *b) if isinstance(a, tuple) else jnp.concatenate([a, b])
@@ -308,6 +311,13 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
     """`[B, L, ...]` at int32 `[B, M]`, zeros where the index is L."""
     shape = index.shape + (1,) * (x.ndim - 2)
     return jnp.take_along_axis(x, index.reshape(shape), 1, mode="fill", fill_value=0)
+
+
+def _keys(cache: KVCache | None, at: jax.Array) -> jax.Array:
+    """Keys `[B, N, Hkv * head_dim]` of the only layer of a cache."""
+    assert cache is not None, "the layer has run"
+    k = _take(jnp.swapaxes(cache.k[0], 1, 2), at)
+    return k.reshape(*at.shape, -1)
 
 
 def _beside(plane: jax.Array, at: jax.Array, length: int) -> jax.Array:
