@@ -18,7 +18,7 @@ import typer
 import yaml
 
 import angeljax as aj
-from angeljax import cli
+from angeljax import cli, tokens
 from angeljax.attention import Stem, selector, selector_names
 from angeljax.formats import format_names, get_format
 from angeljax.recipe import DEFAULT_SKIP, AttentionOptions
@@ -32,6 +32,7 @@ FORMATS = ROOT / "docs" / "formats.md"
 COMPRESS = ROOT / "docs" / "guides" / "compress.md"
 TRAINING = ROOT / "docs" / "guides" / "ternary_qat.md"
 ATTENTION = ROOT / "docs" / "guides" / "sparse_attention.md"
+TOKENS = ROOT / "docs" / "guides" / "token_pruning.md"
 
 
 def name(page: Path) -> str:
@@ -295,8 +296,8 @@ def test_section_attention_is_described():
 
 
 def test_budgets_of_the_guide():
-    for tokens, row in table(ATTENTION, "tokens").items():
-        stem, total = Stem(dense_layers=0), int(tokens)
+    for length, row in table(ATTENTION, "tokens").items():
+        stem, total = Stem(dense_layers=0), int(length)
         budgets = stem.budgets(total)
         low, high = stem.density_bounds(total)
         want = [len(budgets), budgets[0], budgets[-1], f"{low:.1%} to {high:.1%}"]
@@ -387,3 +388,14 @@ def test_the_reader_of_the_page(read, rng, fmt, options):
         planes = {k: np.asarray(p) for k, p in q.planes.items()}
         want = jax.device_get(q.dequantize())
         np.testing.assert_array_equal(read(planes, q.spec.to_dict()), want)
+
+
+# docs/guides/token_pruning.md
+
+
+def test_token_methods_are_complete():
+    assert table(TOKENS, "method").keys() == set(tokens.methods())
+
+
+def test_token_importance_functions_exist():
+    assert table(TOKENS, "function").keys() <= set(tokens.__all__)

@@ -4,6 +4,7 @@ The rest of angeljax does not import this package: it works on anybody's model.
 """
 
 from angeljax.models._llava_config import LlavaConfig
+from angeljax.models._llava_loading import LoadedLlava, load_llava, load_vision_tower
 from angeljax.models.attention import causal_attention, dense_attention
 from angeljax.models.biases import add_biases
 from angeljax.models.cache import KVCache, init_cache
@@ -42,6 +43,7 @@ __all__ = [
     "LanguageModel",
     "LlavaConfig",
     "LlavaModel",
+    "LoadedLlava",
     "LoadedModel",
     "ModelError",
     "StagedCache",
@@ -59,7 +61,9 @@ __all__ = [
     "generate_after",
     "init_cache",
     "load_config",
+    "load_llava",
     "load_model",
+    "load_vision_tower",
     "prefill_pruned",
     "prepare_decoder",
     "split_projections",

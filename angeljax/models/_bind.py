@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from flax import nnx
 
 from angeljax.models.language_model import _leaves_by_path
@@ -30,3 +31,8 @@ def fill(bare: tuple[Any, Any], params: dict[str, Any]) -> Any:
             raise ValueError(f"no {'/'.join(map(str, path))} in the params")
         flat.append((path, variable.replace(values[path])))
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def abstract(make: Callable[[], nnx.Module]) -> dict[str, Any]:
+    """The param tree of a module with `jax.ShapeDtypeStruct` leaves."""
+    return jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(make(), nnx.Param)))

@@ -25,7 +25,7 @@ from angeljax.models.layers import AttentionFn, Linear
 from angeljax.models.staged import StagedPrefill, prefill_pruned
 from angeljax.models.vision_tower import VisionTower
 from angeljax.tokens import Prompt, Pruned, apply_selection, token_positions
-from angeljax.tokens._signals import PruneFn, choose
+from angeljax.tokens._signals import PruneFn, argument, choose, wanted_layers
 from angeljax.tokens.apply import PositionPolicy
 
 
@@ -184,6 +184,7 @@ class LlavaModel:
         pixels: jax.Array,
         *,
         attention: bool = False,
+        attn_layer: int | None = None,
         object_layer: int | None = None,
     ) -> ImageTokens:
         """Image tokens.
@@ -194,6 +195,8 @@ class LlavaModel:
             Hugging Face image processor gives them.
           attention: also give attention and keys of the tower, which costs two more
             products and a softmax in each of two layers.
+          attn_layer: the layer of `attn` and `keys`, from 0; negative ones count from
+            the last of the tower. Default the last that runs.
           object_layer: the layer of `object_attn`; default 9 of 24, as AngelSlim has
             HiPrune for LLaVA.
 
@@ -210,17 +213,16 @@ class LlavaModel:
                 f"pixels must be [B, 3, H, W] or [B, M, 3, H, W], not {pixels.shape}"
             )
         if attention and c.select == "full":
-            raise ValueError(
-                'attention is of patches: it needs a model of select="default"'
-            )
+            raise ValueError('attention is of patches: it needs select="default"')
         batch = pixels.shape[0]
         run = c.vision_layers
         middle = 9 * run // 23 if object_layer is None else object_layer
+        last = run - 1 if attn_layer is None else attn_layer
         seen = _bind.fill(_skeleton(self), params)
         found = seen.vision(
             pixels.reshape(-1, *pixels.shape[-3:]),
             layer=c.vision_layer,
-            attention=(middle, -1) if attention and run else (),
+            attention=(middle, last) if attention and run else (),
         )
         x = found.patches
         if c.select == "full" and found.class_token is not None:
@@ -243,8 +245,7 @@ class LlavaModel:
         tokens: jax.Array,
         pixels: jax.Array,
         mask: jax.Array | None = None,
-        *,
-        attention: bool = False,
+        **signals: Any,
     ) -> ImagePrompt:
         """Puts images where their placeholders are.
 
@@ -253,13 +254,14 @@ class LlavaModel:
           tokens: int32 `[B, L]` with `num_image_tokens` placeholders for each image, in
             their order. A row may have fewer images than others: the last ones of
             `pixels` are then not read.
-          pixels, attention: see `encode_images`.
+          pixels: see `encode_images`.
           mask: bool `[B, L]`, True for real tokens.
+          **signals: `attention`, `attn_layer`, `object_layer` of `encode_images`.
 
         Returns:
           `ImagePrompt`.
         """
-        images = self.encode_images(params, pixels, attention=attention)
+        images = self.encode_images(params, pixels, **signals)
         count = images.embeds.shape[1]
         where = token_positions(
             tokens == self.config.image_token_id,
@@ -307,7 +309,8 @@ class LlavaModel:
         Returns:
           `Pruned`, with rows that keep fewer padded on the left.
         """
-        whole = self.prompt(params, tokens, pixels, mask, attention=True)
+        layers = wanted_layers(prune)
+        whole = self.prompt(params, tokens, pixels, mask, attention=True, **layers)
         chosen = choose(
             prune, whole.images.embeds, **whole.signals(self.config.num_image_tokens)
         )
@@ -367,10 +370,7 @@ class LlavaModel:
             return generate(
                 self.text, params["text"], embeds=embeds, mask=mask, **sampling
             )
-        # Arrays that the function carries are arguments; it is a pytree or has none.
-        fn = (
-            prune if jax.tree.leaves(prune) != [prune] else jax.tree_util.Partial(prune)
-        )
+        fn = argument(prune)
         options: dict[str, Any] = {"model": self, "position_policy": position_policy}
         if layer is None:
             inputs = _pruned(*given, fn, **options)

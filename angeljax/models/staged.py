@@ -126,7 +126,7 @@ def prefill_pruned(
       [(1, 1, 16, 8), (1, 1, 10, 8)]
     """
     layers = (layer,) if isinstance(layer, int) else tuple(layer)
-    prunes = (prune,) * len(layers) if callable(prune) else tuple(prune)
+    prunes = tuple(prune) if isinstance(prune, Sequence) else (prune,) * len(layers)
     _check(model, layers, prunes, prompt)
     at = token_positions(where, length=prompt.length)
     at = jnp.broadcast_to(at, (len(prompt.embeds), at.shape[-1]))
@@ -146,7 +146,7 @@ def prefill_pruned(
         run = _Run(model, params, prompt, after, room)
         before, first = run(prompt.embeds, start, end - 1)
         x, second = run(before, end - 1, end)
-        caches.append(second if first is None else _join(first, second))
+        caches.append(_join(first, second))
         chosen = choose(
             fn,
             _take(x, at),
@@ -293,9 +293,11 @@ def _numbered(layers: dict[Any, Any]) -> dict[int, Any]:
     return {int(i): layer for i, layer in layers.items()}
 
 
-def _join(first: KVCache, second: KVCache | None) -> KVCache:
-    """One cache of two runs over the same tokens."""
+def _join(first: KVCache | None, second: KVCache | None) -> KVCache:
+    """One cache of two runs over the same tokens; the first may be of no layer."""
     assert second is not None, "a run of layers has a cache"
+    if first is None:
+        return second
 
     def both(a: Any, b: Any) -> Any:
         return (*a, *b) if isinstance(a, tuple) else jnp.concatenate([a, b])

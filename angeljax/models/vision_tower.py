@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -41,7 +41,7 @@ _FIELDS = {  # ours: name in config.json
     "image_size": "image_size",
     "patch_size": "patch_size",
 }
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
@@ -123,14 +123,16 @@ class VisionTowerConfig:
         kind = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}.get(
             data.get("model_type", ""), data.get("model_type", "clip_vision_model")
         )
-        full = {**_DEFAULTS.get(kind, {}), **data}
+        full: dict[str, Any] = {**_DEFAULTS.get(kind, {}), **data}
         if full.get("num_channels", 3) != 3:
             raise ModelError("vision_config: num_channels must be 3")
+        sizes: dict[str, Any]
+        sizes = {ours: full.get(theirs) for ours, theirs in _FIELDS.items()}
         return cls(
             model_type=kind,
             norm_eps=full.get("layer_norm_eps", 1e-6),
             activation=full.get("hidden_act", "gelu"),
-            **{ours: full.get(theirs) for ours, theirs in _FIELDS.items()},
+            **sizes,
         )
 
 
@@ -200,7 +202,7 @@ class VisionTower(nnx.Module):
           layer: which of the hidden states, where 0 are the embeddings and -1 is behind
             the last layer, before the norm that follows. (`post_norm` is that norm.)
           attention: layers whose attention is wanted, from 0; negative ones count from
-            the last one that runs.
+            the last of all, whether it runs or not.
 
         Returns:
           `VisionFeatures`.
@@ -217,10 +219,12 @@ class VisionTower(nnx.Module):
         last = layers_run(layer, total)
         if last > len(self.layers):
             raise ValueError(f"layer={layer}: the tower has {len(self.layers)} layers")
-        for number in attention:
-            if not -last <= number < last:
-                raise ValueError(f"attention of layer {number}: {last} layers run")
-        wanted = [number % last for number in attention]
+        wanted = [n + total if n < 0 else n for n in attention]
+        for given, number in zip(attention, wanted, strict=True):
+            if not 0 <= number < last:
+                raise ValueError(
+                    f"attention of layer {given}: layers 0 to {last - 1} of {total} run"
+                )
         x = self.embed(pixels.astype(self.dtype))
         if self.pre_norm is not None:
             x = self.pre_norm(x)
@@ -319,7 +323,7 @@ class VisionLayer(nnx.Module):
     def attention(
         self, x: jax.Array, *, class_token: bool
     ) -> tuple[jax.Array, jax.Array]:
-        """Saliency of the patches, float32 `[B, N]`, and their keys' mean over heads."""
+        """Saliency of the patches, float32 `[B, N]`, and the mean of their keys."""
         y, attn = self.attn_norm(x), self.attn
         q, k = attn.split(attn.q_proj(y)), attn.split(attn.k_proj(y))
         if not class_token:

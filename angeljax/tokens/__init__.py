@@ -21,6 +21,7 @@ from angeljax.tokens._proxies import (
     text_relevance,
 )
 from angeljax.tokens._prumerge import prumerge, prumerge_plus
+from angeljax.tokens._pruner import TokenPruner
 from angeljax.tokens._registry import methods, prune
 from angeljax.tokens._scope import scope
 from angeljax.tokens._scorer import (
@@ -43,6 +44,7 @@ __all__ = [
     "Pruned",
     "ScorerTask",
     "Selection",
+    "TokenPruner",
     "apply_selection",
     "cdpruner",
     "cls_attention",

@@ -18,10 +18,10 @@ def cdpruner(
         L = diag(r) S diag(r),   S_ij = cos(x_i, x_j),   next = argmax_i log det L_{S+i}
         r = (q - min q + 1e-6) / (max q - min q + 1e-6)
 
-    (arXiv 2506.10967, section 3). q is `importance`, or else `text_relevance` of the
-    embeddings and `text`. The published code takes q from CLIP's image and text
-    embeddings, `text_relevance(clip_image, clip_text)`, which differ from the embeddings
-    that it compares; pass that as `importance`. Arguments are those of `prune`.
+    (arXiv 2506.10967, with the details of its code). q is `importance`, or else
+    `text_relevance` of the embeddings and `text`. That code takes q from CLIP's
+    embeddings of image and text, `text_relevance(clip_image, clip_text)`, and not from
+    those that it compares; pass that as `importance`. Arguments are those of `prune`.
 
     Args:
       tokens: see `prune`.
@@ -43,6 +43,7 @@ def cdpruner(
     """
     relevance = tokens.importance
     if relevance is None:
+        assert tokens.text is not None
         relevance = text_relevance(tokens.embeds, tokens.text)
     low = jnp.min(relevance, axis=-1, where=tokens.mask, initial=jnp.inf, keepdims=True)
     high = jnp.max(relevance, -1, where=tokens.mask, initial=-jnp.inf, keepdims=True)

@@ -21,8 +21,9 @@ def best(scores: jax.Array, mask: jax.Array, keep: int, count: jax.Array) -> jax
       int32 `[K]`; N from place `count` on.
     """
     scores = scores.astype(jnp.float32)
-    # A real token with a score of -inf still comes before any that is not there.
-    scores = jnp.maximum(scores, jnp.finfo(jnp.float32).min)
+    # A real token with a score of -inf, or NaN, still comes before what is not there.
+    least = jnp.finfo(jnp.float32).min
+    scores = jnp.where(jnp.isnan(scores), least, jnp.maximum(scores, least))
     order = jax.lax.top_k(jnp.where(mask, scores, -jnp.inf), keep)[1]
     return first(order, count, mask.shape[0])
 
@@ -50,19 +51,22 @@ def unit(rows: jax.Array) -> jax.Array:
 
 
 def cosines(a: jax.Array, b: jax.Array) -> jax.Array:
-    """float32 `[..., A, B]`: of every row of `a` `[..., A, D]` with every one of `b`."""
+    """float32 `[..., A, B]`, of rows `a` `[..., A, D]` and `b` `[..., B, D]`."""
     return jnp.einsum("...ad,...bd->...ab", unit(a), unit(b), precision=_HIGHEST)
 
 
 def min_max(scores: jax.Array, mask: jax.Array) -> jax.Array:
-    """`(s - min s) / (max s - min s + 1e-6)` over the real tokens of a row, 0 elsewhere.
+    """`(s - min s) / (max s - min s + 1e-6)` over the real tokens, 0 elsewhere.
 
-    `[..., N]` of any float dtype to float32; equal scores become zeros.
+    `[..., N]` of any float dtype to float32; equal scores become zeros. Infinite ones
+    become 0 and 1, and NaN 0; they have no part in min and max.
     """
     scores = scores.astype(jnp.float32)
-    low = jnp.min(scores, axis=-1, keepdims=True, where=mask, initial=jnp.inf)
-    high = jnp.max(scores, axis=-1, keepdims=True, where=mask, initial=-jnp.inf)
-    return jnp.where(mask, (scores - low) / (high - low + 1e-6), 0)
+    there = mask & jnp.isfinite(scores)
+    low = jnp.min(scores, axis=-1, keepdims=True, where=there, initial=jnp.inf)
+    high = jnp.max(scores, axis=-1, keepdims=True, where=there, initial=-jnp.inf)
+    scaled = jnp.clip((scores - low) / (high - low + 1e-6), 0, 1)
+    return jnp.where(mask & ~jnp.isnan(scaled), scaled, 0)
 
 
 def masked_mean(rows: jax.Array, mask: jax.Array) -> jax.Array:

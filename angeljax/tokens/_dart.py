@@ -17,9 +17,10 @@ def dart(tokens: Tokens, *, image_pivots: int = 4, text_pivots: int = 4) -> Choi
 
         argmin_j cos(x_j, x_p),   ceil((K - vision pivots) / pivots) times,
 
-    among tokens that nobody has taken, until there are K (arXiv 2502.11494, section 3).
-    The paper works after a layer of the language model; this form needs embeddings
-    only. Arguments are those of `prune`: with `text` there are text pivots as well.
+    among tokens that nobody has taken, until there are K (arXiv 2502.11494, with the
+    details of AngelSlim). The paper works after a layer of the language model; this
+    form needs embeddings only. Arguments are those of `prune`: with `text` there are
+    text pivots as well.
 
     Args:
       tokens: see `prune`.
@@ -48,25 +49,25 @@ def dart(tokens: Tokens, *, image_pivots: int = 4, text_pivots: int = 4) -> Choi
     size = jnp.sum(jnp.abs(keys), axis=-1)
     images = jnp.minimum(image_pivots, count)
     most = min(image_pivots, keep)
-    order = _choose.best(size, tokens.mask, most, jnp.minimum(images, most))
-    pivots = [(tokens.embeds[jnp.minimum(i, n - 1)], i < n) for i in order]
+    first = _choose.best(size, tokens.mask, most, images)
+    pivots = [(tokens.embeds[jnp.minimum(i, n - 1)], i < n) for i in first]
     if tokens.text is not None:
         size = jnp.sum(jnp.abs(tokens.text), axis=-1)
         number = min(text_pivots, size.shape[0])
         where = jnp.argsort(-size, stable=True)[:number]
         pivots += [(tokens.text[i], size[i] > 0) for i in where]
 
-    total = sum(there.astype(jnp.int32) for _, there in pivots)
+    total = jnp.sum(jnp.stack([there for _, there in pivots]))
     share = -(-(count - images) // jnp.maximum(total, 1))
-    taken = _choose.chosen(order, n)
-    order = jnp.full(keep, n, jnp.int32).at[: order.shape[0]].set(order)
+    taken = _choose.chosen(first, n)
+    order = jnp.full(keep, n, jnp.int32).at[:most].set(first)
     done = jnp.sum(order < n)
     for pivot, there in pivots:
         like = _choose.cosines(tokens.embeds, pivot[None])[:, 0]
-        number = jnp.where(there, jnp.minimum(share, count - done), 0)
-        new = _choose.best(-like, tokens.mask & ~taken, keep, number)
+        more = jnp.where(there, jnp.minimum(share, count - done), 0)
+        new = _choose.best(-like, tokens.mask & ~taken, keep, more)
         slots = jnp.where(new < n, done + jnp.arange(keep), keep)
         order = order.at[slots].set(new, mode="drop")
         taken |= _choose.chosen(new, n)
-        done += number
+        done += more
     return order

@@ -9,6 +9,7 @@ from angeljax.tokens import _choose
 from angeljax.tokens._selection import Selection
 
 
+@jax.jit
 def diagnostics(
     selection: Selection,
     embeds: jax.Array,
@@ -42,7 +43,7 @@ def diagnostics(
       >>> x, w = jnp.eye(4), jnp.array([0.0, 1.0, 2.0, 3.0])
       >>> found = diagnostics(uniform(x, keep=2), x, importance=w)
       >>> {name: round(float(value), 2) for name, value in found.items()}
-      {'kept': 0.5, 'coverage': 0.5, 'importance': 0.4}
+      {'coverage': 0.5, 'importance': 0.4, 'kept': 0.5}
     """
     kept = selection.mask
     mask = jnp.ones(kept.shape, bool) if mask is None else mask

@@ -12,14 +12,15 @@ import jax.numpy as jnp
 _STEPS = 64
 
 
+@jax.jit
 def soft_top_k(
     scores: jax.Array, k: jax.Array | float, mask: jax.Array | None = None
 ) -> jax.Array:
     """Weights from 0 to 1 that sum to k: sigmoid(w + t), with the t that makes it so.
 
     The gradient is exact: with v = sigmoid'(w + t) the Jacobian is
-    diag(v) - v v^T / sum(v) (DiffTopK of VisionSelector, arXiv 2510.16598, section 3.3).
-    The weights rise with the scores, so the hard top K is the same.
+    diag(v) - v v^T / sum(v) (DiffTopK of VisionSelector, arXiv 2510.16598). The
+    weights rise with the scores, so the hard top K is the same.
 
     Args:
       scores: float `[..., N]`.

@@ -19,8 +19,8 @@ def divprune(
         first: argmax_i min_j (1 - cos(x_i, x_j))
         then:  argmax_i min_{j in S} (1 - cos(x_i, x_j))
 
-    (arXiv 2503.02175, section 3.2 and algorithm 1: the max-min diversity problem).
-    Arguments are those of `prune`.
+    the greedy answer to the max-min diversity problem (arXiv 2503.02175). Arguments
+    are those of `prune`.
 
     Args:
       tokens: see `prune`.

@@ -13,7 +13,7 @@ def fastv(tokens: Tokens) -> Choice:
         S = topK_j( mean_h softmax_j(q_h . k_hj / sqrt(d)) )
 
     where q is the last text token in an early layer of the language model, and j runs
-    over the vision tokens only (arXiv 2403.06764, section 4.1, ranks after layer 2;
+    over the vision tokens only (arXiv 2403.06764, which ranks after layer 2;
     AngelSlim after layer 0). Arguments are those of `prune`; `attn` is that attention,
     and `last_token_attention` computes it from queries and keys.
 

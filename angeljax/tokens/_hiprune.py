@@ -11,7 +11,7 @@ from angeljax.tokens import _choose
 from angeljax.tokens._method import Choice, Tokens, method, positive, within
 
 
-@method(needs="attention", arrays={"object_attn": 0})
+@method(needs="attention", arrays={"object_attn": 0, "positions": 1})
 def hiprune(tokens: Tokens, *, alpha: float = 0.1, width: int | None = None) -> Choice:
     """Anchors with their neighbours, then the tokens that the last layer looks at.
 
@@ -19,7 +19,7 @@ def hiprune(tokens: Tokens, *, alpha: float = 0.1, width: int | None = None) -> 
         buffers    = the anchors' four neighbours in the image
         registers  = topK(attn) of the rest, until there are K
 
-    (arXiv 2508.00553, section 3.3). Attention is what each token receives
+    (arXiv 2508.00553). Attention is what each token receives
     (`received_attention`): `attn` in the last layer, `object_attn` in one in the
     middle. Arguments are those of `prune`.
 
@@ -31,8 +31,10 @@ def hiprune(tokens: Tokens, *, alpha: float = 0.1, width: int | None = None) -> 
       tokens: see `prune`.
       object_attn: `[B, N]`, of the middle layer; default `attn`.
       alpha: share of the tokens for anchors and neighbours, from 0 to 1.
-      width: tokens of a row of the image; default floor(sqrt(N)). With `groups`, each
-        of them is an image.
+      positions: `[B, N, 2]`, row and column of each token, where images differ in size
+        or have holes. With `groups`, each of them is an image.
+      width: tokens of a row of the image, in place of `positions`; default
+        floor(sqrt(N)).
 
     Returns:
       A `Selection`; its order is anchors, buffers, registers.
@@ -58,8 +60,9 @@ def hiprune(tokens: Tokens, *, alpha: float = 0.1, width: int | None = None) -> 
     anchors = _choose.best(middle, mask, keep, jnp.asarray(np.array(table))[count])
     anchor = _choose.chosen(anchors, n)
 
-    x, y = jnp.arange(n) % width, jnp.arange(n) // width
-    aside = (jnp.abs(x[:, None] - x) + jnp.abs(y[:, None] - y)) == 1
+    place = jnp.stack([jnp.arange(n) // width, jnp.arange(n) % width], axis=-1)
+    place = tokens.arrays.get("positions", place)
+    aside = jnp.sum(jnp.abs(place[:, None] - place), axis=-1) == 1
     buffer = jnp.any(aside & anchor[:, None], axis=0) & ~anchor & mask
     # The three kinds one after the other, each in its own order.
     kind = jnp.where(anchor, 0, jnp.where(buffer, 1, jnp.where(mask, 2, 3)))

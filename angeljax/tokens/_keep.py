@@ -27,6 +27,9 @@ def keep_count(
       keep: a count from 1 to `num_tokens`, or a share above 0 and up to 1.0.
       drop_ratio: instead of `keep`, a share from 0 to below 1.
 
+    Returns:
+      The count; 0 of 0 tokens.
+
     Raises:
       ValueError: neither or both are given, or the value is out of range, NaN, a
         boolean or no number.
@@ -62,10 +65,25 @@ def keep_count(
 
 
 def keep_counts(keep: int | float, mask: jax.Array) -> jax.Array:
-    """`keep_count` of every row of a mask: bool `[..., N]` to int32 `[...]`.
+    """`keep_count` of every row of a mask.
 
     A share is of the real tokens of the row; a count is that count, or all of them
     where there are fewer. A row without a token keeps none.
+
+    Args:
+      keep: see `keep_count`; static.
+      mask: bool `[..., N]`, True for real tokens.
+
+    Returns:
+      int32 `[...]`.
+
+    Raises:
+      ValueError: as `keep_count`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> keep_counts(0.5, jnp.arange(8) < jnp.array([[8], [3], [0]])).tolist()
+      [4, 2, 0]
     """
     n = mask.shape[-1]
     most = keep_count(n, keep)

@@ -21,7 +21,7 @@ from angeljax.tokens._selection import Selection
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """The rows that a method chooses from, checked; one row `[N, ...]` or `[B, N, ...]`.
+    """The rows that a method chooses from, checked; `[N, ...]` or `[B, N, ...]`.
 
     Attributes:
       embeds: float32 `[B, N, D]`, without a gradient.
@@ -102,7 +102,6 @@ def method(
         parameters = list(inspect.signature(core).parameters.values())[1:]
         known = [p.name for p in parameters] + list(extra)
 
-        @functools.wraps(core)
         def run(
             embeds: jax.Array,
             *,
@@ -153,7 +152,8 @@ def method(
             )
             for p in extra
         ]
-        shown = list(inspect.signature(run, follow_wrapped=False).parameters.values())
+        shown = list(inspect.signature(run).parameters.values())
+        run = functools.wraps(core)(run)
         own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
         run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [*shown[:-1], *takes, *own], return_annotation=Selection
@@ -206,6 +206,8 @@ def _tokens(
     single = rows.ndim == 2
     lead = rows.shape[:-1]
     num_tokens = lead[-1]
+    if not num_tokens:
+        raise ValueError(f"embeds has no tokens: its shape is {list(rows.shape)}")
     static = keep_count(num_tokens, keep)
     if importance is not None:
         importance = _floats("importance", importance, lead)

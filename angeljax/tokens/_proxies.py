@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -10,6 +12,7 @@ from angeljax.tokens import _choose
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
+@functools.partial(jax.jit, static_argnames=("merge_unit", "mean_query"))
 def received_attention(
     q: jax.Array,
     k: jax.Array,
@@ -73,10 +76,13 @@ def received_attention(
     return total.reshape(*mask.shape[:-1], n // merge_unit, merge_unit).sum(-1)
 
 
+@jax.jit
 def cls_attention(
     q: jax.Array, k: jax.Array, *, mask: jax.Array | None = None
 ) -> jax.Array:
-    """What the class token looks at: mean_h softmax_j(q_h . k_hj / sqrt(d)).
+    """What the class token looks at.
+
+        a_j = mean_h softmax_j(q_h . k_hj / sqrt(d))
 
     The saliency of VisionZip (arXiv 2412.04467), VisPruner (2412.01818) and PruMerge
     (2403.15388) for towers with a class token, as CLIP's. The softmax is over the
@@ -98,13 +104,16 @@ def cls_attention(
     return last_token_attention(q, k, mask=mask)
 
 
+@jax.jit
 def last_token_attention(
     q: jax.Array, k: jax.Array, *, mask: jax.Array | None = None
 ) -> jax.Array:
     """What one token of the prompt looks at among the vision tokens, for `fastv`.
 
-    mean_h softmax_j(q_h . k_hj / sqrt(d)), with the softmax over the vision tokens alone
-    (FastV, arXiv 2403.06764, as AngelSlim computes it).
+        a_j = mean_h softmax_j(q_h . k_hj / sqrt(d))
+
+    with the softmax over the vision tokens alone (FastV, arXiv 2403.06764, as AngelSlim
+    computes it).
 
     Args:
       q: `[..., heads, d]`, query of the last text token, after its rotary embedding.
@@ -131,10 +140,11 @@ def last_token_attention(
     return weights[..., 0, :].mean(-2)
 
 
+@jax.jit
 def text_relevance(embeds: jax.Array, text: jax.Array) -> jax.Array:
     """How far a token is from the prompt: -mean_m cos(x_i, t_m).
 
-    CDPruner's relevance (arXiv 2506.10967, section 3.2). The sign is that of the
+    CDPruner's relevance (arXiv 2506.10967). The sign is that of the
     published code: CLIP's patch embeddings lie *away* from the text that describes
     them. For embeddings that lie nearer to what they mean, negate it.
 
@@ -180,6 +190,7 @@ def norm_importance(embeds: jax.Array, *, order: int = 2) -> jax.Array:
     return jnp.linalg.norm(embeds.astype(jnp.float32), ord=order, axis=-1)
 
 
+@jax.jit
 def distinctiveness(embeds: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """How unlike the others a token is: 1 - mean_j cos(x_i, x_j).
 

@@ -23,11 +23,11 @@ def prumerge(
 
         x'_i = x_i + sum over the `neighbours` j with the most similar keys of a_j x_j
 
-    where a is the attention from the class token (arXiv 2403.15388, section 3 and
-    algorithm 1; neighbours may be kept tokens themselves). The published code appends
-    one more row, the attention-weighted sum of all that is dropped, which stands at no
-    token's place and is left out here. Arguments are those of `prune`; `attn` should be
-    weights, as `cls_attention` gives.
+    where a is the attention from the class token (arXiv 2403.15388, with the details of
+    its code; neighbours may be kept tokens themselves). That code appends one more row,
+    the attention-weighted sum of all that is dropped, which stands at no token's place
+    and is left out here. Arguments are those of `prune`; `attn` should be weights, as
+    `cls_attention` gives.
 
     Args:
       tokens: see `prune`.
@@ -91,7 +91,7 @@ def prumerge_plus(
 ) -> Choice:
     """`prumerge` with three evenly spread tokens for each one chosen by attention.
 
-    PruMerge+ of arXiv 2403.15388, section 3.4: attention alone leaves parts of the
+    PruMerge+ of arXiv 2403.15388: attention alone leaves parts of the
     image without any token.
 
     Args:

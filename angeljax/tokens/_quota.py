@@ -173,6 +173,7 @@ def _most_kept(plan: Plan, num_tokens: int) -> int:
 
 def _split(tokens: Any, plan: Plan) -> tuple[Any, jax.Array]:
     """Every group as a row of its own: `[B * G, M, ...]`, and `[B, G, M]` indices."""
+    assert plan.groups is not None
     n, (g, m) = tokens.num_tokens, (plan.num_groups, plan.group_size)
     group = jnp.where(tokens.mask, plan.groups, g)
     order = jnp.argsort(group, axis=-1, stable=True)
@@ -221,7 +222,10 @@ def _pair(choice: Any) -> tuple[jax.Array, jax.Array | None]:
 def _merge(
     choice: Any, index: jax.Array, tokens: Any, keep: int
 ) -> tuple[jax.Array, jax.Array | None]:
-    """From choices within groups to `[B, keep]`: all first ones, all second ones, ..."""
+    """From choices within groups to `[B, keep]`: all first ones, then all second ones.
+
+    Merged rows become `[B, N, D]`.
+    """
     order, merged = _pair(choice)
     (b, g, m), n = index.shape, tokens.num_tokens
     order = order.reshape(b, g, -1)
@@ -246,6 +250,7 @@ def _shares(tokens: Any, plan: Plan, sizes: jax.Array) -> jax.Array:
     The real-valued shares are t w_g, at least `group_keep` and at most the group, with
     the t that makes them `count` in all; then the largest remainders are rounded up.
     """
+    assert plan.groups is not None
     score = tokens.importance if tokens.attn is None else tokens.attn
     score = tokens.mask * 1.0 if score is None else score
     score = _choose.min_max(score, tokens.mask)
@@ -302,7 +307,7 @@ def apportion(
     high = jnp.max(jnp.where(size > 0, size / jnp.maximum(weight, 1e-30), 0))
     low, high = jax.lax.fori_loop(0, 64, halve, (jnp.zeros_like(high), high))
     exact = share(high)
-    whole = jnp.floor(exact + 1e-4).astype(jnp.int32)
+    whole = jnp.floor(exact).astype(jnp.int32)
     # A share that is a whole number already, as all at a bound are, gets no more.
     rest = jnp.where(whole < size, exact - whole, -jnp.inf)
     place = jnp.argsort(jnp.argsort(-rest, stable=True))

@@ -104,7 +104,8 @@ def prune(
     Example:
       >>> import jax.numpy as jnp, numpy as np
       >>> x = jnp.array([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [1.0, 1.0]])
-      >>> prune(x, keep=0.5, importance=jnp.array([3.0, 2.0, 1.0, 0.0])).indices.tolist()
+      >>> w = jnp.array([3.0, 2.0, 1.0, 0.0])
+      >>> prune(x, keep=0.5, importance=w).indices.tolist()
       [0, 2]
       >>> frames = np.array([0, 0, 1, 1])
       >>> prune(x, keep=0.5, method="uniform", groups=frames, quota="per_group").count

@@ -19,7 +19,7 @@ def scope(
         c_i  = max(0, max_{j in S} cos(x_i, x_j))
         next = argmax_j  a_j^alpha  sum_i max(0, cos(x_i, x_j) - c_i)
 
-    where a is the attention that each token receives (arXiv 2510.24214, section 3.3).
+    where a is the attention that each token receives (arXiv 2510.24214).
     Arguments are those of `prune`.
 
     Args:

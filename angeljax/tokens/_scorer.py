@@ -25,12 +25,13 @@ _NAMES = {
 }
 
 
+@jax.jit
 def score_tokens(
     scorer: Scorer, embeds: jax.Array, mask: jax.Array | None = None
 ) -> jax.Array:
     """The learned importance of each token, for `idpruner` and `visionselector`.
 
-    The scorer is attention without softmax and values (arXiv 2510.16598, section 3.2):
+    The scorer is attention without softmax and values (arXiv 2510.16598):
 
         w_i = mean_j (W_q x_i + b_q) . (W_k x_j + b_k) / sqrt(h)
 

@@ -66,12 +66,13 @@ def soft_mask(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScorerTask:
-    """The loss of VisionSelector's training (arXiv 2510.16598, section 3.4).
+    """The loss of VisionSelector's training (arXiv 2510.16598).
 
         CE(frozen model on s_i x_i) + gamma BCE(s, hard top k),   gamma from 0.1 to 2
 
     gamma rises linearly: the choice may be soft at first and must be hard in the end.
-    Only the scorer is trained. An instance is a loss of `angeljax.train.step.make_step`.
+    Only the scorer is trained. An instance is a `loss_fn` for
+    `angeljax.train.step.make_step`.
 
     Attributes:
       loss_fn: `(embeds, batch, frozen) -> loss`: the host model's mean loss on the

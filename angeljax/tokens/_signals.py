@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +15,32 @@ from angeljax.tokens._selection import Selection
 PruneFn = Callable[..., Selection]
 
 
-def choose(fn: PruneFn, embeds: jax.Array, **signals: Any) -> Selection:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """A function without arrays as an argument of compiled ones."""
+
+    fn: PruneFn = dataclasses.field(metadata={"static": True})
+
+
+def argument(fn: PruneFn) -> Any:
+    """The function as a pytree: itself if it is one, and carries its arrays along."""
+    return Static(fn) if jax.tree.leaves(fn) == [fn] else fn
+
+
+def choose(
+    fn: Any, embeds: jax.Array, *, takes: PruneFn | None = None, **signals: Any
+) -> Selection:
     """`fn(embeds, ...)` with the signals that it has parameters for and are not None.
+
+    Args:
+      fn: the function, or an `argument` with one.
+      embeds: float `[..., N, D]`.
+      takes: the function whose parameters count, where it is another.
+      **signals: what the host has.
+
+    Returns:
+      The `Selection`.
 
     Raises:
       ValueError: what came back is no `Selection` of these tokens.
@@ -29,11 +54,12 @@ def choose(fn: PruneFn, embeds: jax.Array, **signals: Any) -> Selection:
       >>> choose(loudest, x, mask=jnp.ones((1, 3), bool), attn=None).indices.tolist()
       [[1, 2]]
     """
-    takes = parameters(fn)
+    fn = fn.fn if isinstance(fn, Static) else fn
+    known = parameters(fn if takes is None else takes)
     given = {
         name: value
         for name, value in signals.items()
-        if value is not None and (takes is None or name in takes)
+        if value is not None and (known is None or name in known)
     }
     chosen = fn(embeds, **given)
     if not isinstance(chosen, Selection):
@@ -47,6 +73,12 @@ def choose(fn: PruneFn, embeds: jax.Array, **signals: Any) -> Selection:
             f"{list(embeds.shape[:-1])}"
         )
     return chosen
+
+
+def wanted_layers(fn: Any) -> dict[str, int | None]:
+    """`attn_layer` and `object_layer` of a `TokenPruner`; None leaves it to the host."""
+    fn = fn.fn if isinstance(fn, Static) else fn
+    return {n: getattr(fn, n, None) for n in ("attn_layer", "object_layer")}
 
 
 def parameters(fn: PruneFn) -> frozenset[str] | None:

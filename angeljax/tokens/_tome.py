@@ -21,7 +21,7 @@ def tome(tokens: Tokens) -> Choice:
 
         x_b <- (s_b x_b + sum_a s_a x_a) / (s_b + sum_a s_a),  s_b <- s_b + sum_a s_a
 
-    (arXiv 2210.09461, sections 3 and D). A pass halves at most, so that fewer than half
+    (arXiv 2210.09461). A pass halves at most, so that fewer than half
     of the tokens take several, each on the merged tokens in their places. Arguments are
     those of `prune`.
 

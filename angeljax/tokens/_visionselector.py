@@ -16,7 +16,7 @@ def visionselector(tokens: Tokens, *, randomize: bool = False) -> Choice:
 
     Arguments are those of `prune`; `importance` is the score, of the learned scorer
     (`load_scorer`, `score_tokens`) or of anything else. DiffTopK, which the scorer is
-    trained through, is monotone and changes no choice (arXiv 2510.16598, section 3.3).
+    trained through, is monotone and changes no choice (arXiv 2510.16598).
 
     Args:
       tokens: see `prune`.

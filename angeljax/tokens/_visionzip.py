@@ -23,7 +23,7 @@ def visionzip(
         argmax_t cos(k_i, k_t),
 
     and the row of a contextual token becomes the mean of itself and what joined it
-    (arXiv 2412.04467, section 3.2). Arguments are those of `prune`.
+    (arXiv 2412.04467, with the details of AngelSlim). Arguments are those of `prune`.
 
     Args:
       tokens: see `prune`.

@@ -22,7 +22,7 @@ def vispruner(tokens: Tokens, *, important_ratio: float = 0.5) -> Choice:
 
         r = min(8, rest // 2, rest - wanted)
 
-    with the highest max_j cos(x_i, x_j) go (arXiv 2412.01818, section 3.3). Arguments
+    with the highest max_j cos(x_i, x_j) go (arXiv 2412.01818). Arguments
     are those of `prune`.
 
     Args:

@@ -25,6 +25,7 @@ import numpy as np
 from jax import lax
 
 _LEAST = float(np.finfo(np.float32).min)
+LARGE = -_LEAST  # finite, so that differences are numbers
 # A token of a DPP whose variance, given the chosen ones, is below both of these (the
 # second relative to the variance that it started with) lies in their span.
 DPP_FLOOR = 1e-12
@@ -67,11 +68,35 @@ def limits(valid: jax.Array, counts: jax.Array | None, num_select: int) -> jax.A
     return limit
 
 
-def mmr_terms(importance: jax.Array, s: Settings) -> tuple[jax.Array, float]:
-    """`weight * importance` and the factor of similarities, of the score of MMR."""
+def mmr_factor(s: Settings) -> float:
+    """What similarities are multiplied by, a float32."""
+    return float(np.float32(1) - np.float32(s.weight))
+
+
+def mmr_base(importance: jax.Array, s: Settings) -> jax.Array:
+    """`weight * importance`, of which similarities are subtracted."""
     # The barrier keeps the product out of the subtraction that follows it.
     base = lax.optimization_barrier(importance * np.float32(s.weight))
-    return base, float(np.float32(1) - np.float32(s.weight))
+    return jnp.where(base == 0, 0.0, base)
+
+
+def mmr_start(
+    importance: jax.Array, valid: jax.Array, s: Settings
+) -> tuple[jax.Array, jax.Array]:
+    """Scores of the first choice and `mmr_base`, -inf where there is no token."""
+    first, base = importance, mmr_base(importance, s)
+    return jnp.where(valid, first, -jnp.inf), jnp.where(valid, base, -jnp.inf)
+
+
+def one_launch(n: int, settings: Settings, most: int) -> str | None:
+    """One clause if kernels of one thread block for each row cannot run this."""
+    if settings.objective != "mmr":
+        return f"objective {settings.objective!r} (it takes 'mmr')"
+    if settings.parallel != 1:
+        return f"parallel={settings.parallel} (it takes 1)"
+    if n > most:
+        return f"{n} tokens (it takes up to {most})"
+    return None
 
 
 def tiered(
@@ -105,3 +130,15 @@ def facility_scale(importance: jax.Array, s: Settings) -> jax.Array:
     if s.weight in (0, 1):
         return importance if s.weight else jnp.ones_like(importance)
     return lax.optimization_barrier(importance ** np.float32(s.weight))
+
+
+def gains(
+    units: jax.Array, covered: jax.Array, scale: jax.Array, importance: jax.Array
+) -> jax.Array:
+    """Keys of facility: what rows of `units` add to `covered`; see `tiered`.
+
+    Exact sums and one rounding each, so a gain has the same bits however many rows are
+    looked at, and never rises as tokens are covered.
+    """
+    gain = exact_sum(jnp.maximum(units - covered, 0))
+    return tiered(gain * scale, 0.0, importance)

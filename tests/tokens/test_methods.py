@@ -94,6 +94,29 @@ def test_hiprune_inside_the_image_is_the_published_one(data):
         assert {*kept.tolist()} == _oracles.hiprune_published(a, b, 13, 0.4, 6)
 
 
+def test_hiprune_of_images_of_different_sizes(data):
+    _, _, deep, middle, _ = data
+    groups = np.repeat([0, 1], [20, 16])
+    y, x = np.divmod(np.arange(20), 5)
+    positions = np.concatenate(
+        [np.stack([y, x], 1), np.stack(np.divmod(range(16), 4), 1)]
+    )
+    found = tokens.hiprune(
+        data[0][0],
+        keep=0.5,
+        attn=deep[0],
+        object_attn=middle[0],
+        positions=positions,
+        groups=groups,
+        quota="per_group",
+        alpha=1.0,
+    )
+    first = _oracles.hiprune(middle[0, :20], deep[0, :20], 10, 1.0, 5)
+    second = _oracles.hiprune(middle[0, 20:], deep[0, 20:], 8, 1.0, 4)
+    want = sorted([*first, *(20 + i for i in second)])
+    np.testing.assert_array_equal(found.indices[:18], want)
+
+
 @pytest.mark.parametrize(("keep", "ratio"), [(1, 0.5), (12, 0.5), (12, 1.0), (7, 0.0)])
 def test_vispruner(data, keep, ratio):
     x, _, attn = data[:3]
@@ -175,6 +198,21 @@ def test_selections_by_score(data):
     same(tokens.fastv(x, keep=8, attn=heads), mean)
 
 
+def test_scores_that_are_no_numbers_count_as_the_lowest():
+    x, nan = jnp.eye(5), float("nan")
+    w = jnp.array([nan, 1.0, -jnp.inf, 2.0, 0.0])
+    kept = tokens.visionselector(x, keep=3, importance=w)
+    assert kept.order.tolist() == [3, 1, 4]
+    # Real tokens all the same: before what is masked, wherever that is.
+    there = jnp.array([False, True, True, False, True])
+    kept = tokens.visionselector(x, keep=3, importance=w, mask=there)
+    assert kept.order.tolist() == [1, 4, 2]
+    kept = tokens.idpruner(x, keep=3, importance=w, lam=1.0)
+    assert kept.order.tolist()[:2] == [3, 1]
+    nothing = tokens.idpruner(x, keep=2, importance=jnp.full(5, nan))
+    assert nothing.order.tolist() == [0, 1]
+
+
 def test_random_draws_by_softmax():
     x, draws = jnp.ones((4000, 3, 1)), jax.random.key(1)
     w = jnp.broadcast_to(jnp.log(jnp.array([6.0, 3.0, 1.0])), (4000, 3))
@@ -199,7 +237,11 @@ def test_gradients_flow_through_merged_rows_only(data):
         np.asarray(tokens.visionzip(x[:1], keep=5, attn=attn[:1]).mask[0])
     ])  # fmt: skip
     assert not np.any(by_attn)
+    weigh = functools.partial(tokens.prumerge, keep=5)
+    by_attn = jax.grad(lambda a: weigh(x[:1], attn=a).merged.sum())(attn[:1])
+    assert not np.any(by_attn)
     # A member of a mean of m rows has 1 / m of the mean's gradient.
-    chosen = functools.partial(tokens.visionzip, keep=1, attn=jnp.asarray(attn[0]))
-    grad = jax.grad(lambda x: chosen(x).merged.sum())(jnp.asarray(x[0]))
-    np.testing.assert_allclose(grad, np.full((N, 16), 1 / N), rtol=1e-5)
+    for method, given in (("visionzip", {"attn": attn[0]}), ("tome", {})):
+        one = functools.partial(tokens.prune, keep=1, method=method, **given)
+        grad = jax.grad(lambda x, one=one: one(x).merged.sum())(jnp.asarray(x[0]))
+        np.testing.assert_allclose(grad, np.full((N, 16), 1 / N), rtol=1e-5)
