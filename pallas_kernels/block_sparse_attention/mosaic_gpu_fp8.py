@@ -243,6 +243,8 @@ def _compute(c: Shape, group: Any, *refs: Any) -> None:
 
     def start_values(into: Any, p: Any, s: Any) -> None:
         plgpu.barrier_wait(v_full.at[slot(s)])
+        if fresh:
+            into[...] = _zeros(c)
         if not c.interpret:
             plgpu.wgmma(into, p, v_smem.at[slot(s)].T)
 
@@ -265,7 +267,7 @@ def _compute(c: Shape, group: Any, *refs: Any) -> None:
             m, total, p, shrink, sums = carry
 
             def inside(acc: Any, *parts: Any) -> Any:
-                into = held if stay else parts[0] if parts else None
+                into = parts[0] if parts else held
                 plgpu.wgmma(acc, queries, k_smem.at[slot(s)].T)
                 start_values(into, p, s - 1)
                 logits = logits_of(acc, s, 1)
@@ -311,7 +313,7 @@ def _compute(c: Shape, group: Any, *refs: Any) -> None:
         end = at.steps - 1
 
         def finish(*parts: Any) -> Any:
-            into = held if stay else parts[0] if parts else None
+            into = parts[0] if parts else held
             start_values(into, p, end)
             return values_of(into, p, end)
 
@@ -333,6 +335,27 @@ def _compute(c: Shape, group: Any, *refs: Any) -> None:
     plgpu.copy_smem_to_gmem(result, y.at[at.batch, here, at.head])
     plgpu.copy_smem_to_gmem(lse_smem.at[group], lse.at[at.batch, at.head, here])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _zeros(c: Shape) -> Any:
+    """To start sums from.
+
+    ptxas then lets the first product write instead of add, if the zero is made just
+    before; LLVM would take the one that the logits start from.
+    """
+    shape = (ROWS, c.dim)
+    result = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=plgpu.Layout.WGMMA)
+
+    @plgpu.inline_mgpu(arg_types=(), return_type=result)
+    def zeros(_: Any) -> Any:
+        zero = asm.ptx("mov.b32 $0, 0f00000000;", out=(Float,))
+        registers = np.empty(fa.WGMMA_LAYOUT.registers_shape(shape), dtype=object)
+        registers.fill(asm.pair(zero, zero))
+        return fa.FragmentedArray(
+            _registers=registers, _layout=fa.WGMMA_LAYOUT, _is_signed=None
+        )
+
+    return zeros()
 
 
 def _hide(c: Shape, logits: Any, diagonal: Any) -> Any:
