@@ -144,19 +144,57 @@ def scene(key: jax.Array, digits: jax.Array, photographs: jax.Array) -> Scene:
     return Scene(pixels, count, values, places, colours, boxes, which)
 
 
-def patch_labels(scene: Scene, patch: int) -> jax.Array:
-    """int32 `[(SIDE / patch) ** 2]`: 1 + 5 digit + colour of what covers a patch."""
+def patch_labels(scene: Scene, patch: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """int32 `[(SIDE / patch) ** 2]` each: digit, colour and place of every patch.
+
+    A patch without a digit has the digit 10 and the colour 0.
+    """
     n = SIDE // patch
     centre = (jnp.arange(n) + 0.5) * patch
-    label = jnp.zeros((n, n), jnp.int32)
+    digit, colour = jnp.full((n, n), 10), jnp.zeros((n, n), jnp.int32)
     for i in range(MOST):
         top, left, height, width = scene.boxes[i]
         row = (centre > top) & (centre < top + height)
         column = (centre > left) & (centre < left + width)
         here = row[:, None] & column & (i < scene.count)
-        mine = 1 + len(COLOURS) * scene.values[i] + scene.colours[i]
-        label = jnp.where(here, mine, label)
-    return label.reshape(-1)
+        digit = jnp.where(here, scene.values[i], digit)
+        colour = jnp.where(here, scene.colours[i], colour)
+    cell = (centre // CELL).astype(jnp.int32)
+    place = cell[:, None] * CELLS + cell
+    return digit.reshape(-1), colour.reshape(-1), place.reshape(-1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """Embeddings of what there is to name, float32 `[n, D]` each.
+
+    The last of the digits is the one for no digit.
+    """
+
+    digits: jax.Array
+    colours: jax.Array
+    places: jax.Array
+    photographs: jax.Array
+
+
+def words(
+    encode: Callable[[str], Sequence[int]], names: Sequence[str], table: jax.Array
+) -> Words:
+    """Means of the embeddings of the tokens of each word.
+
+    Args:
+      encode: text to tokens.
+      names: of the photographs.
+      table: embeddings, `[V, D]`.
+    """
+
+    def of(texts: Sequence[str]) -> jax.Array:
+        rows = [np.asarray(encode(" " + text), np.int32) for text in texts]
+        found = [jnp.mean(table[r].astype(jnp.float32), axis=0) for r in rows]
+        return jnp.stack(found)
+
+    return Words(of([*DIGITS, "background"]), of([*COLOURS]), of(PLACES), of(names))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """A small vision-language model, trained on scenes in some minutes of one GPU.
 
 A SigLIP-like tower from scratch, a projector, and a language model that is fine-tuned.
-First the tower learns to say what covers each patch, then all learn to answer
+First the tower learns to name what covers each patch, then all learn to answer
 questions. Data are made on the device, inside the compiled loop.
 """
 
@@ -29,6 +29,7 @@ from benchmarks import _scenes as scenes
 
 PATCH = 12
 TOKENS = (scenes.SIDE // PATCH) ** 2  # of an image
+BEGIN = 1  # token at the start of a sequence
 _STEPS = 50  # of one compiled call
 
 
@@ -36,8 +37,8 @@ _STEPS = 50  # of one compiled call
 class Apart:
     """An `attention_fn` in which questions see the image and themselves.
 
-    Behind `image` tokens stand questions of `width` tokens each, about the same image:
-    one sequence gives as many losses as there are questions.
+    Behind the first token and `image` tokens stand questions of `width` tokens each,
+    about the same image: one sequence gives as many losses as there are questions.
     """
 
     image: int
@@ -46,8 +47,8 @@ class Apart:
     def __call__(
         self, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array
     ) -> jax.Array:
-        place = np.arange(q.shape[1])
-        question = np.where(place < self.image, -1, (place - self.image) // self.width)
+        place = np.arange(q.shape[1]) - 1 - self.image
+        question = np.where(place < 0, -1, place // self.width)
         sees = (question == -1) | (question == question[:, None])
         # Scores are made again in the backward pass: stored they would fill the memory.
         return jax.checkpoint(dense_attention)(q, k, v, mask & sees)
@@ -105,36 +106,42 @@ def answer_logits(
     *,
     image_mask: jax.Array | None = None,
     image_positions: jax.Array | None = None,
-    start: int = TOKENS,
 ) -> jax.Array:
     """float32 `[B, Q, T - 1, V]`: what follows each token but the last of Q questions.
+
+    A token that begins the sequence stands before the image. It is never pruned;
+    without it, a first image token of zeros would stay zero in every layer, and the
+    gradient of the norms would grow beyond all bounds.
 
     Args:
       model: with `Apart` where there are several questions.
       text: its params.
       image: `[B, N, D]`.
       ids, real: `[B, Q, T]`, tokens of the questions.
-      image_mask, image_positions: `[B, N]`, of the image.
-      start: position of the first token of each question.
+      image_mask, image_positions: `[B, N]`, of the image; positions from 0 to
+        `TOKENS - 1`.
     """
     batch, asked, width = ids.shape
     count = image.shape[1]
     module = model.bind(text)
     words = module.embed(ids.reshape(batch, -1))
-    embeds = jnp.concatenate([image.astype(words.dtype), words], axis=1)
+    begin = module.embed(jnp.full((batch, 1), BEGIN, jnp.int32))
+    embeds = jnp.concatenate([begin, image.astype(words.dtype), words], axis=1)
     if image_mask is None:
         image_mask = jnp.ones((batch, count), bool)
     if image_positions is None:
         image_positions = jnp.broadcast_to(jnp.arange(count), (batch, count))
-    at = jnp.tile(start + jnp.arange(width), asked)
-    positions = jnp.concatenate(
-        [image_positions, jnp.broadcast_to(at, (batch, asked * width))], axis=1
-    )
-    mask = jnp.concatenate([image_mask, real.reshape(batch, -1)], axis=1)
+    at = jnp.tile(1 + TOKENS + jnp.arange(width), asked)
+    at = jnp.broadcast_to(at, (batch, asked * width))
+    start = jnp.zeros((batch, 1), jnp.int32)
+    positions = jnp.concatenate([start, 1 + image_positions, at], axis=1)
+    mask = [start == 0, image_mask, real.reshape(batch, -1)]
     hidden, _ = module.hidden(
-        embeds=embeds, positions=positions.astype(jnp.int32), mask=mask
+        embeds=embeds,
+        positions=positions.astype(jnp.int32),
+        mask=jnp.concatenate(mask, axis=1),
     )
-    hidden = hidden[:, count:].reshape(batch, asked, width, -1)[:, :, :-1]
+    hidden = hidden[:, 1 + count :].reshape(batch, asked, width, -1)[:, :, :-1]
     return module.head(module.norm(hidden))
 
 
@@ -150,6 +157,7 @@ def train(
     text: Any,
     pictures: scenes.Pictures,
     table: scenes.Questions,
+    words: scenes.Words,
     *,
     tower_steps: int,
     steps: int,
@@ -162,6 +170,7 @@ def train(
       toy: the architecture.
       text: params of the language model, float32, stacked.
       pictures, table: to learn from.
+      words: embeddings of what there is to name.
       tower_steps, steps: of the two stages.
       batch: scenes of a step of the second stage; the first takes twice as many.
       seed: of everything random.
@@ -172,10 +181,9 @@ def train(
     first, second, *keys = jax.random.split(jax.random.key(seed), 4)
     eyes = toy.eyes.init(first)
     eyes.pop("text")
-    eyes = _tower(toy, eyes, pictures, table, tower_steps, 2 * batch, keys[0])
+    eyes = _tower(toy, eyes, words, pictures, table, tower_steps, 2 * batch, keys[0])
     params = {**eyes, "text": text}
-    words = Apart(TOKENS, table.tokens.shape[1])
-    model = toy.language(words)
+    model = toy.language(Apart(TOKENS, table.tokens.shape[1]))
 
     def loss_fn(params: Any, key: jax.Array) -> jax.Array:
         found, rows = _batch(key, pictures, table, batch)
@@ -201,37 +209,47 @@ def train(
 def _tower(
     toy: Toy,
     eyes: Any,
+    words: scenes.Words,
     pictures: scenes.Pictures,
     table: scenes.Questions,
     steps: int,
     batch: int,
     key: jax.Array,
 ) -> Any:
-    """Tower and projector learn what covers each patch, and which photograph it is."""
-    labels = 1 + len(scenes.DIGITS) * len(scenes.COLOURS)
-    sizes, width = (labels, len(pictures.names)), toy.text.hidden_size
-    head = {
-        name: 0.02 * jax.random.normal(jax.random.fold_in(key, i), (width, n))
-        for i, (name, n) in enumerate(zip(("patch", "photograph"), sizes, strict=True))
-    }
+    """Tower and projector learn to name what covers each patch, where it is, and all.
+
+    Classes are the embeddings of their words in the language model, of which the output
+    of the projector thus becomes a sum.
+    """
+
+    def entropy(x: jax.Array, classes: jax.Array, wanted: jax.Array) -> jax.Array:
+        classes = classes / jnp.linalg.norm(classes, axis=-1, keepdims=True)
+        logits = x @ classes.T
+        return optax.softmax_cross_entropy_with_integer_labels(logits, wanted)
 
     def loss_fn(params: Any, key: jax.Array) -> jax.Array:
         found, _ = _batch(key, pictures, table, batch)
-        x = toy.eyes.encode_images(params["eyes"], seen(found.pixels)).embeds
+        x = toy.eyes.encode_images(params, seen(found.pixels)).embeds
         x = x.astype(jnp.float32)
-        wanted = jax.vmap(lambda s: scenes.patch_labels(s, PATCH))(found)
-        entropy = optax.softmax_cross_entropy_with_integer_labels
-        patch = entropy(x @ params["head"]["patch"], wanted)
-        weight = jnp.where(wanted > 0, 4.0, 1.0)
-        whole = entropy(x.mean(1) @ params["head"]["photograph"], found.photograph)
-        return jnp.sum(patch * weight) / jnp.sum(weight) + 0.2 * whole.mean()
+        digit, colour, place = jax.vmap(lambda s: scenes.patch_labels(s, PATCH))(found)
+        covered = digit < len(scenes.DIGITS)
+        weight = jnp.where(covered, 4.0, 1.0)
+        named = entropy(x, words.digits, digit)
+        tinted = entropy(x, words.colours, colour) * covered
+        total = jnp.sum(weight)
+        whole = entropy(x.mean(1), words.photographs, found.photograph)
+        return (
+            jnp.sum(named * weight) / total
+            + jnp.sum(tinted * weight) / total
+            + 0.3 * entropy(x, words.places, place).mean()
+            + 0.1 * whole.mean()
+        )
 
     schedule = optax.warmup_cosine_decay_schedule(
         0, 1e-3, min(100, steps // 5 + 1), steps + 1, 1e-4
     )
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
-    params = {"eyes": eyes, "head": head}
-    return _loop("tower", loss_fn, optimizer, params, steps, key)["eyes"]
+    return _loop("tower", loss_fn, optimizer, eyes, steps, key)
 
 
 def _batch(

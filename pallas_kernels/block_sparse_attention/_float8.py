@@ -146,12 +146,21 @@ def in_order(v: jax.Array) -> jax.Array:
     return split.swapaxes(-3, -2).reshape(v.shape)
 
 
+def power_of_two(most: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The least power of two that brings float32 `most` within 448, and its inverse.
+
+    1 for less than 1e-16, which becomes 0.
+    """
+    bits = jax.lax.bitcast_convert_type(most * (1 / MOST), jnp.int32)
+    # Adding all bits of the fraction carries into the exponent unless they are 0.
+    bits = (bits + 0x7FFFFF) & 0x7F800000
+    bits = jnp.where(bits > (127 - 60) << 23, bits, 127 << 23)
+    scale = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return scale, jax.lax.bitcast_convert_type((254 << 23) - bits, jnp.float32)
+
+
 def _quantize(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """float8_e4m3fn and float32 scales, which are powers of two."""
-    most = jnp.max(jnp.abs(x), axis=axes, keepdims=True) * (1 / MOST)
-    # Adding all bits of the fraction carries into the exponent unless they are 0.
-    bits = jax.lax.bitcast_convert_type(most, jnp.int32)
-    scale = jax.lax.bitcast_convert_type((bits + 0x7FFFFF) & 0x7F800000, jnp.float32)
-    scale = jnp.where(most > 0, scale, 1.0)
+    scale, inverse = power_of_two(jnp.max(jnp.abs(x), axis=axes, keepdims=True))
     # 1 / MOST is rounded, so that a number may come out just above it.
-    return jnp.clip(x / scale, -MOST, MOST).astype(FLOAT8), scale
+    return jnp.clip(x * inverse, -MOST, MOST).astype(FLOAT8), scale

@@ -37,9 +37,10 @@ from pallas_kernels._ptx import Float, Int
 from pallas_kernels.block_sparse_attention import _hopper_tiles as tiles
 from pallas_kernels.block_sparse_attention._float8 import (
     FLOAT8,
+    MOST,
     Float8KV,
     in_order,
-    quantize_rows,
+    power_of_two,
 )
 from pallas_kernels.block_sparse_attention._hopper_tiles import (
     LEAST,
@@ -107,14 +108,7 @@ def attention(
             **tuning,
         },
     )
-    q, rows = quantize_rows(q)
-    factor = (
-        rows * jnp.repeat(kv.k_scale, shape.heads // shape.kv_heads, axis=1)[:, None]
-    )
-    factor = (factor * _unit(shape)).transpose(0, 2, 1)
-    room = shape.tiles * TILE - shape.q_length
-    factor = jnp.pad(factor, ((0, 0), (0, 0), (0, room)), constant_values=1)
-    arrays = q, k, kv.v, factor, kv.v_scale
+    arrays = q, k, kv.v, kv.k_scale, kv.v_scale
     y, lse = build(shape)(*arrays, lists.indices, heading, q_offset)
     return y[:, :t], lse[..., :t]
 
@@ -126,10 +120,10 @@ def _unit(c: Shape) -> float:
 
 @functools.lru_cache(maxsize=512)
 def build(c: Shape) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The kernel `(q, k, v, factor, v_scale, indices, heading, q_offset) -> (y, lse)`.
+    """The kernel `(q, k, v, k_scale, v_scale, indices, heading, q_offset) -> (y, lse)`.
 
-    `factor` is float32 `[B, H, rows]`, that of the products of a row; for `heading` see
-    there. Both and lse have rows up to a multiple of the tile.
+    q is in the dtype of the result; for `heading` see there. lse has rows up to a
+    multiple of the tile.
     """
     kind = jnp.dtype(c.dtype)
     wide, narrow = tiles.transforms(c.dim, 1), tiles.transforms(c.step, 1)
@@ -151,9 +145,10 @@ def build(c: Shape) -> Callable[..., tuple[jax.Array, jax.Array]]:
             plgpu.SMEM((2, ROWS, c.dim), FLOAT8, transforms=wide),
             plgpu.SMEM((c.stages, c.step, c.dim), FLOAT8, transforms=wide),
             plgpu.SMEM((c.stages, c.dim, c.step), FLOAT8, transforms=narrow),
+            # Queries as they come, then results.
             plgpu.SMEM((2, ROWS, c.dim), kind, transforms=tiles.transforms(c.dim, 2)),
-            plgpu.SMEM((2, ROWS), jnp.float32),  # factors, then lse
-            plgpu.Barrier(num_barriers=2, num_arrivals=2),
+            plgpu.SMEM((2, ROWS), jnp.float32),
+            plgpu.Barrier(num_barriers=2),
             ring(),
             ring(num_arrivals=2),
             ring(),
@@ -190,15 +185,14 @@ def _body(c: Shape, *refs: Any) -> None:
 
 def _compute(c: Shape, group: Any, *refs: Any) -> None:
     """A warpgroup that attends for 64 queries."""
-    q, _, _, factors, v_scale, indices, heading, offset, y, lse = refs[:10]
-    q_smem, k_smem, v_smem, y_smem, row_smem = refs[10:15]
+    q, _, _, k_scale, v_scale, indices, heading, offset, y, lse = refs[:10]
+    q_smem, k_smem, v_smem, y_smem, lse_smem = refs[10:15]
     q_full, k_full, k_free, v_full, v_free = refs[15:]
     at = Tile(c, indices, heading)
     first = at.first + group * ROWS
-    queries, result, row = (x.at[group] for x in (q_smem, y_smem, row_smem))
+    queries, result = q_smem.at[group], y_smem.at[group]
     here = pl.ds(first, ROWS)
-    plgpu.copy_gmem_to_smem(q.at[at.batch, here, at.head], queries, q_full.at[group])
-    plgpu.copy_gmem_to_smem(factors.at[at.batch, at.head, here], row, q_full.at[group])
+    plgpu.copy_gmem_to_smem(q.at[at.batch, here, at.head], result, q_full.at[group])
     # Where the list is empty no query sees anything.
     position = jnp.where(at.count > 0, first + offset[at.batch], -(2**30))
     by_row = plgpu.Layout.WGMMA.reduce(1)
@@ -218,10 +212,14 @@ def _compute(c: Shape, group: Any, *refs: Any) -> None:
             plgpu.barrier_wait(k_full.at[slot(s)])
 
     plgpu.barrier_wait(q_full.at[group])
-    if c.interpret:
-        factor = row[...]
-    else:
-        factor = plgpu.load(row, layout=by_row, optimized=False)
+    given = result[...].astype(jnp.float32)
+    if not c.interpret:
+        given = plgpu.layout_cast(given, plgpu.Layout.WGMMA)
+    row_scale, inverse = power_of_two(jnp.abs(given).max(axis=1))
+    given = jnp.clip(given * over(inverse, given), -MOST, MOST)
+    queries[...] = given.astype(FLOAT8)
+    plgpu.commit_smem()
+    factor = row_scale * (k_scale[at.batch, at.kv_head] * _unit(c))
 
     def softmax(logits: Any, m: Any, total: Any) -> Any:
         """Weights times 2^8, the new maximum, their sum, the factor of old ones."""
@@ -245,6 +243,8 @@ def _compute(c: Shape, group: Any, *refs: Any) -> None:
 
     def start_values(into: Any, p: Any, s: Any) -> None:
         plgpu.barrier_wait(v_full.at[slot(s)])
+        if fresh:
+            into[...] = _zeros(c)
         if not c.interpret:
             plgpu.wgmma(into, p, v_smem.at[slot(s)].T)
 
@@ -267,7 +267,7 @@ def _compute(c: Shape, group: Any, *refs: Any) -> None:
             m, total, p, shrink, sums = carry
 
             def inside(acc: Any, *parts: Any) -> Any:
-                into = held if stay else parts[0] if parts else None
+                into = parts[0] if parts else held
                 plgpu.wgmma(acc, queries, k_smem.at[slot(s)].T)
                 start_values(into, p, s - 1)
                 logits = logits_of(acc, s, 1)
@@ -313,7 +313,7 @@ def _compute(c: Shape, group: Any, *refs: Any) -> None:
         end = at.steps - 1
 
         def finish(*parts: Any) -> Any:
-            into = held if stay else parts[0] if parts else None
+            into = parts[0] if parts else held
             start_values(into, p, end)
             return values_of(into, p, end)
 
@@ -330,11 +330,32 @@ def _compute(c: Shape, group: Any, *refs: Any) -> None:
     inverse = jnp.where(some, v_scale[at.batch, at.kv_head] / total, 0.0)
     result[...] = (values * over(inverse, values)).astype(c.dtype)
     log = (m + jnp.log2(total) - _SHIFT) * math.log(2)
-    row[...] = jnp.where(some, log, -jnp.inf)
+    lse_smem.at[group][...] = jnp.where(some, log, -jnp.inf)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(result, y.at[at.batch, here, at.head])
-    plgpu.copy_smem_to_gmem(row, lse.at[at.batch, at.head, here])
+    plgpu.copy_smem_to_gmem(lse_smem.at[group], lse.at[at.batch, at.head, here])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _zeros(c: Shape) -> Any:
+    """To start sums from.
+
+    ptxas then lets the first product write instead of add, if the zero is made just
+    before; LLVM would take the one that the logits start from.
+    """
+    shape = (ROWS, c.dim)
+    result = plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=plgpu.Layout.WGMMA)
+
+    @plgpu.inline_mgpu(arg_types=(), return_type=result)
+    def zeros(_: Any) -> Any:
+        zero = asm.ptx("mov.b32 $0, 0f00000000;", out=(Float,))
+        registers = np.empty(fa.WGMMA_LAYOUT.registers_shape(shape), dtype=object)
+        registers.fill(asm.pair(zero, zero))
+        return fa.FragmentedArray(
+            _registers=registers, _layout=fa.WGMMA_LAYOUT, _is_signed=None
+        )
+
+    return zeros()
 
 
 def _hide(c: Shape, logits: Any, diagonal: Any) -> Any:
