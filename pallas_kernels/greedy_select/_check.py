@@ -90,9 +90,10 @@ def settings(
         )
     if isinstance(weight, bool) or not isinstance(weight, numbers.Real):
         raise KernelError(f"weight={weight!r} must be a static number")
-    if objective == "mmr" and not 0 <= weight <= 1:
+    number = float(weight)
+    if objective == "mmr" and not 0 <= number <= 1:
         raise KernelError(f"weight={weight} of 'mmr' must be from 0 to 1")
-    if objective == "facility" and not (0 <= weight and math.isfinite(weight)):
+    if objective == "facility" and not (0 <= number < math.inf):
         raise KernelError(f"weight={weight} of 'facility' must be 0 or more")
 
 

@@ -32,7 +32,7 @@ def select(
     """See `_terms`."""
 
     def row(gram: jax.Array, *args: jax.Array) -> jax.Array:
-        return select_row(Gram(gram), *args, settings)
+        return select_row(Gram(gram), *args, s=settings)
 
     return jax.vmap(row)(gram, importance, valid, limit)
 
@@ -93,7 +93,8 @@ def _row(
     carry = choose(state, free, order, jnp.int32(0), first)
 
     def step(t: jax.Array, carry: Any) -> Any:
-        return choose(*carry, t, objective.key(carry[0]))
+        state, free, order = carry
+        return choose(state, free, order, t, objective.key(state))
 
     steps = -(-s.num_select // s.parallel)
     return lax.fori_loop(1, steps, step, carry)[2]

@@ -43,7 +43,7 @@ def select(
     if settings.objective == "facility" and settings.parallel == 1:
 
         def row(*args: jax.Array) -> jax.Array:
-            return _facility(*args, settings)
+            return _facility(*args, s=settings)
 
         return jax.vmap(row)(gram, importance, valid, limit)
     # A step of the others is as cheap as what would save it.
@@ -65,8 +65,8 @@ def select_without(
     def row(args: Any) -> jax.Array:
         unit, *rest = args
         if settings.objective == "mmr" and settings.parallel == 1:
-            return _blocks(Rows(unit), *rest, settings)
-        return reference.select_row(Rows(unit), *rest, settings)
+            return _blocks(Rows(unit), *rest, s=settings)
+        return reference.select_row(Rows(unit), *rest, s=settings)
 
     return lax.map(row, (rows, importance, valid, limit))
 
