@@ -77,7 +77,7 @@ def settings(
     for name, value in (("num_select", num_select), ("parallel", parallel)):
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise KernelError(f"{name}={value!r} must be a static integer")
-        if not 1 <= value <= n:
+        if not 1 <= int(value) <= n:
             raise KernelError(f"{name}={value} must be from 1 to the {n} tokens")
     if objective not in OBJECTIVES:
         raise KernelError(f"objective={objective!r} must be {_either(OBJECTIVES)}")

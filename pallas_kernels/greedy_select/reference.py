@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -31,10 +32,10 @@ def select(
 ) -> jax.Array:
     """See `_terms`."""
 
-    def row(gram: jax.Array, *args: jax.Array) -> jax.Array:
-        return select_row(Gram(gram), *args, s=settings)
-
-    return jax.vmap(row)(gram, importance, valid, limit)
+    row = functools.partial(select_row, s=settings)
+    return jax.vmap(lambda gram, *rest: row(Gram(gram), *rest))(
+        gram, importance, valid, limit
+    )
 
 
 @dataclasses.dataclass(frozen=True)
