@@ -16,7 +16,7 @@ from tests.tokens._data import attention
 B, N, D, K = 5, 20, 8, 6
 # What a method needs or takes of: importance, attn, text, key.
 GREEDY = "idpruner", "scope", "cdpruner", "divprune"
-PREFIX = (*GREEDY, "visionselector", "fastv", "random")
+PREFIX = (*GREEDY, "random")
 MERGES = "visionzip", "tome", "prumerge", "prumerge_plus"
 # These look at the place of a token in its row.
 BY_PLACE = "uniform", "random", "hiprune", "vispruner", *MERGES
