@@ -19,6 +19,7 @@ import yaml
 from angeljax import _train_options
 from angeljax._attention_options import AttentionOptions
 from angeljax._fields import known_fields
+from angeljax._tokens_options import TokensOptions
 from angeljax._train_options import Arenas, QATOptions
 from angeljax.formats._activation import ACTIVATIONS
 from angeljax.formats._registry import get_format
@@ -45,7 +46,7 @@ FORMAT_OPTIONS = (
     "shift",
 )
 # Parts of the schema that hold no options yet; a recipe that fills one is refused.
-RESERVED_SECTIONS = ("activations", "kv_cache", "tokens", "draft")
+RESERVED_SECTIONS = ("activations", "kv_cache", "draft")
 
 
 class RecipeError(ValueError):
@@ -227,7 +228,7 @@ class Recipe:
 
     Attributes:
       rules: the first rule that matches a leaf decides; a leaf that none matches stays.
-        There may be none if there is a section `attention`.
+        There may be none if there is a section `attention` or `tokens`.
       name, description: for people.
       skip: regular expressions of paths that rules without `match` leave alone.
       requires: fields of a model's configuration that this recipe was made for, such as
@@ -237,6 +238,9 @@ class Recipe:
       attention: how the model reads long prompts; `AttentionOptions`, or a mapping of
         its fields. It changes no weight: `attention.attention_fn()` goes into a
         `LanguageModel`, and the command line does so by itself. None is dense.
+      tokens: which tokens of images or sound are read; `TokensOptions`, or a mapping of
+        its fields. `tokens.prune_fn()` goes into the models that have any. None reads
+        all of them.
 
     Example:
       >>> import angeljax as aj
@@ -253,13 +257,14 @@ class Recipe:
     requires: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     arenas: Arenas | None = None
     attention: AttentionOptions | None = None
+    tokens: TokensOptions | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
         if isinstance(self.skip, str):
             raise RecipeError("skip must be a list of regular expressions")
         object.__setattr__(self, "skip", tuple(self.skip))
-        if not self.rules and self.attention is None:
+        if not self.rules and self.attention is None and self.tokens is None:
             raise RecipeError("a recipe needs at least one rule")
         for rule in self.rules:
             if not isinstance(rule, Rule):
@@ -277,9 +282,11 @@ class Recipe:
             raise RecipeError(f"train: {e}") from None
         try:
             options = AttentionOptions.parse(self.attention)
+            tokens = TokensOptions.parse(self.tokens)
         except ValueError as e:
             raise RecipeError(str(e)) from None
         object.__setattr__(self, "attention", options)
+        object.__setattr__(self, "tokens", tokens)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain YAML / JSON values; `from_dict` restores an equal recipe."""
@@ -297,6 +304,8 @@ class Recipe:
             out["train"] = {"arenas": _train_options.to_dict(self.arenas)}
         if self.attention is not None:
             out["attention"] = self.attention.to_dict()
+        if self.tokens is not None:
+            out["tokens"] = self.tokens.to_dict()
         return out
 
     @classmethod
@@ -317,7 +326,8 @@ class Recipe:
                     f"section {section!r} has no options in this version: remove it "
                     "(weights are described under `rules`)"
                 )
-        rules = data.get("rules", None if data.get("attention") is None else [])
+        alone = any(data.get(name) is not None for name in ("attention", "tokens"))
+        rules = data.get("rules", [] if alone else None)
         if not isinstance(rules, Sequence) or isinstance(rules, str):
             raise RecipeError("a recipe needs a list `rules`")
         fields = {k: v for k, v in data.items() if k in known}

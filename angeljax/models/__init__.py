@@ -4,6 +4,8 @@ The rest of angeljax does not import this package: it works on anybody's model.
 """
 
 from angeljax.models._audio import read_audio
+from angeljax.models._llava_config import LlavaConfig
+from angeljax.models._llava_loading import LoadedLlava, load_llava, load_vision_tower
 from angeljax.models._mel import log_mel
 from angeljax.models._qwen2_audio_config import AudioEncoderConfig, Qwen2AudioConfig
 from angeljax.models._qwen2_audio_loading import LoadedQwen2Audio, load_qwen2_audio
@@ -19,12 +21,25 @@ from angeljax.models.config import DecoderConfig, ModelError
 from angeljax.models.decoder import Decoder
 from angeljax.models.features import Features
 from angeljax.models.fusion import fuse_projections, split_projections
-from angeljax.models.generate import Generated, decode_step, filter_logits, generate
+from angeljax.models.generate import (
+    Generated,
+    decode_step,
+    filter_logits,
+    generate,
+    generate_after,
+)
 from angeljax.models.language_model import LanguageModel, stack_layers, unstack_layers
+from angeljax.models.llava import ImagePrompt, ImageTokens, LlavaModel
 from angeljax.models.loading import LoadedModel, load_config, load_model
 from angeljax.models.qwen2_audio import AudioTokens, Qwen2AudioModel, audio_lengths
 from angeljax.models.serving import prepare_decoder
+from angeljax.models.staged import StagedCache, StagedPrefill, prefill_pruned
 from angeljax.models.tokenizer import Tokenizer
+from angeljax.models.vision_tower import (
+    VisionFeatures,
+    VisionTower,
+    VisionTowerConfig,
+)
 from angeljax.models.whisper import EncodedAudio, WhisperModel
 
 __all__ = [
@@ -36,15 +51,25 @@ __all__ = [
     "EncoderAttention",
     "Features",
     "Generated",
+    "ImagePrompt",
+    "ImageTokens",
     "KVCache",
     "LanguageModel",
+    "LlavaConfig",
+    "LlavaModel",
+    "LoadedLlava",
     "LoadedModel",
     "LoadedQwen2Audio",
     "LoadedWhisper",
     "ModelError",
     "Qwen2AudioConfig",
     "Qwen2AudioModel",
+    "StagedCache",
+    "StagedPrefill",
     "Tokenizer",
+    "VisionFeatures",
+    "VisionTower",
+    "VisionTowerConfig",
     "WhisperConfig",
     "WhisperModel",
     "add_biases",
@@ -56,12 +81,16 @@ __all__ = [
     "filter_logits",
     "fuse_projections",
     "generate",
+    "generate_after",
     "init_cache",
     "load_config",
+    "load_llava",
     "load_model",
     "load_qwen2_audio",
+    "load_vision_tower",
     "load_whisper",
     "log_mel",
+    "prefill_pruned",
     "prepare_decoder",
     "read_audio",
     "split_projections",

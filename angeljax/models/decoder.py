@@ -134,6 +134,38 @@ class Decoder(nnx.Module):
           ValueError: sparse attention cannot serve this model, `start` or `total`
             cannot be, or shapes do not fit.
         """
+        x, cache = self.hidden(
+            tokens,
+            embeds=embeds,
+            positions=positions,
+            deepstack=deepstack,
+            next_position=next_position,
+            mask=mask,
+            cache=cache,
+            last_only=last_only,
+            start=start,
+            total=total,
+        )
+        return self.head(self.norm(x)), cache
+
+    def hidden(
+        self,
+        tokens: jax.Array | None = None,
+        *,
+        embeds: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        deepstack: Sequence[jax.Array] | None = None,
+        next_position: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        cache: KVCache | None = None,
+        last_only: bool = False,
+        start: int | None = None,
+        total: int | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """What the last layer gives, `[B, T, hidden_size]` before the final norm.
+
+        Arguments, cache and errors are those of a call.
+        """
         attention_fn = self._attention(mask, cache)
         read = Reading.of(self.config, tokens, embeds, positions, deepstack, mask)
         prompt = self._prefill(read.shape[1], mask, cache, start, total)
@@ -150,8 +182,7 @@ class Decoder(nnx.Module):
         else:
             x, cache = self._loop(x, cache, told, *around)
         x = packing.unpack(x, last_only=last_only)
-        logits = self.head(self.norm(x))
-        return logits, None if cache is None else entry.leave(cache)
+        return x, None if cache is None else entry.leave(cache)
 
     def features(
         self,

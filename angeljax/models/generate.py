@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from angeljax.models.cache import KVCache
 from angeljax.models.language_model import LanguageModel
 
 
@@ -48,7 +47,47 @@ def _generate(
 ) -> Generated:
     given = prompt["tokens"] if prompt["embeds"] is None else prompt["embeds"]
     batch, length = given.shape[:2]
-    empty = model.init_cache(batch, length + max_new_tokens)
+    logits, cache = model.apply(
+        params,
+        **prompt,
+        cache=model.init_cache(batch, length + max_new_tokens),
+        last_only=True,
+        start=0,
+        total=length,
+    )
+    return _continue(
+        params,
+        logits,
+        cache,
+        key,
+        temperature,
+        top_p,
+        model=model,
+        max_new_tokens=max_new_tokens,
+        greedy=greedy,
+        top_k=top_k,
+        eos_ids=eos_ids,
+        pad_id=pad_id,
+    )
+
+
+def _continue(
+    params: Any,
+    logits: jax.Array,
+    cache: Any,
+    key: jax.Array,
+    temperature: jax.Array,
+    top_p: jax.Array | None,
+    *,
+    model: LanguageModel,
+    max_new_tokens: int,
+    greedy: bool,
+    top_k: int | None,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+) -> Generated:
+    """All tokens after a prefill, of which `logits` are the last ones."""
+    batch = len(logits)
 
     def choose(logits: jax.Array, key: jax.Array) -> jax.Array:
         if greedy:
@@ -59,9 +98,6 @@ def _generate(
     def ends(token: jax.Array) -> jax.Array:
         return jnp.isin(token, jnp.asarray(eos_ids, jnp.int32))
 
-    logits, cache = model.apply(
-        params, **prompt, cache=empty, last_only=True, start=0, total=length
-    )
     first = choose(logits[:, -1], jax.random.fold_in(key, 0))
     out = jnp.full((batch, max_new_tokens), pad_id, jnp.int32).at[:, 0].set(first)
 
@@ -91,9 +127,72 @@ def _generate(
     return Generated(tokens=out, lengths=lengths.astype(jnp.int32))
 
 
+_compiled_continue = jax.jit(
+    _continue,
+    static_argnames=("model", "max_new_tokens", "greedy", "top_k", "eos_ids", "pad_id"),
+)
+
+
+def generate_after(
+    model: LanguageModel,
+    params: Any,
+    logits: jax.Array,
+    cache: Any,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    key: jax.Array | None = None,
+    eos_ids: tuple[int, ...] | None = None,
+) -> Generated:
+    """Generates after a prefill of one's own, such as `prefill_pruned`.
+
+    Args:
+      model, params: as in `generate`.
+      logits: float `[B, T, V]` of the prefill; the last column counts.
+      cache: `KVCache` or `StagedCache` of the prefill with `max_new_tokens - 1` free
+        slots or more.
+      max_new_tokens, temperature, top_k, top_p, key, eos_ids: as in `generate`.
+
+    Returns:
+      A `Generated` of device arrays.
+
+    Raises:
+      ValueError: an option is out of range.
+    """
+    check_sampling(max_new_tokens, temperature, top_k, top_p)
+    if temperature > 0 and key is None:
+        raise ValueError("sampling needs a key: pass key=jax.random.key(seed)")
+    eos, pad = _ending(model, eos_ids)
+    return _compiled_continue(
+        params,
+        logits,
+        cache,
+        jax.random.key(0) if key is None else key,
+        jnp.asarray(max(temperature, 1e-6), jnp.float32),
+        None if top_p is None else jnp.asarray(top_p, jnp.float32),
+        model=model,
+        max_new_tokens=max_new_tokens,
+        greedy=temperature == 0,
+        top_k=top_k,
+        eos_ids=eos,
+        pad_id=pad,
+    )
+
+
+def _ending(
+    model: LanguageModel, eos_ids: tuple[int, ...] | None
+) -> tuple[tuple[int, ...], int]:
+    """Ids that end a row, and the one that fills it up behind."""
+    config = model.config
+    eos = config.eos_ids if eos_ids is None else tuple(eos_ids)
+    return eos, config.pad_id if config.pad_id is not None else (eos[0] if eos else 0)
+
+
 def decode_step(
-    model: LanguageModel, params: Any, cache: KVCache, token: jax.Array
-) -> tuple[jax.Array, KVCache]:
+    model: LanguageModel, params: Any, cache: Any, token: jax.Array
+) -> tuple[jax.Array, Any]:
     """One step of greedy decoding: reads a token of each row, gives the likeliest next.
 
     Pure and not compiled. `jax.jit(decode_step, static_argnums=0, donate_argnums=2)`
@@ -102,7 +201,7 @@ def decode_step(
     Args:
       model: the architecture.
       params: its param tree, compressed or not.
-      cache: what was read before; one slot must be free.
+      cache: what was read before, a `KVCache` or `StagedCache`; one slot must be free.
       token: int32 `[B]`.
 
     Returns:
@@ -213,9 +312,7 @@ def generate(
     if mask is not None:
         given: Any = tokens if embeds is None else embeds
         _check_mask(mask := jnp.asarray(mask, bool), given.shape[:2])
-    config = model.config
-    eos = config.eos_ids if eos_ids is None else tuple(eos_ids)
-    pad = config.pad_id if config.pad_id is not None else (eos[0] if eos else 0)
+    eos, pad = _ending(model, eos_ids)
     prompt = {
         "tokens": tokens,
         "embeds": embeds,

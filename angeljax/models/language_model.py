@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from angeljax.models.config import DecoderConfig
 from angeljax.models.decoder import Decoder
 from angeljax.models.features import Features
 from angeljax.models.layers import AttentionFn, Block
+from angeljax.models.staged import StagedCache, apply_staged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,7 @@ class LanguageModel:
           ValueError: a parameter is missing; says so if the tree is fused and the model
             is not, or the other way round.
         """
-        return self._fill(_skeleton(self), params)
+        return bind_params(_skeleton(self), params, self._missing)
 
     def bind_block(self, layer: dict[str, Any]) -> Block:
         """One layer as an nnx module: `layer` is a numbered subtree, or one of a stack.
@@ -90,17 +91,7 @@ class LanguageModel:
         Raises:
           ValueError: as `bind`.
         """
-        return self._fill(_block_skeleton(self), layer)
-
-    def _fill(self, skeleton: tuple[Any, Any], params: dict[str, Any]) -> Any:
-        graphdef, state = skeleton
-        values = _leaves_by_path(params)
-        flat = []
-        for path, variable in nnx.to_flat_state(state):
-            if path not in values:
-                raise ValueError(self._missing(path, values))
-            flat.append((path, variable.replace(values.pop(path))))
-        return nnx.merge(graphdef, nnx.from_flat_state(flat))
+        return bind_params(_block_skeleton(self), layer, self._missing)
 
     def _missing(self, path: tuple[Any, ...], values: dict[Any, Any]) -> str:
         name = "/".join(map(str, path))
@@ -146,12 +137,26 @@ class LanguageModel:
         deepstack: Sequence[jax.Array] | None = None,
         next_position: jax.Array | None = None,
         mask: jax.Array | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | StagedCache | None = None,
         last_only: bool = False,
         start: int | None = None,
         total: int | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
-        """`Decoder.__call__` as a pure function."""
+    ) -> tuple[jax.Array, Any]:
+        """`Decoder.__call__` as a pure function.
+
+        Also goes on after `prefill_pruned`, with its cache: only `tokens` or `embeds`,
+        `mask` and `last_only` are then looked at.
+        """
+        if isinstance(cache, StagedCache):
+            return apply_staged(
+                self,
+                params,
+                cache,
+                tokens,
+                embeds=embeds,
+                mask=mask,
+                last_only=last_only,
+            )
         return self.bind(params)(
             tokens,
             embeds=embeds,
@@ -229,6 +234,33 @@ def _block_skeleton(model: LanguageModel) -> tuple[Any, Any]:
 
     graphdef, state = nnx.split(nnx.eval_shape(block))
     return graphdef, nnx.filter_state(state, nnx.Param)
+
+
+def bind_params(
+    skeleton: tuple[Any, Any],
+    params: dict[str, Any],
+    missing: Callable[[Any, Any], str] | None = None,
+) -> Any:
+    """An nnx module with the given parameters.
+
+    Args:
+      skeleton: its graph and its abstract parameters.
+      params: nested dict of arrays or QTensors.
+      missing: `(path, those that are there) -> message`, where one is missing.
+
+    Raises:
+      ValueError: a parameter is missing.
+    """
+    graphdef, state = skeleton
+    values = _leaves_by_path(params)
+    flat = []
+    for path, variable in nnx.to_flat_state(state):
+        if path not in values:
+            name = "/".join(map(str, path))
+            what = f"no {name} in the params"
+            raise ValueError(what if missing is None else missing(path, values))
+        flat.append((path, variable.replace(values.pop(path))))
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
 def _leaves_by_path(params: Any, path: tuple[Any, ...] = ()) -> dict[Any, Any]:

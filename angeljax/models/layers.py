@@ -57,6 +57,23 @@ class RMSNorm(nnx.Module):
         return {"norm": self.scale[...], "norm_eps": self.eps}
 
 
+class LayerNorm(nnx.Module):
+    """Layer normalisation with statistics in float32 (arXiv 1607.06450)."""
+
+    def __init__(self, size: int, eps: float, *, dtype: Any, rngs: nnx.Rngs) -> None:
+        self.scale = nnx.Param(_ONES(rngs.params(), (size,), dtype))
+        self.bias = nnx.Param(_ZEROS(rngs.params(), (size,), dtype))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        y = wide * jax.lax.rsqrt(variance + self.eps)
+        y = y * self.scale[...].astype(jnp.float32)
+        return (y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions and an optional cache."""
 
@@ -82,18 +99,10 @@ class Attention(nnx.Module):
             c.head_dim,
         )
 
-    def __call__(
-        self,
-        x: jax.Array,
-        rotation: tuple[jax.Array, jax.Array],
-        mask: jax.Array | Prefill | Step,
-        cache: Store | None,
-        attention_fn: AttentionFn,
-        *,
-        norm: RMSNorm,
-    ) -> tuple[jax.Array, Store | None]:
-        """`x + attention(norm(x))`, and the cache with the new tokens."""
-        residual = x
+    def project(
+        self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], norm: RMSNorm
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values `[B, T, heads, head_dim]` of `norm(x)`, rotated."""
         b, t, _ = x.shape
         if self.fused:
             n_q, n_kv = self.widths
@@ -107,7 +116,22 @@ class Attention(nnx.Module):
         v = v.reshape(b, t, self.kv_heads, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        return rotate(q, *rotation), rotate(k, *rotation), v
+
+    def __call__(
+        self,
+        x: jax.Array,
+        rotation: tuple[jax.Array, jax.Array],
+        mask: jax.Array | Prefill | Step,
+        cache: Store | None,
+        attention_fn: AttentionFn,
+        *,
+        norm: RMSNorm,
+    ) -> tuple[jax.Array, Store | None]:
+        """`x + attention(norm(x))`, and the cache with the new tokens."""
+        residual = x
+        b, t, _ = x.shape
+        q, k, v = self.project(x, rotation, norm)
         if cache is not None:
             own = k.astype(cache.k.dtype), v.astype(cache.v.dtype)
             pages = cache.pages

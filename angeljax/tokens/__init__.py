@@ -29,6 +29,7 @@ from angeljax.tokens._proxies import (
     text_relevance,
 )
 from angeljax.tokens._prumerge import prumerge, prumerge_plus
+from angeljax.tokens._pruner import TokenPruner
 from angeljax.tokens._registry import methods, prune
 from angeljax.tokens._samp import samp
 from angeljax.tokens._scope import scope
@@ -54,6 +55,7 @@ __all__ = [
     "Pruned",
     "ScorerTask",
     "Selection",
+    "TokenPruner",
     "apply_selection",
     "atome",
     "attention_weights",

@@ -46,7 +46,7 @@ def prune_cache(cache: Any, slots: jax.Array, length: int) -> Any:
     Returns:
       The same cache with `length - L'` slots fewer.
     """
-    total, kept = cache.positions.shape[-1], slots.shape[-1]
+    total = cache.positions.shape[-1]
     rest = jnp.arange(length, total, dtype=jnp.int32)
     rest = jnp.broadcast_to(rest, (*slots.shape[:-1], total - length))
     # Slots of no token get an index behind all others, so that they are filled.
@@ -61,13 +61,21 @@ def prune_cache(cache: Any, slots: jax.Array, length: int) -> Any:
             return tuple(map(gather, x))
         return jax.vmap(gather)(x)
 
-    positions = jnp.take_along_axis(
+    kept = jnp.take_along_axis(
         cache.positions, index, axis=-1, mode="fill", fill_value=-1
     )
+    # Slots are in order: what stays is counted anew, and the rotary position of the
+    # next token stays what it was.
+    there = kept >= 0
+    order = jnp.where(there, jnp.cumsum(there, axis=-1, dtype=jnp.int32) - 1, -1)
+    after = jnp.max(cache.positions, axis=-1) + 1
+    if cache.rope_delta is not None:
+        after = after + cache.rope_delta
     return dataclasses.replace(
         cache,
         k=layers(cache.k),
         v=layers(cache.v),
-        positions=positions,
-        length=cache.length - (length - kept),
+        positions=order,
+        length=cache.length - (length - slots.shape[-1]),
+        rope_delta=after - jnp.sum(there, axis=-1, dtype=jnp.int32),
     )

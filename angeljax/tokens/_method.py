@@ -102,7 +102,6 @@ def method(
         parameters = list(inspect.signature(core).parameters.values())[1:]
         known = [p.name for p in parameters] + list(extra)
 
-        @functools.wraps(core)
         def run(
             embeds: jax.Array,
             *,
@@ -153,7 +152,8 @@ def method(
             )
             for p in extra
         ]
-        shown = list(inspect.signature(run, follow_wrapped=False).parameters.values())
+        shown = list(inspect.signature(run).parameters.values())
+        run = functools.wraps(core)(run)
         own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
         run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [*shown[:-1], *takes, *own], return_annotation=Selection

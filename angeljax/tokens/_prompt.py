@@ -1,4 +1,4 @@
-"""`Prompt`: all that goes with a sequence of embeddings, so that nothing is left out."""
+"""`Prompt`: a sequence of embeddings with all that goes with it."""
 
 from __future__ import annotations
 

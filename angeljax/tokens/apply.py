@@ -54,6 +54,27 @@ class Pruned:
         """Anything else of the long sequence, `[B, L, ...]`, as `[B, L', ...]`."""
         return _take(x, self.slots, fill)
 
+    def inputs(self) -> dict[str, Any]:
+        """The prompt as arguments of `angeljax.models.Decoder` and `generate`.
+
+        DeepStack planes are spread out to `[B, L', D]`, zeros beside text.
+        """
+        prompt, lead = self.prompt, self.slots.shape
+
+        def spread(plane: jax.Array) -> jax.Array:
+            if plane.shape[:-1] == lead:
+                return plane
+            empty = jnp.zeros((*lead, plane.shape[-1]), plane.dtype)
+            return _put(empty, self.vision, plane)
+
+        return {
+            "embeds": prompt.embeds,
+            "positions": prompt.positions,
+            "mask": prompt.mask,
+            "deepstack": tuple(map(spread, prompt.deepstack)) or None,
+            "next_position": self.next_position,
+        }
+
 
 def apply_selection(
     selection: Selection,
