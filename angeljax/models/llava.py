@@ -204,16 +204,19 @@ class LlavaModel:
           `ImageTokens`.
 
         Raises:
-          ValueError: pixels of another shape, or attention with `select="full"`, whose
-            class token has none.
+          ValueError: pixels of another shape, or attention with `select="full"` and a
+            class token, which has none.
         """
         c = self.config
         if pixels.ndim not in (4, 5):
             raise ValueError(
                 f"pixels must be [B, 3, H, W] or [B, M, 3, H, W], not {pixels.shape}"
             )
-        if attention and c.select == "full":
-            raise ValueError('attention is of patches: it needs select="default"')
+        if attention and c.select == "full" and c.vision.class_token:
+            raise ValueError(
+                "attention is of patches, and the class token is none: it needs "
+                'select="default"'
+            )
         batch = pixels.shape[0]
         run = c.vision_layers
         middle = 9 * run // 23 if object_layer is None else object_layer

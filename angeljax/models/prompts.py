@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+
 from angeljax.tokens import Prompt, Pruned
 
 
@@ -28,7 +30,8 @@ def decoder_inputs(prompt: Prompt | Pruned) -> dict[str, Any]:
       >>> sorted(name for name, value in inputs.items() if value is not None)
       ['embeds']
     """
-    after, planes = None, ()
+    after: jax.Array | None = None
+    planes: tuple[jax.Array, ...]
     if isinstance(prompt, Pruned):
         after = prompt.next_position
         # Those that stood beside the vision tokens alone are spread out.

@@ -218,7 +218,7 @@ def _chosen(
     relevant = next((x for x in given if x is not None), jnp.ones_like(mask, float))
     heavy = jnp.ones_like(relevant)
     if settings.weights == "attention":
-        heavy = relevant if attn is None else attn
+        heavy = jnp.maximum(relevant if attn is None else attn, 0)
     counts = tokens.count
     if settings.own_counts:
         counts = settings.counts(mask, tokens.keep)

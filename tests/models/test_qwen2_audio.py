@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import angeljax as aj
 from angeljax.models import (
     ModelError,
     Qwen2AudioConfig,
@@ -166,6 +167,18 @@ def test_a_shorter_prompt_is_that_of_the_merged_tokens(golden, loaded, audio, lo
         eos_ids=(),
     )
     np.testing.assert_array_equal(out.tokens[:, 0], got[:, -1].argmax(-1))
+
+
+def test_a_compressed_tree_runs(loaded, golden, audio):
+    recipe = aj.Recipe(rules=[aj.Rule(format="int8", match=".*layers/.*/kernel")])
+    params = aj.compress(loaded.params, recipe)
+    kernel = params["audio_tower"]["layers"][1]["self_attn"]["q_proj"]["kernel"]
+    assert isinstance(kernel, aj.QTensor)
+    got = loaded.model.encode(
+        params, golden["mel"], lengths=golden["lengths"], relevance="mean"
+    )
+    close(got.embeds, audio.embeds, 0.05)
+    close(got.attention.received, audio.attention.received, 0.05)
 
 
 def test_both_layouts_of_names(golden, loaded, tmp_path):
