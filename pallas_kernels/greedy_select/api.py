@@ -114,7 +114,8 @@ def greedy_select(
     if gram is None and _free(name, rows) and objective == "facility":
         raise KernelError(
             f"objective 'facility' needs the similarities of all {n} tokens, "
-            f"{4 * rows * rows / 2**30:.1f} GiB: select among parts of them or use 'mmr'"
+            f"{4 * rows * rows / 2**30:.1f} GiB: select among parts of them, or with "
+            "'mmr'"
         )
     return _run(embeds, importance, gram, mask, counts, precision, name, settings)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -31,10 +32,10 @@ def select(
 ) -> jax.Array:
     """See `_terms`."""
 
-    def row(gram: jax.Array, *args: jax.Array) -> jax.Array:
-        return select_row(Gram(gram), *args, settings)
-
-    return jax.vmap(row)(gram, importance, valid, limit)
+    row = functools.partial(select_row, s=settings)
+    return jax.vmap(lambda gram, *rest: row(Gram(gram), *rest))(
+        gram, importance, valid, limit
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,8 @@ def _row(
     carry = choose(state, free, order, jnp.int32(0), first)
 
     def step(t: jax.Array, carry: Any) -> Any:
-        return choose(*carry, t, objective.key(carry[0]))
+        state, free, order = carry
+        return choose(state, free, order, t, objective.key(state))
 
     steps = -(-s.num_select // s.parallel)
     return lax.fori_loop(1, steps, step, carry)[2]

@@ -12,6 +12,7 @@ others is the next choice (lazy greedy; Minoux 1978). Two objectives use that:
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -41,10 +42,7 @@ def select(
 ) -> jax.Array:
     """See `_terms`."""
     if settings.objective == "facility" and settings.parallel == 1:
-
-        def row(*args: jax.Array) -> jax.Array:
-            return _facility(*args, settings)
-
+        row = functools.partial(_facility, s=settings)
         return jax.vmap(row)(gram, importance, valid, limit)
     # A step of the others is as cheap as what would save it.
     return reference.select(gram, importance, valid, limit, settings)
@@ -63,10 +61,10 @@ def select_without(
     """
 
     def row(args: Any) -> jax.Array:
-        unit, *rest = args
-        if settings.objective == "mmr" and settings.parallel == 1:
-            return _blocks(Rows(unit), *rest, settings)
-        return reference.select_row(Rows(unit), *rest, settings)
+        unit, importance, valid, limit = args
+        lazy = settings.objective == "mmr" and settings.parallel == 1
+        run = _blocks if lazy else reference.select_row
+        return run(Rows(unit), importance, valid, limit, settings)
 
     return lax.map(row, (rows, importance, valid, limit))
 

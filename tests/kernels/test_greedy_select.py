@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from benchmarks.tpu_bundles import GENERATIONS, count
 from pallas_kernels import KernelError, greedy_select
-from pallas_kernels.greedy_select import _gram, _terms, api, mosaic_gpu, xla
+from pallas_kernels.greedy_select import _gram, _terms, api, mosaic_gpu, tpu, xla
 from tests.kernels import _greedy
 from tests.kernels._simt import Machine, Memory
 
@@ -373,6 +375,50 @@ def test_the_hopper_kernel_thread_by_thread(
         mosaic_gpu.emit(shape, machine, *inputs, order, *shared)
         assert machine.copies == 0, "copies outlive the block"
     assert order.words.reshape(3, k).tolist() == want
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_the_tpu_kernel_interpreted(resident: bool) -> None:
+    args, settings, want = _given(9, 150, 20)
+    order = tpu.select(*args, settings, resident=resident)
+    assert order.tolist() == want
+
+
+@pytest.mark.parametrize("n", [512, 4096])
+def test_a_tpu_gets_its_kernel(n: int) -> None:
+    device = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    mesh = AbstractMesh(
+        (1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device
+    )
+    shapes = (jax.ShapeDtypeStruct((2, n, d), jnp.float32) for d in (32, 1))
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(lambda x, v: greedy_select(x, v[..., 0], 40)).trace(*shapes)
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") == 1
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_a_tpu_takes_the_kernel(generation: str) -> None:
+    cases = [
+        {"format": "greedy_select", "batch": 2, "n": n, "k": k}
+        for n, k in ((576, 64), (1024, 1024), (2691, 672), (100, 7))
+    ]
+    assert min(count(generation, cases)) > 0
+
+
+def test_a_gpu_gets_its_kernel() -> None:
+    device = AbstractDevice(
+        device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda"
+    )
+    mesh = AbstractMesh(
+        (1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device
+    )
+    shapes = (jax.ShapeDtypeStruct((2, 100, d), jnp.bfloat16) for d in (32, 1))
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(lambda x, v: greedy_select(x, v[..., 0], 40)).trace(*shapes)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 1
 
 
 @pytest.mark.skipif(
