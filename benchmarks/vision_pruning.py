@@ -213,7 +213,7 @@ def train_scorer(
     *,
     steps: int,
     batch: int,
-    lr: float = 1e-3,
+    lr: float,
 ) -> Any:
     """VisionSelector's scorer through the frozen model."""
     model = toy.language(vlm.Apart(vlm.TOKENS, table.tokens.shape[1]))
@@ -372,9 +372,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=Path)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--tower-steps", type=int, default=1500)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--tower-steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1300)
     parser.add_argument("--scorer-steps", type=int, default=400)
+    parser.add_argument("--scorer-lr", type=float, default=1e-4)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--scenes", type=int, default=512)
     parser.add_argument("--methods", default=";".join([*METHODS, "fastv"]))
@@ -415,7 +416,13 @@ def main() -> None:
             {k: v.astype(jnp.bfloat16) for k, v in _flat(params).items()}, args.save
         )
     scorer = train_scorer(
-        toy, params, learn, table, steps=args.scorer_steps, batch=args.batch
+        toy,
+        params,
+        learn,
+        table,
+        steps=args.scorer_steps,
+        batch=args.batch,
+        lr=args.scorer_lr,
     )
     rows = measure(
         toy,

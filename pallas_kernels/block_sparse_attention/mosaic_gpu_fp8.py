@@ -57,7 +57,7 @@ _SHIFT = 8  # weights are times 2^8
 class Shape(tiles.Shape):
     """Everything static about one kernel."""
 
-    stages: int = 4
+    stages: int = 3
     promote: bool = True  # sums of a step go to float32 before they go to the others
 
 
@@ -103,7 +103,6 @@ def attention(
         dtype=q.dtype.name,
         **{
             "step": 64 if wide or lists.block_k % 128 else 128,
-            "stages": 3 if wide else 4,
             "promote": not wide,
             **tuning,
         },
