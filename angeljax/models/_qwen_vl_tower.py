@@ -8,7 +8,9 @@ attends from one frame to another.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -21,6 +23,7 @@ from angeljax.models._qwen_vl_config import QwenVisionConfig
 from angeljax.models._qwen_vl_layout import Frames, Grids, layout, num_patches
 from angeljax.models.layers import LayerNorm, Linear, RMSNorm
 from angeljax.models.rope import rotate
+from angeljax.tokens import received_attention
 from pallas_kernels._devices import has_flash
 
 _INIT = nnx.initializers.normal(0.02)
@@ -28,6 +31,29 @@ _EPS = 1e-6
 _THETA = 10000.0
 # Patches that see each other from which on no weights of attention are stored.
 _LONG = 512
+# Patches of a frame from which on AngelSlim takes the mean query for all of them.
+_MANY = 6144
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class VisionTokens:
+    """What the vision tower makes of images or videos.
+
+    Attributes:
+      embeds: `[N, D]`, the tokens of all of them, one after another.
+      deepstack: planes `[N, D]` for the first layers of the decoder (Qwen3-VL).
+      attn: float32 `[N]`, attention that each token receives in its frame, in the last
+        layer or the one asked for; None where not asked for.
+      object_attn: the same in a layer in the middle, for HiPrune.
+      keys: float32 `[N, head_dim]` of the layer of `attn`, mean over heads and patches.
+    """
+
+    embeds: jax.Array
+    deepstack: tuple[jax.Array, ...] = ()
+    attn: jax.Array | None = None
+    object_attn: jax.Array | None = None
+    keys: jax.Array | None = None
 
 
 class Table(nnx.Module):
@@ -57,37 +83,61 @@ class VisionAttention(nnx.Module):
         residual: jax.Array,
     ) -> jax.Array:
         """`residual + attention(x)`, `[P, D]`."""
+        parts = [
+            _in_frames(qkv, frames, self.windowed)
+            for qkv, frames in self._frames(x, rotation, groups)
+        ]
+        y = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+        return self.o_proj(y.reshape(len(x), -1), residual=residual)
+
+    def signals(
+        self, x: jax.Array, rotation: Any, groups: Any, unit: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """What tokens receive of each other's attention, and their mean keys.
+
+        Within whole frames, also where the layer attends in windows.
+
+        Returns:
+          float32 `[N]` and `[N, head_dim]`.
+        """
+        received, keys = [], []
+        for (q, k, _), frames in self._frames(x, rotation, groups):
+            many = frames.size >= _MANY
+            got = received_attention(q, k, merge_unit=unit, mean_query=many)
+            received.append(got.reshape(-1))
+            mean = k.astype(jnp.float32).reshape(-1, unit * self.heads, k.shape[-1])
+            keys.append(jnp.mean(mean, axis=1))
+        return jnp.concatenate(received), jnp.concatenate(keys)
+
+    def _frames(
+        self, x: jax.Array, rotation: tuple[jax.Array, jax.Array], groups: Any
+    ) -> Iterator[tuple[list[jax.Array], Frames]]:
+        """Queries, keys and values `[count, size, H, D]` of frames of each size."""
         q, k, v = (
             y.reshape(1, len(x), self.heads, -1)
             for y in jnp.split(self.qkv_proj(x), 3, axis=-1)
         )
-        q, k = rotate(q, *rotation)[0], rotate(k, *rotation)[0]
-        parts, at = [], 0
+        q, k, at = rotate(q, *rotation), rotate(k, *rotation), 0
         for frames in groups:
             end = at + frames.count * frames.size
-            piece = (q[at:end], k[at:end], v[0, at:end])
-            parts.append(_in_frames(piece, frames, self.windowed))
+            shape = (frames.count, frames.size, *q.shape[2:])
+            yield [y[0, at:end].reshape(shape) for y in (q, k, v)], frames
             at = end
-        y = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-        return self.o_proj(y.reshape(len(x), -1), residual=residual)
 
 
-def _in_frames(
-    qkv: tuple[jax.Array, jax.Array, jax.Array], frames: Frames, windowed: bool
-) -> jax.Array:
+def _in_frames(qkv: list[jax.Array], frames: Frames, windowed: bool) -> jax.Array:
     """`[count * size, H, D]`; all of a frame, or its windows by size."""
-    heads = qkv[0].shape[1:]
-    split = [x.reshape(frames.count, frames.size, *heads) for x in qkv]
+    heads = qkv[0].shape[2:]
     pieces = frames.windows if windowed else ((1, frames.size),)
     parts, at = [], 0
     for count, size in pieces:
         end = at + count * size
         shape = (frames.count * count, size, *heads)
-        q, k, v = (x[:, at:end].reshape(shape) for x in split)
+        q, k, v = (x[:, at:end].reshape(shape) for x in qkv)
         parts.append(_attend(q, k, v).reshape(frames.count, count * size, *heads))
         at = end
     y = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
-    return y.reshape(qkv[0].shape)
+    return y.reshape(-1, *heads)
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -145,6 +195,12 @@ class VisionBlock(nnx.Module):
         x = self.attn(self.attn_norm(x), rotation, groups, residual=x)
         return self.mlp(self.mlp_norm(x), residual=x)
 
+    def signals(
+        self, x: jax.Array, rotation: Any, groups: Any, unit: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `VisionAttention.signals`; `x` is what the layer is given."""
+        return self.attn.signals(self.attn_norm(x), rotation, groups, unit)
+
 
 class Merger(nnx.Module):
     """From the patches of a token to its embedding, with a norm before or after."""
@@ -188,16 +244,17 @@ class VisionTower(nnx.Module):
         )
 
     def __call__(
-        self, pixels: jax.Array, grids: Grids
-    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """Embeddings `[N, out_hidden_size]` of the tokens, and planes like them.
+        self, pixels: jax.Array, grids: Grids, *, attention: tuple[int, ...] = ()
+    ) -> VisionTokens:
+        """The tokens of images and videos.
 
         Args:
           pixels: `[P, patch_dim]`, the patches that become one token after another.
           grids: static, of each image and video.
+          attention: the layers of `attn` (and `keys`) and `object_attn`; () for none.
 
         Raises:
-          ValueError: pixels and grids do not go together.
+          ValueError: pixels and grids do not go together, or there is no such layer.
         """
         c = self.config
         want = (num_patches(grids), c.patch_dim)
@@ -213,15 +270,25 @@ class VisionTower(nnx.Module):
             near = ops.embed(table, jnp.asarray(where.taps), dtype=jnp.float32)
             x = x + jnp.sum(near * where.weights[..., None], axis=1).astype(x.dtype)
         rotation = _rotation(c, where.rows, where.columns)
-        planes = []
+        attention = tuple(n + c.depth if n < 0 else n for n in attention)
+        if not all(0 <= n < c.depth for n in attention):
+            raise ValueError(f"attention: the vision tower has {c.depth} layers")
+        planes, signals = [], {}
         for i, block in enumerate(self.blocks):
+            if i in attention:
+                signals[i] = block.signals(x, rotation, where.groups, c.merge_unit)
             x = block(x, rotation, where.groups)
             if i in c.deepstack_layers:
                 planes.append(self.deepstack[c.deepstack_layers.index(i)](x))
-        out = [self.merger(x), *planes]
-        if where.inverse is not None:
-            out = [y[where.inverse] for y in out]
-        return out[0], tuple(out[1:])
+        found = VisionTokens(self.merger(x), tuple(planes))
+        if attention:
+            attn, keys = signals[attention[0]]
+            middle = signals[attention[-1]][0]
+            found = VisionTokens(found.embeds, found.deepstack, attn, middle, keys)
+        if where.inverse is None:
+            return found
+        back = where.inverse
+        return jax.tree.map(lambda y: y[back], found)
 
 
 def _reorder(x: jax.Array, order: np.ndarray | None, c: QwenVisionConfig) -> jax.Array:
