@@ -22,6 +22,7 @@ from angeljax.models.generate import (
 from angeljax.models.language_model import LanguageModel, stack_layers, unstack_layers
 from angeljax.models.llava import ImagePrompt, ImageTokens, LlavaModel
 from angeljax.models.loading import LoadedModel, load_config, load_model
+from angeljax.models.qwen_vl import QwenVL, QwenVLConfig, VisionTokens, load_qwen_vl
 from angeljax.models.serving import prepare_decoder
 from angeljax.models.staged import StagedCache, StagedPrefill, prefill_pruned
 from angeljax.models.tokenizer import Tokenizer
@@ -46,10 +47,13 @@ __all__ = [
     "LoadedLlava",
     "LoadedModel",
     "ModelError",
+    "QwenVL",
+    "QwenVLConfig",
     "StagedCache",
     "StagedPrefill",
     "Tokenizer",
     "VisionFeatures",
+    "VisionTokens",
     "VisionTower",
     "VisionTowerConfig",
     "causal_attention",
@@ -63,6 +67,7 @@ __all__ = [
     "load_config",
     "load_llava",
     "load_model",
+    "load_qwen_vl",
     "load_vision_tower",
     "prefill_pruned",
     "prepare_decoder",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from angeljax.models import hf
+from angeljax.models import hf, hub
 from angeljax.models._assemble import Architecture, Shardings, Tensor, assemble
 from angeljax.models._names import hf_path
 from angeljax.models._qwen_vl_config import QwenVLConfig

@@ -9,14 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from angeljax.models import _bind
-from angeljax.models._qwen_vl_config import QwenVisionConfig, QwenVLConfig
+from angeljax.models._qwen_vl_config import QwenVLConfig
 from angeljax.models._qwen_vl_layout import Grid, Grids, check_grids
 from angeljax.models._qwen_vl_positions import rope_index
 from angeljax.models._qwen_vl_prompt import decoder_inputs, merge_prompt, prune_prompt
-from angeljax.models._qwen_vl_tower import VisionTokens, VisionTower
+from angeljax.models._qwen_vl_tower import QwenVision, VisionTokens
 from angeljax.models.attention import dense_attention
 from angeljax.models.generate import Generated, generate
 from angeljax.models.language_model import LanguageModel
@@ -24,51 +22,6 @@ from angeljax.models.layers import AttentionFn
 from angeljax.tokens import Prompt, Pruned
 from angeljax.tokens._signals import PruneFn, argument
 from angeljax.tokens.apply import PositionPolicy
-
-
-@dataclasses.dataclass(frozen=True)
-class QwenVision:
-    """The vision tower without parameters: hashable; see `QwenVL.vision`.
-
-    Attributes:
-      config: sizes and switches.
-      dtype: of activations.
-    """
-
-    config: QwenVisionConfig
-    dtype: Any = jnp.float32
-
-    def module(self, rngs: nnx.Rngs, param_dtype: Any = jnp.float32) -> VisionTower:
-        """A `VisionTower` with fresh parameters."""
-        return VisionTower(
-            self.config, dtype=self.dtype, param_dtype=param_dtype, rngs=rngs
-        )
-
-    def init(self, key: jax.Array, param_dtype: Any = jnp.float32) -> dict[str, Any]:
-        """Random parameters as a nested dict."""
-        module = self.module(nnx.Rngs(params=key), param_dtype)
-        return nnx.to_pure_dict(nnx.state(module, nnx.Param))
-
-    def abstract(self, param_dtype: Any = jnp.float32) -> dict[str, Any]:
-        """The tree of `init` with `jax.ShapeDtypeStruct` leaves; takes no memory."""
-        return jax.eval_shape(lambda: self.init(jax.random.key(0), param_dtype))
-
-    def apply(
-        self,
-        params: dict[str, Any],
-        pixels: jax.Array,
-        grids: Grids,
-        *,
-        attention: tuple[int, ...] = (),
-    ) -> VisionTokens:
-        """`VisionTower.__call__` as a pure function."""
-        tower = _bind.fill(_skeleton(self), params)
-        return tower(pixels, grids, attention=attention)
-
-
-@functools.lru_cache(maxsize=16)
-def _skeleton(model: QwenVision) -> tuple[Any, Any]:
-    return _bind.skeleton(lambda: model.module(nnx.Rngs(0)))
 
 
 @dataclasses.dataclass(frozen=True)

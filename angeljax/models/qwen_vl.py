@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from angeljax.models._qwen_vl_config import QwenVisionConfig, QwenVLConfig
 from angeljax.models._qwen_vl_loading import LoadedQwenVL, load_qwen_vl
-from angeljax.models._qwen_vl_model import QwenVision, QwenVL
+from angeljax.models._qwen_vl_model import QwenVL
 from angeljax.models._qwen_vl_pixels import image_patches, smart_resize, video_patches
 from angeljax.models._qwen_vl_positions import rope_index
-from angeljax.models._qwen_vl_tower import VisionTokens
+from angeljax.models._qwen_vl_tower import QwenVision, VisionTokens
 
 __all__ = [
     "LoadedQwenVL",
