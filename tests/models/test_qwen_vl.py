@@ -345,3 +345,44 @@ def test_images_that_are_refused():
         image_patches(config, np.ones((8, 8, 3), np.uint8), size=(28, 30))
     with pytest.raises(ValueError, match="at most 200 times the shorter"):
         image_patches(config, np.ones((1, 201, 3), np.uint8))
+
+
+def test_pruning_on_the_way(case):
+    """What a method is given, and that `generate` prunes as `prune` does."""
+    model, params, data, _ = case
+    grids = data["grids"].tolist()
+    prompt = model.prompt(
+        params,
+        data["tokens"],
+        pixels=jnp.float32(data["pixels"]),
+        grids=grids,
+        video_pixels=jnp.float32(data["video_pixels"]),
+        video_grids=data["video_grids"],
+        seconds_per_grid=data["seconds"],
+        mask=data["mask"],
+        attention=True,
+    )
+    seen = {}
+
+    def loudest(embeds, *, mask, attn, keys, groups, text):
+        seen.update(mask=mask, attn=attn, keys=keys, groups=groups, text=text)
+        score = jnp.where(mask, attn, -1)
+        order = jax.lax.top_k(score, 10)[1]
+        count = jnp.sum(mask, -1, keepdims=True)
+        return Selection.of(jnp.where(jnp.arange(10) < count, order, 31), 31)
+
+    with jax.disable_jit():
+        short = model.prune(prompt, loudest)
+    images = [15, 4, 12] if len(prompt.deepstack) == 0 else [15, 4, 6, 6]
+    want = np.repeat(np.arange(len(images)), images)
+    np.testing.assert_array_equal(seen["groups"][0], want)
+    np.testing.assert_array_equal(seen["mask"].sum(-1), [31, 8])
+    # What all patches of a frame receive is as much as they give: 1 each.
+    patches = np.multiply([15, 4, 12] if len(images) == 3 else images, 4)
+    received = np.bincount(want, seen["attn"][0])
+    np.testing.assert_allclose(received, patches, rtol=1e-5)
+    assert seen["keys"].shape == (2, 31, 12)
+    np.testing.assert_array_equal(short.dropped, [21, 0])
+    got = model.generate(params, prompt, prune=loudest, max_new_tokens=2)
+    again = model.generate(params, short, max_new_tokens=2)
+    np.testing.assert_array_equal(got.tokens, again.tokens)
