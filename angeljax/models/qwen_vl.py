@@ -5,6 +5,13 @@ them: `vision` gives the embeddings of images, `merge` puts them among those of 
 `angeljax.tokens` takes some out, and `generate` reads what is left and goes on at the
 position at which the whole prompt would have ended.
 
+`image_patches` and `video_patches` need neither Pillow nor PyTorch. Of `transformers`
+the image processor (`Qwen2VLImageProcessorPil`, Pillow) gives the same; its video
+processors, and the processors that join them with a tokenizer, need PyTorch and
+torchvision. Without them, tokenize the text of the chat with one placeholder for each
+image, and let `angeljax.tokens.expand_placeholders` make them as many as
+`QwenVL.num_tokens` says.
+
 Grids of images are static: each combination of them compiles once. To bound how many
 there are, resize images to few sizes (`image_patches` takes one), and pad prompts on
 the left to few lengths, with a `mask`.
