@@ -63,6 +63,8 @@ class AttentionOptions:
       dense_above: layers are dense where the selector predicts a higher density;
         default by device.
       mean_correction: blocks that were not selected count as their means.
+      kv_dtype: "float8_e4m3fn" to round queries, keys and values to 8 bits where
+        attention is sparse; None for no rounding.
       decode: how single tokens read the cache: None for all of it, or a mapping with
         `name: quest` and the fields of `angeljax.attention.Quest`.
 
@@ -82,6 +84,7 @@ class AttentionOptions:
     dense_below: int | None = None
     dense_above: float | None = None
     mean_correction: bool = False
+    kv_dtype: str | None = None
     decode: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
 
     def __post_init__(self) -> None:
@@ -96,6 +99,11 @@ class AttentionOptions:
             number("attention.dense_above", self.dense_above, 0, 1)
             object.__setattr__(self, "dense_above", float(self.dense_above))
         flag("attention.mean_correction", self.mean_correction)
+        if self.kv_dtype not in (None, "float8_e4m3fn"):
+            raise ValueError(
+                f"attention.kv_dtype must be float8_e4m3fn or left out, not "
+                f"{self.kv_dtype!r}"
+            )
         if self.decode is not None:
             object.__setattr__(self, "decode", _plain(self.decode, "attention.decode"))
         self.attention_fn()
@@ -124,6 +132,7 @@ class AttentionOptions:
             dense_below=self.dense_below,
             dense_above=self.dense_above,
             mean_correction=self.mean_correction,
+            kv_dtype=self.kv_dtype,
             decode=self._decode(),
         )
 
@@ -164,7 +173,7 @@ class AttentionOptions:
                 }
                 for entry in self.layers
             ]
-        for name in ("dense_below", "dense_above", "decode"):
+        for name in ("dense_below", "dense_above", "kv_dtype", "decode"):
             if (value := getattr(self, name)) is not None:
                 out[name] = copy.deepcopy(value)
         if self.mean_correction:

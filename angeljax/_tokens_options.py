@@ -30,8 +30,7 @@ class TokensOptions:
         "proportional".
       group_keep: the least to keep of each image; None for no such limit.
       importance: what the method takes for importance: "attn", "norm",
-        "distinctiveness", "text" or "scorer". Default "scorer" if there is one, else
-        nothing.
+        "distinctiveness" or "scorer". Default "scorer" if there is one, else nothing.
       scorer: file or folder of a learned scorer; see `angeljax.tokens.load_scorer`.
       attn_layer, object_layer: layers of the vision tower whose attention is wanted;
         negative ones count from the last. None leaves it to the host.

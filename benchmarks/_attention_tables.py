@@ -10,6 +10,7 @@ from typing import Any
 CLAIMS = ("block_sparse_attention", "stem", "attention_quality")
 KERNEL = "mosaic_gpu"
 FLEX = "FlexAttention"
+FLOAT8 = "fp8"
 MS = "ms"  # three digits, or all before the point
 QUALITY = {
     "measured density": ("blocks read", ".1%"),
@@ -28,6 +29,7 @@ def sections(directory: Path) -> list[str]:
     tables: dict[str, tuple[tuple[str, Callable[[list[Entry]], str]], ...]] = {
         "block_sparse_attention": (
             ("The kernel", _kernel),
+            ("FP8 keys and values", _float8),
             ("Other implementations and the backward pass", _implementations),
             ("FlexAttention of PyTorch", _flex),
         ),
@@ -57,20 +59,32 @@ def guide(directory: Path) -> dict[str, str]:
     found = {}
     for name, (claim, table) in tables.items():
         if files := _read(directory, claim):
-            found[name] = f"{_source(files[0])}\n{table(_entries(files[0]))}"
+            fullest = max(files, key=lambda data: len(data["rows"]))
+            found[name] = f"{_source(fullest)}\n{table(_entries(fullest))}"
     return found
 
 
 def _kernel(entries: list[Entry]) -> str:
     own = [e for e in entries if e[0]["what"] == KERNEL and "executed" in e[1]]
+    return _speeds(own, [])
+
+
+def _float8(entries: list[Entry]) -> str:
+    own = [e for e in entries if e[0]["what"].startswith(FLOAT8)]
+    return _speeds(own, _what(), ("error", _of("error"), ".1%"))
+
+
+def _speeds(own: list[Entry], first: list[Column], *last: Column) -> str:
     return _table(
         [
+            *first,
             *_shapes(own),
             ("density", lambda e: e[0]["density"], ".1%"),
             *_against("cuDNN"),
             ("executed, TFLOP/s", _of("executed"), ".0f"),
             ("cuDNN, TFLOP/s", _of("executed", "baseline"), ".0f"),
             ("of the peak", _of("time", "roofline"), ".0%"),
+            *last,
         ],
         own,
     )

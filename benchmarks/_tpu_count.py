@@ -23,6 +23,7 @@ from pallas_kernels import (
     BlockLists,
     WeightLayout,
     block_sparse_attention,
+    greedy_select,
     packed_matmul,
     prepare,
 )
@@ -58,6 +59,8 @@ def product(case: dict[str, Any]) -> tuple[Any, list[Any]]:
     """A function to compile and the shapes of its arguments."""
     if case["format"] == "attention":
         return _attention(case)
+    if case["format"] == "greedy_select":
+        return _greedy(case)
     m, k, n = case["m"], case["k"], case["n"]
     x = jax.ShapeDtypeStruct((m, k), jnp.dtype(case["activations"]))
     if case["format"] == "bfloat16":
@@ -121,6 +124,18 @@ def _attention(case: dict[str, Any]) -> tuple[Any, list[Any]]:
     return f, [q, k, k, lists]
 
 
+def _greedy(case: dict[str, Any]) -> tuple[Any, list[Any]]:
+    batch, n = case["batch"], case["n"]
+
+    def f(gram: jax.Array, importance: jax.Array) -> jax.Array:
+        return greedy_select(
+            None, importance, case["k"], gram=gram, implementation="tpu"
+        )
+
+    shapes = (batch, n, n), (batch, n)
+    return f, [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
+
+
 def _dense(x: jax.Array, w: jax.Array) -> jax.Array:
     def kernel(x: Any, w: Any, y: Any) -> None:
         part = jnp.dot(x[...], w[...], preferred_element_type=jnp.float32)
@@ -148,7 +163,7 @@ def bundles(device: Any, dump: Path, case: dict[str, Any]) -> int:
     (log,) = (
         path
         for path in dump.glob("*schedule-analysis_final_bundles*")
-        if "_matmul" in path.name or "block_sparse" in path.name
+        if any(word in path.name for word in ("_matmul", "block_sparse", "greedy"))
     )
     found = re.search(r"total scheduled bundles:\s+(\d+)", log.read_text())
     assert found is not None

@@ -68,6 +68,7 @@ STEM: dict[str, dict[str, Any]] = {
     "stem, rows": {"budget_mode": "rows"},
     "stem, rows, no bonus": {"budget_mode": "rows", "value_weight": 0.0},
     "stem, rows, 4 cells": {"budget_mode": "rows", "cells": 4},
+    "stem, rows, 8 cells": {"budget_mode": "rows", "cells": 8},
 }
 # Blocks that are always read, in blocks: as few for all, for the same reason.
 ALWAYS = {

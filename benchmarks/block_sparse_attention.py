@@ -6,9 +6,11 @@ Causal prefill in bfloat16, random q, k and v, blocks of 128, random lists of a 
 share of the causal blocks with the diagonal always among them. The baseline is
 `jax.nn.dot_product_attention(is_causal=True, implementation="cudnn")`; kernels take
 turns, so that all of them meet the same clock. `roofline` is executed FLOP (whole
-blocks) over the peak of the tensor cores. Beside the kernel: the backward pass, the
-Triton and XLA implementations, and PyTorch's FlexAttention with the same lists where
-PyTorch is installed.
+blocks) over the peak of the tensor cores in that precision. Rows named `fp8` have keys
+and values in 8 bits, rounded before (queries are rounded in every call); those named
+`fp8 with rounding` round all three. Beside the kernel: the backward pass, the Triton
+and XLA implementations, and PyTorch's FlexAttention with the same lists where PyTorch
+is installed.
 """
 
 from __future__ import annotations
@@ -24,7 +26,12 @@ import numpy as np
 
 from benchmarks._attention_timing import PEAK, alternate, causal_flops
 from benchmarks._results import Row, write
-from pallas_kernels import BlockLists, block_sparse_attention
+from pallas_kernels import (
+    BlockLists,
+    block_sparse_attention,
+    block_sparse_attention_fp8,
+    quantize_kv,
+)
 
 BLOCK = 128
 
@@ -65,6 +72,7 @@ CASES = [
     Case(16384, (0.25,), heads=32, kv_heads=32, dim=80),
     Case(16384, (0.25,), heads=32, kv_heads=32, dim=96),
 ]
+FLOAT8 = [Case(32768, (0.25,)), Case(65536, (1.0, 0.5, 0.25, 0.1))]
 QUICK = [Case(2048, (0.5,), heads=4, kv_heads=2)]
 
 
@@ -117,19 +125,64 @@ def forward(c: Case) -> list[Row]:
     return rows
 
 
-def _rows(c: Case, share: float, times: dict[str, float], flop: float) -> list[Row]:
+def float8(c: Case) -> list[Row]:
+    """The kernel with keys and values in 8 bits, beside bfloat16 and cuDNN."""
+    q, k, v = inputs(c)
+    dense = jax.jit(
+        functools.partial(
+            jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"
+        )
+    )
+    half = jax.jit(block_sparse_attention)
+    rounded = jax.jit(block_sparse_attention_fp8)
+    whole = jax.jit(functools.partial(block_sparse_attention, kv_dtype="float8_e4m3fn"))
+    kv = jax.jit(quantize_kv)(k, v)
+    make = jax.jit(random_lists, static_argnums=(1, 2))
+    rows = []
+    for density in c.densities:
+        lists = make(jax.random.key(1), c, density)
+        n = c.tokens // BLOCK
+        share = float(lists.counts.mean()) * n / (n * (n + 1) / 2)
+        calls = {
+            "mosaic_gpu": functools.partial(half, q, k, v, lists),
+            "fp8": functools.partial(rounded, q, kv, lists),
+            "fp8 with rounding": functools.partial(whole, q, k, v, lists),
+            "dense": functools.partial(dense, q, k, v),
+        }
+        want, got = (np.asarray(calls[w](), np.float32) for w in ("mosaic_gpu", "fp8"))
+        error = float(np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2)))
+        print(f"fp8 is {error:.4f} off in the root mean square", flush=True)
+        times = alternate(calls)
+        for name in ("fp8", "fp8 with rounding"):
+            pair = {"sparse": times[name], "dense": times["dense"]}
+            rows += _rows(c, share, pair, executed(c, lists), name)
+        base = {"sparse": times["mosaic_gpu"], "dense": times["dense"]}
+        _rows(c, share, base, executed(c, lists))  # printed: `forward` has its row
+        rows.append(Row(c.fields(share, "fp8"), "error", error, "1"))
+    return rows
+
+
+def _rows(
+    c: Case,
+    share: float,
+    times: dict[str, float],
+    flop: float,
+    name: str = "mosaic_gpu",
+) -> list[Row]:
     us, base = times["sparse"] * 1e6, times["dense"] * 1e6
-    case = c.fields(share, "mosaic_gpu")
+    case = c.fields(share, name)
     rate = flop / times["sparse"]
+    peak = PEAK * (2 if name.startswith("fp8") else 1)
     dense = causal_flops(c.batch, c.heads, c.tokens, c.dim) / times["dense"]
     print(
-        f"{c.tokens} x {c.batch}, {c.heads}/{c.kv_heads} x {c.dim}, {share:.3f}: "
+        f"{c.tokens} x {c.batch}, {c.heads}/{c.kv_heads} x {c.dim}, {share:.3f}, "
+        f"{name}: "
         f"{us:.0f} us, {rate / 1e12:.0f} TFLOP/s, {base / us:.2f}x of cuDNN "
         f"({base:.0f} us, {dense / 1e12:.0f} TFLOP/s)",
         flush=True,
     )
     return [
-        Row(case, "time", us, "us", base, base / us, rate / PEAK),
+        Row(case, "time", us, "us", base, base / us, rate / peak),
         Row(case, "executed", rate / 1e12, "TFLOP/s", dense / 1e12, rate / dense),
     ]
 
@@ -241,7 +294,7 @@ def main() -> None:
     parser.add_argument("--tag", default="gpu")
     parser.add_argument("--quick", action="store_true", help="one small case")
     parser.add_argument(
-        "--skip", nargs="*", default=[], choices=["forward", "others", "flex"]
+        "--skip", nargs="*", default=[], choices=["forward", "fp8", "others", "flex"]
     )
     parser.add_argument("--cases", type=int, help="only so many, from the first")
     args = parser.parse_args()
@@ -249,6 +302,10 @@ def main() -> None:
     if "forward" not in args.skip:
         for c in QUICK if args.quick else CASES[: args.cases]:
             rows += forward(c)
+            write("block_sparse_attention", rows, device_tag=args.tag)
+    if "fp8" not in args.skip:
+        for c in QUICK if args.quick else FLOAT8:
+            rows += float8(c)
             write("block_sparse_attention", rows, device_tag=args.tag)
     if "others" not in args.skip:
         rows += others(QUICK[0] if args.quick else Case(16384, (0.25,)))

@@ -29,7 +29,9 @@ def main() -> None:
     parser.add_argument("--tag", default="cpu", help="names the device in the file")
     args = parser.parse_args()
 
-    recipes = [Recipe.load(f) for f in recipe_files() if f.parent.name != "qat"]
+    files = [f for f in recipe_files() if f.parent.name != "qat"]
+    # Those that are about attention or tokens alone change no weight.
+    recipes = [recipe for recipe in map(Recipe.load, files) if recipe.rules]
     opened = _workflow.open_model(args.model)
     windows = _workflow.text_windows(opened, args.text, 512, None, args.tokens)
     console, rows, results = Console(width=140), [], []

@@ -5,7 +5,10 @@ from pallas_kernels._dispatch import cannot_hold, packed_matmul, prepare, restor
 from pallas_kernels._weights import QUANTIZED, TERNARY, KernelError, WeightLayout
 from pallas_kernels.block_sparse_attention import (
     BlockLists,
+    Float8KV,
     block_sparse_attention,
+    block_sparse_attention_fp8,
+    quantize_kv,
 )
 from pallas_kernels.greedy_select.api import greedy_select
 from pallas_kernels.quantized_matmul.api import quantized_matmul
@@ -16,14 +19,17 @@ __all__ = [
     "QUANTIZED",
     "TERNARY",
     "BlockLists",
+    "Float8KV",
     "KernelError",
     "WeightLayout",
     "block_sparse_attention",
+    "block_sparse_attention_fp8",
     "cannot_hold",
     "greedy_select",
     "implementation_for",
     "packed_matmul",
     "prepare",
+    "quantize_kv",
     "quantized_matmul",
     "ragged_matmul",
     "restore",

@@ -193,6 +193,32 @@ def as_bytes(word: Int) -> Any:
     return utils.bitcast(word.value, ir.VectorType.get((4,), i8))
 
 
+def floats_of(value: Any) -> list[Float]:
+    """The items of a raw MLIR vector of float32."""
+    count = ir.VectorType(value.type).shape[0]
+    return [
+        Float(mlir_vector.extract(value, dynamic_position=[], static_position=[i]))
+        for i in range(count)
+    ]
+
+
+def pair(a: Float, b: Float) -> Any:
+    """A raw MLIR vector of two float32."""
+    kind = ir.VectorType.get((2,), _f32())
+    return mlir_vector.from_elements(kind, [a.value, b.value])
+
+
+def word(value: Any) -> Int:
+    """A raw MLIR vector of 32 bits as a word."""
+    return Int(utils.bitcast(value, _i32()))
+
+
+def as_float8(word: Int) -> Any:
+    """A word as a raw MLIR vector of four e4m3."""
+    kind = ir.Float8E4M3FNType.get()
+    return utils.bitcast(word.value, ir.VectorType.get((4,), kind))
+
+
 def barrier() -> None:
     """All threads of the block."""
     utils.inline_ptx("bar.sync 0;", convergent=True)
@@ -296,12 +322,15 @@ __all__ = [
     "Float",
     "Int",
     "as_bytes",
+    "as_float8",
     "barrier",
     "both",
+    "floats_of",
     "load",
     "loop",
     "loop_tree",
     "offset",
+    "pair",
     "pointer",
     "ptx",
     "select",
@@ -313,4 +342,5 @@ __all__ = [
     "vector",
     "vector_of_float",
     "when",
+    "word",
 ]

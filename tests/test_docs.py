@@ -21,7 +21,7 @@ import angeljax as aj
 from angeljax import cli, tokens
 from angeljax.attention import Stem, selector, selector_names
 from angeljax.formats import format_names, get_format
-from angeljax.recipe import DEFAULT_SKIP, AttentionOptions
+from angeljax.recipe import DEFAULT_SKIP, AttentionOptions, TokensOptions
 from angeljax.train import LoraConfig, TrainConfig
 from angeljax.train._options import LOSSES, BlockwiseOptions
 from angeljax.train.config import MODES
@@ -395,6 +395,15 @@ def test_the_reader_of_the_page(read, rng, fmt, options):
 
 def test_token_methods_are_complete():
     assert table(TOKENS, "method").keys() == set(tokens.methods())
+
+
+def test_token_options_are_complete():
+    page = TOKENS.with_name("token_pruning_models.md")
+    rows = table(page, "field of `tokens`")
+    names = [name.strip(" `") for head in rows for name in head.split(",")]
+    assert sorted(names) == sorted(f.name for f in dataclasses.fields(TokensOptions))
+    for _, block in blocks(page, "yaml"):
+        assert aj.Recipe.from_yaml(block).tokens.prune_fn()
 
 
 def test_token_importance_functions_exist():

@@ -31,7 +31,8 @@ MODULES = sorted(
     if not m.name.endswith("__main__")
 )
 KERNELS = [
-    f"pallas_kernels.block_sparse_attention.{name}" for name in ("_lists", "api")
+    f"pallas_kernels.block_sparse_attention.{name}"
+    for name in ("_float8", "_lists", "api")
 ]
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 

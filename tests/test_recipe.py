@@ -136,6 +136,7 @@ def test_recipe_is_hashable_by_value_and_frozen():
             "'a' is no number of a layer",
         ),
         ("attention: {selector: stem, decode: {name: best}}", "use quest"),
+        ("attention: {selector: stem, kv_dtype: int8}", "must be float8_e4m3fn or"),
         (
             "attention: {selector: stem, decode: {name: quest, keep_pages: 0}}",
             "keep_pages must be an integer",
@@ -160,6 +161,7 @@ def test_attention_alone_is_a_recipe_and_changes_no_weight():
         - {layers: [3], selector: a_shape, options: {window_tokens: 256}}
       decode: {name: quest, keep_pages: 32}
       mean_correction: true
+      kv_dtype: float8_e4m3fn
     """
     recipe = aj.Recipe.from_yaml(text)
     again = aj.Recipe.from_dict(recipe.to_dict())
@@ -171,6 +173,7 @@ def test_attention_alone_is_a_recipe_and_changes_no_weight():
     assert fn.selector_of(29, 30) == Dense() == fn.selector_of(0, 30)
     assert fn.selector_of(3, 30) == AShape(window_tokens=256)
     assert fn.decode == Quest(keep_pages=32) and fn.mean_correction
+    assert fn.kv_dtype == "float8_e4m3fn"
 
 
 def test_missing_file_names_close_ones():

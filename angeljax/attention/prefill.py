@@ -58,7 +58,8 @@ class SparseAttention:
       selector: names the blocks.
       layers: layers with a selector of their own, `((number, selector), ...)`; negative
         numbers count from the last layer.
-      dense_below, dense_above, mean_correction, implementation: see `sparse_attention`.
+      dense_below, dense_above, mean_correction, kv_dtype, implementation: see
+        `sparse_attention`.
       decode: how single tokens read the cache; None for all of it.
 
     Example:
@@ -82,9 +83,14 @@ class SparseAttention:
     dense_above: float | None = None
     mean_correction: bool = False
     decode: Quest | None = None
+    kv_dtype: str | None = None
     implementation: str | None = None
 
     def __post_init__(self) -> None:
+        if self.kv_dtype not in (None, "float8_e4m3fn"):
+            raise ValueError(
+                f"kv_dtype must be None or 'float8_e4m3fn', not {self.kv_dtype!r}"
+            )
         for what in (self.selector, *(s for _, s in self.layers)):
             if not isinstance(what, Selector):
                 raise ValueError(
@@ -180,6 +186,7 @@ class SparseAttention:
             mean_correction=self.mean_correction,
             dense_below=self.dense_below,
             dense_above=self.dense_above,
+            kv_dtype=self.kv_dtype,
             implementation=self.implementation,
         )
         if where.start is None:

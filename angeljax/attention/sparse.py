@@ -35,6 +35,7 @@ def sparse_attention(
     mean_correction: bool = False,
     dense_below: int | None = None,
     dense_above: float | None = None,
+    kv_dtype: str | None = None,
     implementation: str | None = None,
 ) -> Any:
     """Causal attention of a prompt on the key blocks that a selector names.
@@ -68,6 +69,9 @@ def sparse_attention(
         `thresholds.json`.
       dense_above: layers where the selector's predicted density is higher are dense;
         default by device.
+      kv_dtype: "float8_e4m3fn" rounds q, k and v to 8 bits where attention is sparse;
+        selectors see them before. Not differentiable. See
+        `pallas_kernels.block_sparse_attention`.
       implementation: of `pallas_kernels.block_sparse_attention`.
 
     Returns:
@@ -116,6 +120,7 @@ def sparse_attention(
         soft_cap=soft_cap,
         return_lse=return_lse,
         mean_correction=mean_correction,
+        kv_dtype=kv_dtype,
         implementation=implementation,
     )
     gains = worthwhile(
@@ -249,6 +254,7 @@ def _sparse(
     scale: float,
     soft_cap: float | None,
     return_lse: bool,
+    kv_dtype: str | None,
     implementation: str | None,
 ) -> Any:
     """Selection and attention; moves the queries onto the grid of blocks."""
@@ -273,6 +279,7 @@ def _sparse(
         lengths=place.lengths,
         soft_cap=soft_cap,
         return_lse=True,
+        kv_dtype=kv_dtype,
         implementation=implementation,
     )
     if mean_correction:

@@ -14,9 +14,14 @@ for result in evaluate_tasks(logits_fn, params, tokenizer, tasks):
     print(result.name, result.acc, result.acc_norm)
 ```
 
-Everything works on a function `logits_fn(params, tokens[B, T]) -> logits[B, T, V]`, so
-on anybody's model. KL and agreement need no labels and show a regression that
-perplexity hides.
+```python
+heard = transcribe(load_whisper("openai/whisper-tiny.en"), recordings)
+print(word_error_rate(said, heard, normalize=english_normalizer()))
+```
+
+All measures of text models work on a function `logits_fn(params, tokens[B, T]) ->
+logits[B, T, V]`, so on anybody's model. KL and agreement need no labels and show a
+regression that perplexity hides.
 """
 
 from angeljax.evaluation._steps import LogitsFn
@@ -33,6 +38,12 @@ from angeljax.evaluation.text import (
     load_text,
     windows,
 )
+from angeljax.evaluation.word_error import (
+    WordErrors,
+    english_normalizer,
+    word_error_rate,
+    word_errors,
+)
 
 __all__ = [
     "DEFAULT_TEXT",
@@ -45,8 +56,10 @@ __all__ = [
     "Task",
     "TaskResult",
     "Windows",
+    "WordErrors",
     "document_windows",
     "encode_task",
+    "english_normalizer",
     "evaluate",
     "evaluate_tasks",
     "load_documents",
@@ -57,4 +70,6 @@ __all__ = [
     "reference_logits",
     "score_encoded",
     "windows",
+    "word_error_rate",
+    "word_errors",
 ]

@@ -8,14 +8,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from angeljax.models import _bind, hf, hub
+from angeljax.models import hf, hub
 from angeljax.models._assemble import Shardings, assemble
 from angeljax.models._llava_config import LlavaConfig
 from angeljax.models._names import hf_path
 from angeljax.models.config import ModelError
+from angeljax.models.language_model import bind_params
 from angeljax.models.llava import LlavaModel
 from angeljax.models.tokenizer import Tokenizer
 from angeljax.models.vision_tower import VisionTower, VisionTowerConfig
@@ -146,7 +148,8 @@ def load_vision_tower(
         tower, hf.read_tensors(folder, tower_path), dtype=dtype, shardings=None,
         file=folder,
     )  # fmt: skip
-    return _bind.fill(_bind.skeleton(lambda: tower.module(nnx.Rngs(0))), params)
+    bare, state = nnx.split(nnx.eval_shape(lambda: tower.module(nnx.Rngs(0))))
+    return bind_params((bare, nnx.filter_state(state, nnx.Param)), params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +165,11 @@ class _Tower:
         )
 
     def abstract(self, param_dtype: Any) -> dict[str, Any]:
-        return _bind.abstract(lambda: self.module(nnx.Rngs(0), param_dtype))
+        def params() -> dict[str, Any]:
+            module = self.module(nnx.Rngs(0), param_dtype)
+            return nnx.to_pure_dict(nnx.state(module, nnx.Param))
+
+        return jax.eval_shape(params)
 
 
 def _folder(name: str) -> Path:

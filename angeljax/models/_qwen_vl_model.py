@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from angeljax.models._qwen_vl_config import QwenVLConfig
 from angeljax.models._qwen_vl_layout import Grid, Grids, check_grids
 from angeljax.models._qwen_vl_positions import rope_index
-from angeljax.models._qwen_vl_prompt import decoder_inputs, merge_prompt, prune_prompt
+from angeljax.models._qwen_vl_prompt import merge_prompt, prune_prompt
 from angeljax.models._qwen_vl_tower import QwenVision, VisionTokens
 from angeljax.models.attention import dense_attention
 from angeljax.models.generate import Generated, generate
 from angeljax.models.language_model import LanguageModel
 from angeljax.models.layers import AttentionFn
+from angeljax.models.prompts import decoder_inputs
 from angeljax.tokens import Prompt, Pruned
 from angeljax.tokens._signals import PruneFn, argument
 from angeljax.tokens.apply import PositionPolicy

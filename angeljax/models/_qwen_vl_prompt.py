@@ -80,20 +80,6 @@ def _put(into: VisionTokens, found: VisionTokens, here: jax.Array) -> VisionToke
     return jax.tree.map(put, into, found)
 
 
-def decoder_inputs(prompt: Prompt | Pruned) -> dict[str, Any]:
-    """A prompt as arguments of the decoder."""
-    if isinstance(prompt, Pruned):
-        return prompt.inputs()
-    if prompt.attention_mask is not None or prompt.cache is not None:
-        raise ValueError("Prompt.attention_mask and Prompt.cache: not for this model")
-    return {
-        "embeds": prompt.embeds,
-        "positions": prompt.positions,
-        "deepstack": prompt.deepstack or None,
-        "mask": prompt.mask,
-    }
-
-
 def prune_prompt(
     prompt: Prompt,
     there: jax.Array,

@@ -18,10 +18,10 @@ import numpy as np
 from flax import nnx
 
 from angeljax import ops
-from angeljax.models import _bind
 from angeljax.models._qwen_vl_config import QwenVisionConfig
 from angeljax.models._qwen_vl_layers import Merger, Table, VisionBlock
 from angeljax.models._qwen_vl_layout import Grids, layout, num_patches
+from angeljax.models.language_model import bind_params
 from angeljax.models.layers import Linear
 
 _THETA = 10000.0
@@ -171,10 +171,11 @@ class QwenVision:
         attention: tuple[int, ...] = (),
     ) -> VisionTokens:
         """`VisionTower.__call__` as a pure function."""
-        tower = _bind.fill(_skeleton(self), params)
+        tower = bind_params(_skeleton(self), params)
         return tower(pixels, grids, attention=attention)
 
 
 @functools.lru_cache(maxsize=16)
 def _skeleton(model: QwenVision) -> tuple[Any, Any]:
-    return _bind.skeleton(lambda: model.module(nnx.Rngs(0)))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: model.module(nnx.Rngs(0))))
+    return graphdef, nnx.filter_state(state, nnx.Param)

@@ -64,7 +64,8 @@ def transcribe_tokens(
       >>> model = WhisperModel(config)
       >>> params = model.init(jax.random.key(0))
       >>> audio = model.encode(params, jnp.zeros((1, 80, 100)))
-      >>> transcribe_tokens(model, params, audio.features, max_new_tokens=4).tokens.shape
+      >>> out = transcribe_tokens(model, params, audio.features, max_new_tokens=4)
+      >>> out.tokens.shape
       (1, 4)
     """
     config = model.config

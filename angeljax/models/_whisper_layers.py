@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,19 @@ class EncoderAttention:
     diagonal_max: jax.Array
     diagonal_mean: jax.Array
     full: jax.Array | None = None
+
+
+class EncoderSizes(Protocol):
+    """What an encoder's layers need to know of a configuration."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def encoder_heads(self) -> int: ...
+    @property
+    def encoder_ffn_size(self) -> int: ...
+    @property
+    def num_mel_bins(self) -> int: ...
 
 
 class CrossKV(NamedTuple):
@@ -139,26 +152,30 @@ class MLP(nnx.Module):
 class EncoderLayer(nnx.Module):
     """Self-attention of all tokens on all, and an MLP."""
 
-    def __init__(self, c: WhisperConfig, *, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, c: EncoderSizes, *, dtype: Any, rngs: nnx.Rngs) -> None:
         norm = functools.partial(LayerNorm, c.hidden_size, dtype=dtype, rngs=rngs)
         around = {"dtype": dtype, "rngs": rngs}
         self.self_attn = Attention(c.hidden_size, c.encoder_heads, **around)
         self.self_attn_layer_norm, self.final_layer_norm = norm(), norm()
         self.mlp = MLP(c.hidden_size, c.encoder_ffn_size, **around)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """Of `[B, N, D]`; mask as in `attend`."""
         y = self.self_attn_layer_norm(x)
         q, (k, v) = self.self_attn.queries(y), self.self_attn.keys_values(y)
-        x = self.self_attn.join(attend(q, k, v), x)
+        x = self.self_attn.join(attend(q, k, v, mask), x)
         return self.mlp(x, self.final_layer_norm)
 
     def attention(
         self, x: jax.Array, real: jax.Array | None, *, full: bool
     ) -> EncoderAttention:
         """The layer's attention weights on its input `x`, summarised."""
+        return summarise(*self.queries_keys(x), real, full=full)
+
+    def queries_keys(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Scaled queries and keys `[B, N, H, D]` of the layer's input `x`."""
         y = self.self_attn_layer_norm(x)
-        q, (k, _) = self.self_attn.queries(y), self.self_attn.keys_values(y)
-        return summarise(q, k, real, full=full)
+        return self.self_attn.queries(y), self.self_attn.keys_values(y)[0]
 
 
 class DecoderLayer(nnx.Module):

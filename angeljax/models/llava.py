@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from angeljax.models import _bind
 from angeljax.models._llava_config import LlavaConfig
 from angeljax.models.attention import dense_attention
 from angeljax.models.generate import Generated, generate, generate_after
-from angeljax.models.language_model import LanguageModel
+from angeljax.models.language_model import LanguageModel, bind_params
 from angeljax.models.layers import AttentionFn, Linear
+from angeljax.models.prompts import decoder_inputs
 from angeljax.models.staged import StagedPrefill, prefill_pruned
 from angeljax.models.vision_tower import VisionTower
 from angeljax.tokens import Prompt, Pruned, apply_selection, token_positions
@@ -204,21 +204,24 @@ class LlavaModel:
           `ImageTokens`.
 
         Raises:
-          ValueError: pixels of another shape, or attention with `select="full"`, whose
-            class token has none.
+          ValueError: pixels of another shape, or attention with `select="full"` and a
+            class token, which has none.
         """
         c = self.config
         if pixels.ndim not in (4, 5):
             raise ValueError(
                 f"pixels must be [B, 3, H, W] or [B, M, 3, H, W], not {pixels.shape}"
             )
-        if attention and c.select == "full":
-            raise ValueError('attention is of patches: it needs select="default"')
+        if attention and c.select == "full" and c.vision.class_token:
+            raise ValueError(
+                "attention is of patches, and the class token is none: it needs "
+                'select="default"'
+            )
         batch = pixels.shape[0]
         run = c.vision_layers
         middle = 9 * run // 23 if object_layer is None else object_layer
         last = run - 1 if attn_layer is None else attn_layer
-        seen = _bind.fill(_skeleton(self), params)
+        seen = bind_params(_skeleton(self), params)
         found = seen.vision(
             pixels.reshape(-1, *pixels.shape[-3:]),
             layer=c.vision_layer,
@@ -399,9 +402,10 @@ def _pruned(
     model: LlavaModel,
     position_policy: PositionPolicy,
 ) -> dict[str, Any]:
-    return model.pruned_prompt(
+    short = model.pruned_prompt(
         params, tokens, pixels, mask, prune=prune, position_policy=position_policy
-    ).inputs()
+    )
+    return decoder_inputs(short)
 
 
 @functools.partial(
@@ -436,4 +440,5 @@ def _staged(
 
 @functools.lru_cache(maxsize=16)
 def _skeleton(model: LlavaModel) -> tuple[Any, Any]:
-    return _bind.skeleton(lambda: model._eyes(nnx.Rngs(0)))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: model._eyes(nnx.Rngs(0))))
+    return graphdef, nnx.filter_state(state, nnx.Param)

@@ -25,6 +25,7 @@ from angeljax.models._whisper_layers import (
     DecoderLayer,
     EncoderAttention,
     EncoderLayer,
+    EncoderSizes,
     LayerNorm,
     SelfKV,
     sinusoids,
@@ -79,7 +80,7 @@ class Table(nnx.Module):
 class Stem(nnx.Module):
     """Two convolutions with GELU; the second halves the frames."""
 
-    def __init__(self, c: WhisperConfig, *, dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, c: EncoderSizes, *, dtype: Any, rngs: nnx.Rngs) -> None:
         around = {"dtype": dtype, "rngs": rngs}
         self.conv1 = Conv(c.num_mel_bins, c.hidden_size, 1, **around)
         self.conv2 = Conv(c.hidden_size, c.hidden_size, 2, **around)

@@ -1,12 +1,20 @@
 """Fewer vision and audio tokens: selection and merging as pure functions."""
 
+from angeljax.tokens._atome import atome
+from angeljax.tokens._attention_weights import (
+    AttentionWeights,
+    attention_weights,
+    pool_attention,
+)
 from angeljax.tokens._baselines import random, uniform
 from angeljax.tokens._cdpruner import cdpruner
 from angeljax.tokens._dart import dart
 from angeljax.tokens._diagnostics import diagnostics
 from angeljax.tokens._difftopk import soft_top_k
 from angeljax.tokens._divprune import divprune
+from angeljax.tokens._fastadasp import fastadasp
 from angeljax.tokens._fastv import fastv
+from angeljax.tokens._grouping import Groups, group_adjacent
 from angeljax.tokens._hiprune import hiprune
 from angeljax.tokens._idpruner import idpruner
 from angeljax.tokens._keep import keep_count, keep_counts
@@ -23,6 +31,7 @@ from angeljax.tokens._proxies import (
 from angeljax.tokens._prumerge import prumerge, prumerge_plus
 from angeljax.tokens._pruner import TokenPruner
 from angeljax.tokens._registry import methods, prune
+from angeljax.tokens._samp import samp
 from angeljax.tokens._scope import scope
 from angeljax.tokens._scorer import (
     init_scorer,
@@ -40,12 +49,16 @@ from angeljax.tokens._where import span_groups, token_positions
 from angeljax.tokens.apply import Pruned, apply_selection
 
 __all__ = [
+    "AttentionWeights",
+    "Groups",
     "Prompt",
     "Pruned",
     "ScorerTask",
     "Selection",
     "TokenPruner",
     "apply_selection",
+    "atome",
+    "attention_weights",
     "cdpruner",
     "cls_attention",
     "dart",
@@ -53,7 +66,9 @@ __all__ = [
     "distinctiveness",
     "divprune",
     "expand_placeholders",
+    "fastadasp",
     "fastv",
+    "group_adjacent",
     "hiprune",
     "idpruner",
     "init_scorer",
@@ -64,11 +79,13 @@ __all__ = [
     "methods",
     "norm_importance",
     "placeholder_count",
+    "pool_attention",
     "prumerge",
     "prumerge_plus",
     "prune",
     "random",
     "received_attention",
+    "samp",
     "save_scorer",
     "scope",
     "score_tokens",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 
 from angeljax.tokens import _choose
@@ -50,24 +53,24 @@ def dart(tokens: Tokens, *, image_pivots: int = 4, text_pivots: int = 4) -> Choi
     images = jnp.minimum(image_pivots, count)
     most = min(image_pivots, keep)
     first = _choose.best(size, tokens.mask, most, images)
-    pivots = [(tokens.embeds[jnp.minimum(i, n - 1)], i < n) for i in first]
+    there, pivots = first < n, tokens.embeds[jnp.minimum(first, n - 1)]
     if tokens.text is not None:
         size = jnp.sum(jnp.abs(tokens.text), axis=-1)
-        number = min(text_pivots, size.shape[0])
-        where = jnp.argsort(-size, stable=True)[:number]
-        pivots += [(tokens.text[i], size[i] > 0) for i in where]
+        where = jnp.argsort(-size, stable=True)[:text_pivots]
+        there = jnp.concatenate([there, size[where] > 0])
+        pivots = jnp.concatenate([pivots, tokens.text[where]])
+    share = -(-(count - images) // jnp.maximum(jnp.sum(there), 1))
+    like = _choose.cosines(pivots, tokens.embeds)
 
-    total = jnp.sum(jnp.stack([there for _, there in pivots]))
-    share = -(-(count - images) // jnp.maximum(total, 1))
-    taken = _choose.chosen(first, n)
-    order = jnp.full(keep, n, jnp.int32).at[:most].set(first)
-    done = jnp.sum(order < n)
-    for pivot, there in pivots:
-        like = _choose.cosines(tokens.embeds, pivot[None])[:, 0]
+    def take(state: Any, pivot: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+        order, done, taken = state
+        like, there = pivot
         more = jnp.where(there, jnp.minimum(share, count - done), 0)
         new = _choose.best(-like, tokens.mask & ~taken, keep, more)
         slots = jnp.where(new < n, done + jnp.arange(keep), keep)
         order = order.at[slots].set(new, mode="drop")
-        taken |= _choose.chosen(new, n)
-        done += more
-    return order
+        return (order, done + more, taken | _choose.chosen(new, n)), None
+
+    order = jnp.full(keep, n, jnp.int32).at[:most].set(first)
+    state = order, jnp.sum(order < n), _choose.chosen(first, n)
+    return jax.lax.scan(take, state, (like, there))[0][0]

@@ -10,7 +10,14 @@ import jax.numpy as jnp
 
 
 def placeholder_count(tokens: jax.Array, placeholder: int) -> jax.Array:
-    """Placeholders of each row, int32 `[...]`, of token ids `[..., L]`.
+    """How many placeholders each row has.
+
+    Args:
+      tokens: int `[..., L]`, ids.
+      placeholder: the id that stands for image or audio tokens.
+
+    Returns:
+      int32 `[...]`.
 
     Example:
       >>> import jax.numpy as jnp

@@ -7,13 +7,13 @@ from typing import Any
 
 import jax
 
-from angeljax.tokens._proxies import distinctiveness, norm_importance, text_relevance
+from angeljax.tokens._proxies import distinctiveness, norm_importance
 from angeljax.tokens._registry import find
 from angeljax.tokens._scorer import score_tokens
 from angeljax.tokens._selection import Selection
 from angeljax.tokens._signals import choose
 
-IMPORTANCES = ("attn", "distinctiveness", "norm", "scorer", "text")
+IMPORTANCES = ("attn", "distinctiveness", "norm", "scorer")
 
 
 def _static(**default: Any) -> Any:
@@ -33,7 +33,7 @@ class TokenPruner:
       keep: a count or a share; see `keep_count`.
       options: of the method, sorted pairs.
       importance: what the method takes for `importance` where the host gives none:
-        "attn", "norm", "distinctiveness", "text" or "scorer"; None for nothing.
+        "attn", "norm", "distinctiveness" or "scorer"; None for nothing.
       quota: see `prune`.
       group_keep: see `prune`.
       attn_layer, object_layer: layers of the vision tower whose attention is wanted;
@@ -79,7 +79,7 @@ class TokenPruner:
         """
         fn = find(self.method)
         if importance is None:
-            importance = self._importance(embeds, mask, attn, text)
+            importance = self._importance(embeds, mask, attn)
         grouped = self.quota != "global" or self.group_keep is not None
         if grouped and groups is None:
             raise ValueError(
@@ -111,9 +111,7 @@ class TokenPruner:
             key=self.key,
         )
 
-    def _importance(
-        self, embeds: jax.Array, mask: Any, attn: Any, text: Any
-    ) -> jax.Array | None:
+    def _importance(self, embeds: jax.Array, mask: Any, attn: Any) -> jax.Array | None:
         if self.importance is None:
             return None
         if self.importance == "norm":
@@ -127,10 +125,8 @@ class TokenPruner:
                     "prune_fn(scorer=angeljax.tokens.load_scorer(path))"
                 )
             return score_tokens(self.scorer, embeds, mask)
-        given = attn if self.importance == "attn" else text
-        if given is None:
+        if attn is None:
             raise ValueError(
-                f"importance: {self.importance} needs a host that gives it; this one "
-                "does not"
+                "importance: attn needs a host that gives attention; this one does not"
             )
-        return attn if self.importance == "attn" else text_relevance(embeds, given)
+        return attn

@@ -13,15 +13,18 @@ from angeljax.tokens._selection import Selection
 
 # Name -> module of this package; a module is imported when it is asked for.
 _METHODS = {
+    "atome": "_atome",
     "cdpruner": "_cdpruner",
     "dart": "_dart",
     "divprune": "_divprune",
+    "fastadasp": "_fastadasp",
     "fastv": "_fastv",
     "hiprune": "_hiprune",
     "idpruner": "_idpruner",
     "prumerge": "_prumerge",
     "prumerge_plus": "_prumerge",
     "random": "_baselines",
+    "samp": "_samp",
     "scope": "_scope",
     "tome": "_tome",
     "uniform": "_baselines",
@@ -52,7 +55,7 @@ def prune(
     importance: jax.Array | None = None,
     mask: jax.Array | None = None,
     text: jax.Array | None = None,
-    attn: jax.Array | None = None,
+    attn: Any = None,
     key: jax.Array | None = None,
     groups: jax.Array | None = None,
     quota: str = "global",
@@ -77,7 +80,7 @@ def prune(
       mask: bool `[B, N]`, True for real tokens; others are never kept.
       text: `[B, M, D]`, embeddings of the prompt; rows of zeros are padding.
       attn: `[B, N]` or `[B, heads, N]` (their mean counts), the attention that each
-        token receives.
+        token receives; methods for audio also take `AttentionWeights`.
       key: of `jax.random.key`: one, split among the rows, or one for each.
       groups: int `[B, N]`, the image, frame or clip of each token from 0 on; -1 for
         none, which is never kept.

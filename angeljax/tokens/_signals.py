@@ -76,7 +76,7 @@ def choose(
 
 
 def wanted_layers(fn: Any) -> dict[str, int | None]:
-    """`attn_layer` and `object_layer` of a `TokenPruner`; None leaves it to the host."""
+    """Layers of the vision tower that a `TokenPruner` asks for; None if it does not."""
     fn = fn.fn if isinstance(fn, Static) else fn
     return {n: getattr(fn, n, None) for n in ("attn_layer", "object_layer")}
 

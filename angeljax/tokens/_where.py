@@ -65,7 +65,16 @@ def token_positions(
 
 
 def span_groups(spans: Where) -> np.ndarray:
-    """Which image each token belongs to, int32 `[N]`: `groups` for budgets by image.
+    """Which image each token belongs to: `groups` for budgets by image.
+
+    Args:
+      spans: a span `(start, stop)`, or a list of them, one for each image.
+
+    Returns:
+      int32 `[N]`, a NumPy array, so that the methods can count the groups.
+
+    Raises:
+      ValueError: that is no span.
 
     Example:
       >>> span_groups([(1, 3), (5, 8)]).tolist()

@@ -54,26 +54,16 @@ class Pruned:
         """Anything else of the long sequence, `[B, L, ...]`, as `[B, L', ...]`."""
         return _take(x, self.slots, fill)
 
-    def inputs(self) -> dict[str, Any]:
-        """The prompt as arguments of `angeljax.models.Decoder` and `generate`.
+    def spread(self, plane: jax.Array) -> jax.Array:
+        """A plane `[B, K, D]` of the vision tokens as `[B, L', D]`, zeros beside text.
 
-        DeepStack planes are spread out to `[B, L', D]`, zeros beside text.
+        One that is `[B, L', D]` already stays.
         """
-        prompt, lead = self.prompt, self.slots.shape
-
-        def spread(plane: jax.Array) -> jax.Array:
-            if plane.shape[:-1] == lead:
-                return plane
-            empty = jnp.zeros((*lead, plane.shape[-1]), plane.dtype)
-            return _put(empty, self.vision, plane)
-
-        return {
-            "embeds": prompt.embeds,
-            "positions": prompt.positions,
-            "mask": prompt.mask,
-            "deepstack": tuple(map(spread, prompt.deepstack)) or None,
-            "next_position": self.next_position,
-        }
+        lead = self.slots.shape
+        if plane.shape[:-1] == lead:
+            return plane
+        empty = jnp.zeros((*lead, plane.shape[-1]), plane.dtype)
+        return _put(empty, self.vision, plane)
 
 
 def apply_selection(

@@ -23,7 +23,9 @@ import numpy as np
 from jax.custom_batching import custom_vmap
 
 from pallas_kernels._implementation import implementation
-from pallas_kernels.block_sparse_attention import _backward
+from pallas_kernels._weights import KernelError
+from pallas_kernels.block_sparse_attention import _backward, _float8
+from pallas_kernels.block_sparse_attention._float8 import Float8KV
 from pallas_kernels.block_sparse_attention._lists import BlockLists
 
 _PACKAGE = "pallas_kernels.block_sparse_attention"
@@ -82,6 +84,77 @@ def function(name: str, scale: float, soft_cap: float | None) -> Any:
         return run(*_vary_alike(args))
 
     return call
+
+
+@functools.lru_cache(maxsize=256)
+def float8_function(name: str, scale: float, soft_cap: float | None) -> Any:
+    """`(q, kv, lists, q_offset) -> (y, lse)`; made once for each setting."""
+
+    @custom_vmap
+    def forward(q: Any, *args: Any) -> Any:
+        *leaves, lists, q_offset = args
+        kv = Float8KV(*leaves, *[None] * (5 - len(leaves)))
+        return _float8_attention(
+            name, q, kv, lists, scale=scale, q_offset=q_offset, soft_cap=soft_cap
+        )
+
+    @forward.def_vmap
+    def _(size: int, batched: Any, *args: Any) -> Any:
+        results = forward(*_joined(size, batched, args))
+        return _parted(size, results), (True, True)
+
+    @jax.custom_vjp
+    def run(*args: Any) -> Any:
+        return forward(*args)
+
+    def fwd(*args: Any) -> Any:
+        raise KernelError(
+            "attention with float8_e4m3fn keys and values has no gradient: "
+            "differentiate it with kv_dtype=None"
+        )
+
+    run.defvjp(fwd, fwd)
+
+    @jax.jit
+    def call(q: Any, kv: Float8KV, lists: Any, q_offset: Any) -> Any:
+        args = _vary_alike((q, *jax.tree.leaves(kv), lists, q_offset))
+        y, lse = run(*args)
+        if kv.k_mean is not None:  # which softmax does not see, but its sum does
+            lse = lse + _float8.log_shift(q, kv.k_mean, scale)
+        return y, lse
+
+    return call
+
+
+def float8_unsupported(name: str, q: Any, kv: Float8KV, lists: Any) -> str | None:
+    """Why an implementation cannot run with a `Float8KV`, or None."""
+    if _multiplies_float8(name, q, kv, lists):
+        return None
+    keys = jax.ShapeDtypeStruct(kv.k.shape, q.dtype)
+    return implementation(_PACKAGE, name).unsupported(q, keys, keys, lists)
+
+
+def _multiplies_float8(name: str, q: Any, kv: Float8KV, lists: Any) -> bool:
+    if name != "mosaic_gpu":
+        return False
+    from pallas_kernels.block_sparse_attention import mosaic_gpu_fp8
+
+    return mosaic_gpu_fp8.unsupported(q, kv, lists) is None
+
+
+def _float8_attention(
+    name: str, q: Any, kv: Float8KV, lists: Any, **options: Any
+) -> tuple[jax.Array, jax.Array]:
+    """`attention` of an implementation; lse is that of keys without their mean."""
+    if _multiplies_float8(name, q, kv, lists):
+        from pallas_kernels.block_sparse_attention import mosaic_gpu_fp8
+
+        return mosaic_gpu_fp8.attention(q, kv, lists, **options)
+    # What the numbers stand for: exact in 16 bits, as scales are powers of two.
+    rows, scales = _float8.quantize_rows(q)
+    rows = (rows.astype(jnp.float32) * scales[..., None]).astype(q.dtype)
+    k, v = kv.centred_keys(q.dtype), kv.values(q.dtype)
+    return implementation(_PACKAGE, name).attention(rows, k, v, lists, **options)
 
 
 def _vary_alike(args: Any) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import checkify
 
 from pallas_kernels._weights import KernelError
+from pallas_kernels.block_sparse_attention._float8 import FLOAT8, Float8KV, padded
 from pallas_kernels.block_sparse_attention._lists import BlockLists
 
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -38,9 +39,61 @@ def shapes(
                 f"{name} is {x.dtype}: q, k and v must all be one of "
                 f"{', '.join(_DTYPES)}"
             )
-    batch, t, heads, dim = q.shape
     if k.shape != v.shape:
         raise KernelError(f"k {list(k.shape)} and v {list(v.shape)} must be alike")
+    _rest(q, k, lists, q_offset, lengths, soft_cap)
+
+
+def float8_shapes(
+    q: Any,
+    kv: Any,
+    lists: Any,
+    q_offset: Any,
+    lengths: Any,
+    soft_cap: float | None,
+) -> None:
+    """The same for keys and values in 8 bits.
+
+    Raises:
+      KernelError: one line that names the argument.
+    """
+    if not isinstance(kv, Float8KV):
+        raise KernelError(f"kv must be a Float8KV, not {type(kv).__name__}")
+    if q.ndim != 4 or str(q.dtype) not in _DTYPES:
+        raise KernelError(
+            f"q must be [B, T, heads, D] in {', '.join(_DTYPES)}, not "
+            f"{q.dtype}{list(q.shape)}"
+        )
+    if kv.k.ndim != 4:
+        raise KernelError(f"kv.k must be [B, S, heads, D], not {list(kv.k.shape)}")
+    batch, s, kv_heads, dim = kv.k.shape
+    heads = batch, kv_heads
+    wanted = {
+        "k": (kv.k.shape, FLOAT8),
+        "v": ((*heads, dim, padded(s)), FLOAT8),
+        "k_scale": (heads, jnp.dtype(jnp.float32)),
+        "v_scale": (heads, jnp.dtype(jnp.float32)),
+        "k_mean": ((*heads, dim), jnp.dtype(jnp.float32)),
+    }
+    for name, (shape, dtype) in wanted.items():
+        x = getattr(kv, name)
+        if x is None and name == "k_mean":
+            continue
+        if x.shape != shape or x.dtype != dtype:
+            raise KernelError(
+                f"kv.{name} must be {dtype}{list(shape)}, not {x.dtype}{list(x.shape)}"
+            )
+    if soft_cap is not None and kv.k_mean is not None:
+        raise KernelError(
+            "soft_cap needs keys with their mean: use quantize_kv(..., smooth=False)"
+        )
+    _rest(q, kv.k, lists, q_offset, lengths, soft_cap)
+
+
+def _rest(
+    q: Any, k: Any, lists: Any, q_offset: Any, lengths: Any, soft_cap: float | None
+) -> None:
+    batch, t, heads, dim = q.shape
     if k.shape[0] != batch or k.shape[3] != dim:
         raise KernelError(
             f"k {list(k.shape)} must have the batch {batch} and the head size {dim} of "

@@ -15,7 +15,6 @@ queries fetched ahead, turns of the warpgroups at the tensor cores, a third stag
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -27,52 +26,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.block_sparse_attention._lists import BlockLists, visible_blocks
-
-_tiling: Any = plgpu.TilingTransform  # for mypy they are abstract
-_swizzle: Any = plgpu.SwizzleTransform
-
-_ROWS = 64  # queries of a warpgroup
-_TILE = 2 * _ROWS
-_LEAST = -1e30  # a maximum over nothing; finite, so that differences are numbers
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """Everything static about one kernel."""
-
-    batch: int
-    q_length: int
-    k_length: int
-    heads: int
-    kv_heads: int
-    dim: int
-    dtype: str
-    list_batch: int
-    list_heads: int
-    block_q: int
-    block_k: int
-    scale: float
-    soft_cap: float | None
-    step: int = 128  # keys of one step
-    stages: int = 2
-    interpret: bool = False
-
-    @property
-    def list_rows(self) -> int:
-        """Lists of one head."""
-        return -(-self.q_length // self.block_q)
-
-    @property
-    def tiles(self) -> int:
-        """Tiles of queries of one head."""
-        return -(-self.q_length // _TILE)
-
-    @property
-    def transforms(self) -> Any:
-        """How a row of `dim` 16-bit numbers lies in shared memory."""
-        columns = next(c for c in (64, 32, 16) if self.dim % c == 0)
-        return _tiling((8, columns)), _swizzle(2 * columns)
+from pallas_kernels.block_sparse_attention import _hopper_tiles as tiles
+from pallas_kernels.block_sparse_attention._hopper_tiles import (
+    LEAST,
+    ROWS,
+    TILE,
+    Shape,
+    Tile,
+)
+from pallas_kernels.block_sparse_attention._lists import BlockLists
 
 
 def unsupported(q: Any, k: Any, v: Any, lists: BlockLists) -> str | None:
@@ -82,8 +44,8 @@ def unsupported(q: Any, k: Any, v: Any, lists: BlockLists) -> str | None:
         return f"its tensor cores take bfloat16 and float16, not {q.dtype}"
     if q.shape[-1] % 16 or q.shape[-1] > 256:
         return f"head_dim {q.shape[-1]} is no multiple of 16 up to 256"
-    if lists.block_q % _TILE:
-        return f"block_q {lists.block_q} is no multiple of {_TILE}"
+    if lists.block_q % TILE:
+        return f"block_q {lists.block_q} is no multiple of {TILE}"
     if lists.block_k % 64:
         return f"block_k {lists.block_k} is no multiple of 64"
     return None
@@ -101,42 +63,21 @@ def attention(
     **tuning: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """See `_call`; `tuning` overrides fields of `Shape`."""
-    batch, t, heads, dim = q.shape
+    t, dim = q.shape[1], q.shape[3]
     # Else XLA may make lists again wherever they are read.
     lists = lax.optimization_barrier(lists)
-    # The leading entries that every query of a block sees whole need no mask.
-    whole, _ = visible_blocks(t, k.shape[1], lists.block_q, lists.block_k, q_offset)
-    entry = jnp.arange(lists.width)
-    inside = entry < lists.counts[..., None]
-    unmasked = inside & (lists.indices < whole[:, None, :, None])
-    full = jnp.sum(unmasked, axis=-1, dtype=jnp.int32)
-    # A tile starts with these three, so they lie together.
-    end = jnp.maximum(lists.counts - 1, 0)[..., None]
-    last = jnp.take_along_axis(lists.indices, end, axis=-1)[..., 0]
-    last = jnp.where(lists.counts > 0, last, 0)
-    heading = jnp.stack(jnp.broadcast_arrays(lists.counts, full, last), axis=-1)
+    heading = tiles.heading(lists, t, k.shape[1], q_offset)
     # Copies go by 8 rows.
     q, k, v = (
         jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0))) for x in (q, k, v)
     )
     narrow = dim > 128 or lists.block_k % 128
     shape = Shape(
-        batch=batch,
-        q_length=q.shape[1],
-        k_length=k.shape[1],
-        heads=heads,
-        kv_heads=k.shape[2],
-        dim=dim,
+        **tiles.fields(q, k, lists, scale, soft_cap),
         dtype=q.dtype.name,
-        list_batch=lists.indices.shape[0],
-        list_heads=lists.indices.shape[1],
-        block_q=lists.block_q,
-        block_k=lists.block_k,
-        scale=scale,
-        soft_cap=soft_cap,
         **{"step": 64 if narrow else 128, **tuning},
     )
-    y, lse = build(shape)(q, k, v, lists.indices, heading.reshape(-1), q_offset)
+    y, lse = build(shape)(q, k, v, lists.indices, heading, q_offset)
     return y[:, :t], lse[..., :t]
 
 
@@ -144,12 +85,11 @@ def attention(
 def build(c: Shape) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """The kernel `(q, k, v, indices, heading, q_offset) -> (y, lse)`.
 
-    `heading` is int32 `[B, list heads, num_q_blocks, 3]`, flat: blocks of a list, how
-    many of them, from the first, need no mask, and the last one. lse has rows up to a
-    multiple of the tile.
+    For `heading` see there. lse has rows up to a multiple of the tile.
     """
     kind = jnp.dtype(c.dtype)
-    pool = functools.partial(plgpu.SMEM, dtype=kind, transforms=c.transforms)
+    lie = tiles.transforms(c.dim, 2)
+    pool = functools.partial(plgpu.SMEM, dtype=kind, transforms=lie)
     ring = functools.partial(plgpu.Barrier, num_barriers=c.stages)
     params: dict[str, Any] = {}
     if c.interpret:
@@ -158,17 +98,17 @@ def build(c: Shape) -> Callable[..., tuple[jax.Array, jax.Array]]:
         functools.partial(_body, c),
         out_type=(
             jax.ShapeDtypeStruct((c.batch, c.q_length, c.heads, c.dim), kind),
-            jax.ShapeDtypeStruct((c.batch, c.heads, c.tiles * _TILE), jnp.float32),
+            jax.ShapeDtypeStruct((c.batch, c.heads, c.tiles * TILE), jnp.float32),
         ),
         grid=(c.batch * c.heads * c.tiles,),
         grid_names=("block",),
         num_threads=3,
         thread_name="group",
         scratch_types=(
-            pool((2, _ROWS, c.dim)),
+            pool((2, ROWS, c.dim)),
             pool((c.stages, c.step, c.dim)),
             pool((c.stages, c.step, c.dim)),
-            plgpu.SMEM((2, _ROWS), jnp.float32),
+            plgpu.SMEM((2, ROWS), jnp.float32),
             plgpu.Barrier(num_barriers=2),
             ring(),
             ring(num_arrivals=2),
@@ -184,48 +124,19 @@ def build(c: Shape) -> Callable[..., tuple[jax.Array, jax.Array]]:
     )
 
 
-class _Tile:
-    """What a thread block has to do."""
-
-    def __init__(self, c: Shape, indices: Any, heading: Any) -> None:
-        self.c, self.indices = c, indices
-        # Tiles that read the same keys run together, which keeps those in the cache;
-        # among them the longest lists start first.
-        group = c.heads // c.kv_heads
-        block = lax.axis_index("block")
-        rest, member = lax.div(block, group), lax.rem(block, group)
-        rest, row = lax.div(rest, c.tiles), lax.rem(rest, c.tiles)
-        self.batch, self.kv_head = lax.div(rest, c.kv_heads), lax.rem(rest, c.kv_heads)
-        self.head = self.kv_head * group + member
-        self.first = (c.tiles - 1 - row) * _TILE
-        list_head = {c.heads: self.head, c.kv_heads: self.kv_head}.get(c.list_heads, 0)
-        list_row = lax.div(self.first, c.block_q)
-        self.list = (self.batch if c.list_batch > 1 else 0, list_head, list_row)
-        at = (self.batch * c.list_heads + list_head) * c.list_rows + list_row
-        self.count, full, self.last = (heading[3 * at + i] for i in range(3))
-        self.parts = c.block_k // c.step
-        # A list without blocks makes a step in which no query sees anything.
-        self.steps = jnp.maximum(self.count, 1) * self.parts
-        self.masked = jnp.maximum(self.steps - full * self.parts, 1)
-
-    def block_of(self, s: Any) -> Any:
-        """The block of a step; lists are read from their end."""
-        block = self.indices[(*self.list, lax.div(self.steps - 1 - s, self.parts))]
-        return jnp.where(self.count > 0, block, 0)  # what lies behind a list is rubbish
-
-    def key_of(self, s: Any, block: Any) -> Any:
-        """The first key of a step in its block."""
-        part = lax.rem(self.steps - 1 - s, self.parts)
-        return block * self.c.block_k + part * self.c.step
-
-
 def _body(c: Shape, *refs: Any) -> None:
     group = lax.axis_index("group")
 
     @pl.when(group == 2)
     def _copies() -> None:
         plgpu.set_max_registers(24, action="decrease")
-        _copy(c, *refs)
+        _, k, v, indices, heading, *_ = refs
+        at = Tile(c, indices, heading)
+        sources = (
+            (lambda keys: k.at[at.batch, keys, at.kv_head], refs[9]),
+            (lambda keys: v.at[at.batch, keys, at.kv_head], refs[10]),
+        )
+        tiles.copy(c, at, sources, refs[13:])
 
     @pl.when(group < 2)
     def _computes() -> None:
@@ -233,58 +144,15 @@ def _body(c: Shape, *refs: Any) -> None:
         _compute(c, group, *refs)
 
 
-def _copy(c: Shape, *refs: Any) -> None:
-    """The warpgroup that brings keys and values."""
-    _, k, v, indices, heading, *_ = refs
-    k_smem, v_smem, _, _, *ring = refs[9:]
-    at = _Tile(c, indices, heading)
-
-    def bring(s: Any, block: Any, again: bool) -> None:
-        slot, keys = lax.rem(s, c.stages), pl.ds(at.key_of(s, block), c.step)
-        for x, x_smem, full, free in zip(
-            (k, v), (k_smem, v_smem), ring[::2], ring[1::2], strict=True
-        ):
-            if again:
-                plgpu.barrier_wait(free.at[slot])
-            plgpu.copy_gmem_to_smem(
-                x.at[at.batch, keys, at.kv_head],
-                x_smem.at[slot],
-                full.at[slot],
-            )
-
-    bring(0, at.last, False)
-    for ahead in range(1, c.stages):
-
-        @pl.when(ahead < at.steps)
-        def _(ahead: int = ahead) -> None:
-            bring(ahead, at.block_of(ahead), False)
-
-    def step(s: Any, block: Any) -> Any:
-        # Read before the wait for a place to put what it names.
-        following = at.block_of(jnp.minimum(s + 1, at.steps - 1))
-        bring(s, block, True)
-        return following
-
-    start = at.block_of(jnp.minimum(c.stages, at.steps - 1))
-    lax.fori_loop(c.stages, at.steps, step, start)
-    if c.interpret:  # which wants every arrival to be seen
-        for s in range(c.stages):
-
-            @pl.when(s < at.steps)
-            def _(s: int = s) -> None:
-                for free in ring[1::2]:
-                    plgpu.barrier_wait(free.at[s])
-
-
 def _compute(c: Shape, group: Any, *refs: Any) -> None:
     """A warpgroup that attends for 64 queries."""
     q, _, _, indices, heading, offset, y, lse = refs[:8]
     q_smem, k_smem, v_smem, lse_smem = refs[8:12]
     q_full, k_full, k_free, v_full, v_free = refs[12:]
-    at = _Tile(c, indices, heading)
-    first = at.first + group * _ROWS
+    at = Tile(c, indices, heading)
+    first = at.first + group * ROWS
     queries = q_smem.at[group]
-    here = pl.ds(first, _ROWS)
+    here = pl.ds(first, ROWS)
     plgpu.copy_gmem_to_smem(q.at[at.batch, here, at.head], queries, q_full.at[group])
     # Where the list is empty no query sees anything.
     position = jnp.where(at.count > 0, first + offset[at.batch], -(2**30))
@@ -329,7 +197,7 @@ def _compute(c: Shape, group: Any, *refs: Any) -> None:
                     got = jnp.tanh(got * (c.scale / c.soft_cap))
                 return got
 
-            return pl.run_scoped(inside, plgpu.ACC((_ROWS, c.step), jnp.float32))
+            return pl.run_scoped(inside, plgpu.ACC((ROWS, c.step), jnp.float32))
 
         def values_of(s: Any, p: Any, sums: Any) -> Any:
             """Sums of values with those of step s, which were started before."""
@@ -360,13 +228,13 @@ def _compute(c: Shape, group: Any, *refs: Any) -> None:
         rows = functools.partial(
             plgpu.layout_cast, new_layout=plgpu.Layout.WGMMA.reduce(1)
         )
-        m = rows(jnp.full((_ROWS,), _LEAST, jnp.float32))
-        total = rows(jnp.zeros((_ROWS,), jnp.float32))
+        m = rows(jnp.full((ROWS,), LEAST, jnp.float32))
+        total = rows(jnp.zeros((ROWS,), jnp.float32))
         plgpu.barrier_wait(q_full.at[group])
         expect_keys(0)
         p, m, total, _ = softmax(hide(0, logits_of(0)), m, total)
         expect_keys(1)
-        sums = jnp.zeros((_ROWS, c.dim), jnp.float32) if c.interpret else None
+        sums = jnp.zeros((ROWS, c.dim), jnp.float32) if c.interpret else None
         carry = m, total, p.astype(c.dtype), sums
         carry = lax.fori_loop(1, at.masked, functools.partial(step, True), carry)
         carry = lax.fori_loop(
@@ -379,7 +247,7 @@ def _compute(c: Shape, group: Any, *refs: Any) -> None:
             plgpu.wgmma(o, p, v_smem.at[slot(end)])
         return values_of(end, p, sums), m, total
 
-    acc = plgpu.ACC((_ROWS, c.dim), jnp.float32)
+    acc = plgpu.ACC((ROWS, c.dim), jnp.float32)
     result, m, total = run(None) if c.interpret else pl.run_scoped(run, acc)
     some = total > 0
     inverse = jnp.where(some, 1 / total, 0.0)

@@ -77,7 +77,7 @@ def settings(
     for name, value in (("num_select", num_select), ("parallel", parallel)):
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise KernelError(f"{name}={value!r} must be a static integer")
-        if not 1 <= value <= n:
+        if not 1 <= int(value) <= n:
             raise KernelError(f"{name}={value} must be from 1 to the {n} tokens")
     if objective not in OBJECTIVES:
         raise KernelError(f"objective={objective!r} must be {_either(OBJECTIVES)}")
@@ -90,9 +90,10 @@ def settings(
         )
     if isinstance(weight, bool) or not isinstance(weight, numbers.Real):
         raise KernelError(f"weight={weight!r} must be a static number")
-    if objective == "mmr" and not 0 <= weight <= 1:
+    number = float(weight)
+    if objective == "mmr" and not 0 <= number <= 1:
         raise KernelError(f"weight={weight} of 'mmr' must be from 0 to 1")
-    if objective == "facility" and not (0 <= weight and math.isfinite(weight)):
+    if objective == "facility" and not (0 <= number < math.inf):
         raise KernelError(f"weight={weight} of 'facility' must be 0 or more")
 
 

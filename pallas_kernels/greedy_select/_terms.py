@@ -130,3 +130,15 @@ def facility_scale(importance: jax.Array, s: Settings) -> jax.Array:
     if s.weight in (0, 1):
         return importance if s.weight else jnp.ones_like(importance)
     return lax.optimization_barrier(importance ** np.float32(s.weight))
+
+
+def gains(
+    units: jax.Array, covered: jax.Array, scale: jax.Array, importance: jax.Array
+) -> jax.Array:
+    """Keys of facility: what rows of `units` add to `covered`; see `tiered`.
+
+    Exact sums and one rounding each, so a gain has the same bits however many rows are
+    looked at, and never rises as tokens are covered.
+    """
+    gain = exact_sum(jnp.maximum(units - covered, 0))
+    return tiered(gain * scale, 0.0, importance)

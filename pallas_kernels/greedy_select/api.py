@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels._devices import elsewhere, implementation_for
 from pallas_kernels._implementation import implementation as module_of
 from pallas_kernels._weights import KernelError
-from pallas_kernels.greedy_select import _call, _check, _gram, _terms
+from pallas_kernels.greedy_select import _call, _check, _gram, _terms, xla
 from pallas_kernels.greedy_select._terms import Settings
+
+# Of Gram matrices that stand in memory together.
+_MOST_BYTES = 2**31
 
 
 def greedy_select(
@@ -67,7 +72,9 @@ def greedy_select(
       precision: of the cosines. "highest" is that of float32; "fast" rounds unit rows
         to bfloat16.
       implementation: "mosaic_gpu", "triton", "tpu", "xla" or "reference"; None takes
-        the one for the device, or "xla" where that one cannot run this.
+        the one for the device, or "xla" where that one cannot run this. Where one Gram
+        matrix would take more than 2 GiB, "xla" goes without for "mmr" and "dpp", and a
+        batch whose matrices would take more is worked through in parts.
 
     Returns:
       int32 `[B, K]`, indices in the order of choice. Slots that stay unused (beyond
@@ -104,6 +111,12 @@ def greedy_select(
                 f"implementation {name!r} cannot run this: {why}; use "
                 "implementation='xla' or None"
             )
+    if gram is None and _free(name, rows) and objective == "facility":
+        raise KernelError(
+            f"objective 'facility' needs the similarities of all {n} tokens, "
+            f"{4 * rows * rows / 2**30:.1f} GiB: select among parts of them, or with "
+            "'mmr'"
+        )
     return _run(embeds, importance, gram, mask, counts, precision, name, settings)
 
 
@@ -115,6 +128,11 @@ def choose(batch: int, n: int, settings: Settings) -> str:
     except KernelError:  # not installed
         can = False
     return name if can else "xla"
+
+
+def _free(name: str, n: int) -> bool:
+    """Whether rows of the Gram matrix are computed one by one, as it is too large."""
+    return name == "xla" and 4 * n * n > _MOST_BYTES
 
 
 # Outside of a `jit`, one program instead of many small ones.
@@ -129,7 +147,7 @@ def _run(
     name: str,
     settings: Settings,
 ) -> jax.Array:
-    embeds, importance, gram = jax.lax.stop_gradient((embeds, importance, gram))
+    embeds, importance, gram = lax.stop_gradient((embeds, importance, gram))
     given = gram if embeds is None else embeds
     assert given is not None
     n, shape = given.shape[1], given.shape[:2]
@@ -137,13 +155,33 @@ def _run(
     importance = _terms.clean(importance, valid, settings)
     if gram is None:
         assert embeds is not None
-        rest = _gram.padding(n)
-        if rest:
-            embeds = jnp.pad(embeds, ((0, 0), (0, rest), (0, 0)))
+        more = _gram.padding(n)
+        if more:
+            embeds = jnp.pad(embeds, ((0, 0), (0, more), (0, 0)))
             importance, valid = (
-                jnp.pad(x, ((0, 0), (0, rest))) for x in (importance, valid)
+                jnp.pad(x, ((0, 0), (0, more))) for x in (importance, valid)
             )
-        gram = _gram.cosine(embeds, precision)
     limit = _terms.limits(valid, counts, settings.num_select)
+    rest = importance, valid, limit
     run = _call.function(name, settings)
-    return jnp.minimum(run(gram.astype(jnp.float32), importance, valid, limit), n)
+    if gram is not None:
+        return jnp.minimum(run(gram.astype(jnp.float32), *rest), n)
+    assert embeds is not None
+    rows = embeds.shape[1]
+    if _free(name, rows):
+        unit = _gram.unit_rows(embeds)
+        unit = unit.astype(jnp.bfloat16) if precision == "fast" else unit
+        return jnp.minimum(xla.select_without(unit, *rest, settings), n)
+
+    def parts(x: jax.Array, *rest: jax.Array) -> jax.Array:
+        return run(_gram.cosine(x, precision), *rest)
+
+    together = max(1, _MOST_BYTES // (4 * rows * rows))
+    if embeds.shape[0] <= together:
+        return jnp.minimum(parts(embeds, *rest), n)
+
+    def one(args: Any) -> jax.Array:
+        return parts(*(x[None] for x in args))[0]
+
+    order = lax.map(one, (embeds, *rest), batch_size=together)
+    return jnp.minimum(order, n)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from angeljax.attention import Place, sparse_attention
+from angeljax.attention import Place, SparseAttention, sparse_attention
 from angeljax.attention.sparse import thresholds, worthwhile
 from pallas_kernels import BlockLists
 from tests.attention._selectors import Means, attention
@@ -53,6 +53,17 @@ def test_it_is_attention_on_the_blocks_that_were_selected():
     assert 0 < blocks.sum() < np.tril(np.ones((5, 5))).sum() * 4
     want = [attention(q[b], k[b], v[b], blocks[b], 16) for b in range(2)]
     np.testing.assert_allclose(got, np.stack(want), atol=1e-5)
+
+
+def test_fp8_rounds_what_is_attended_to_and_not_what_selects():
+    q, k, v = arrays(dim=32)
+    got, lse = run(q, k, v, kv_dtype="float8_e4m3fn", return_lse=True)
+    want, want_lse = run(q, k, v, return_lse=True)
+    error = np.linalg.norm(got - want) / np.linalg.norm(want)
+    assert 0.01 < error < 0.08
+    np.testing.assert_allclose(lse, want_lse, atol=0.5)
+    with pytest.raises(ValueError, match="kv_dtype must be None or 'float8_e4m3fn'"):
+        SparseAttention(SPARSE, kv_dtype="int8")
 
 
 def test_every_block_is_dense_attention_and_so_are_its_gradients():

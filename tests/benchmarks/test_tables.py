@@ -93,6 +93,9 @@ ATTENTION: dict[str, list[Any]] = {
         ({**KERNEL, "density": 0.262, "what": "mosaic_gpu"}, "executed", 610.0, 600.0),
         # The same shapes, measured again beside the other implementations.
         ({**KERNEL, "density": 0.262, "what": "mosaic_gpu"}, "time", 910.0, 3640.0),
+        ({**KERNEL, "density": 0.262, "what": "fp8"}, "time", 600.0, 3600.0),
+        ({**KERNEL, "density": 0.262, "what": "fp8"}, "executed", 915.0, 600.0),
+        ({**KERNEL, "density": 0.262, "what": "fp8"}, "error", 0.0472),
         ({**KERNEL, "density": 0.262, "what": "xla"}, "time", 7.2e6, 3600.0),
         ({**KERNEL, "density": 0.262, "what": "FlexAttention, x"}, "time", 1500.0, 900),
         ({**KERNEL, "density": 0.262, "what": "FlexAttention, x"}, "executed", 366.0),
@@ -141,6 +144,9 @@ def test_attention_has_a_page_and_two_tables_of_its_guide(tmp_path: Path) -> Non
     quality += ["| stem | 25% | 87.5% | 0.0321 | 75.0% |"]
     assert found == {
         "The kernel": [f"{shape} 0.9 | 3.6 | 4.00 | 610 | 600 |  |"],
+        "FP8 keys and values": [
+            f"| fp8 {shape} 0.6 | 3.6 | 6.00 | 915 | 600 |  | 4.7% |"
+        ],
         "Other implementations and the backward pass": [
             f"| mosaic_gpu {shape} 0.91 | 3.64 | 4.00 |",
             f"| xla {shape} 7200 | 3.6 | 0.00 |",

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from benchmarks.tpu_bundles import GENERATIONS, count
 from pallas_kernels import KernelError, greedy_select
-from pallas_kernels.greedy_select import _gram, _terms, mosaic_gpu
+from pallas_kernels.greedy_select import _gram, _terms, api, mosaic_gpu, tpu, xla
 from tests.kernels import _greedy
 from tests.kernels._simt import Machine, Memory
 
@@ -47,6 +50,18 @@ def case() -> tuple[Any, Any, Any]:
     rng = np.random.default_rng(0)
     x = _greedy.embeddings(rng, 2, 40, 12)
     return x, rng.random((2, 40)).astype(np.float32), np.asarray(_cosine(x, "highest"))
+
+
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A function that sets how many bytes matrices may take."""
+
+    def limit(size: int) -> None:
+        api._run.clear_cache()
+        monkeypatch.setattr(api, "_MOST_BYTES", size)
+
+    yield limit
+    api._run.clear_cache()
 
 
 # Choices
@@ -94,6 +109,57 @@ def test_ties_go_to_the_lowest_index(name: str, objective: str) -> None:
     )
     # Halves and quarters: every score is exact.
     assert got.tolist() == _want(gram, v, 30, objective=objective)
+
+
+@pytest.mark.parametrize(
+    ("objective", "weight", "parallel"),
+    [("mmr", 0.25, 1), ("mmr", 0.5, 3), ("dpp", 0.5, 1)],
+)
+def test_choices_without_a_matrix(
+    monkeypatch: pytest.MonkeyPatch,
+    little_memory: Any,
+    objective: str,
+    weight: float,
+    parallel: int,
+) -> None:
+    # A whole number of quarters and halves: products are exact, and many scores equal.
+    rng = np.random.default_rng(8)
+    x = np.eye(8, dtype=np.float32)[rng.integers(0, 8, (2, 90))]
+    x = x + 2 * np.eye(8, dtype=np.float32)[rng.integers(0, 8, (2, 90))]
+    if objective == "dpp":
+        x = rng.standard_normal((2, 90, 40)).astype(np.float32)
+    v = np.round(rng.random((2, 90)) * 4).astype(np.float32) / 4 + 0.25
+    k, mask, counts = 30, rng.random((2, 90)) < 0.8, np.asarray([30, 9])
+    options: dict[str, Any] = {
+        "objective": objective, "weight": weight, "parallel": parallel,
+        "mask": jnp.asarray(mask), "counts": jnp.asarray(counts),
+    }  # fmt: skip
+    want = greedy_select(x, v, k, **options)
+    seen = []
+    without = xla.select_without
+
+    def spy(*args: Any) -> Any:
+        seen.append(args)
+        return without(*args)
+
+    little_memory(1000)
+    monkeypatch.setattr(xla, "select_without", spy)
+    monkeypatch.setattr(xla, "_CANDIDATES", 16)
+    assert np.array_equal(greedy_select(x, v, k, **options), want)
+    assert seen
+    with pytest.raises(KernelError, match="all 90 tokens.*select among parts of them"):
+        greedy_select(x, v, k, objective="facility")
+
+
+def test_large_batches_are_worked_through_in_parts(
+    little_memory: Any, case: Any
+) -> None:
+    x, v, _ = case
+    x, v = np.concatenate([x, x[:1]]), np.concatenate([v, v[1:]])
+    want = np.asarray(greedy_select(x, v, 8))
+    little_memory(2 * 40 * 40 * 4)
+    assert np.array_equal(greedy_select(x, v, 8), want)
+    assert not np.array_equal(want[0], want[2])
 
 
 def test_no_importance_is_farthest_point_sampling(case: Any) -> None:
@@ -309,6 +375,50 @@ def test_the_hopper_kernel_thread_by_thread(
         mosaic_gpu.emit(shape, machine, *inputs, order, *shared)
         assert machine.copies == 0, "copies outlive the block"
     assert order.words.reshape(3, k).tolist() == want
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_the_tpu_kernel_interpreted(resident: bool) -> None:
+    args, settings, want = _given(9, 150, 20)
+    order = tpu.select(*args, settings, resident=resident)
+    assert order.tolist() == want
+
+
+@pytest.mark.parametrize("n", [512, 4096])
+def test_a_tpu_gets_its_kernel(n: int) -> None:
+    device = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    mesh = AbstractMesh(
+        (1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device
+    )
+    shapes = (jax.ShapeDtypeStruct((2, n, d), jnp.float32) for d in (32, 1))
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(lambda x, v: greedy_select(x, v[..., 0], 40)).trace(*shapes)
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") == 1
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_a_tpu_takes_the_kernel(generation: str) -> None:
+    cases = [
+        {"format": "greedy_select", "batch": 2, "n": n, "k": k}
+        for n, k in ((576, 64), (1024, 1024), (2691, 672), (100, 7))
+    ]
+    assert min(count(generation, cases)) > 0
+
+
+def test_a_gpu_gets_its_kernel() -> None:
+    device = AbstractDevice(
+        device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda"
+    )
+    mesh = AbstractMesh(
+        (1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device
+    )
+    shapes = (jax.ShapeDtypeStruct((2, 100, d), jnp.bfloat16) for d in (32, 1))
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(lambda x, v: greedy_select(x, v[..., 0], 40)).trace(*shapes)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.custom_call @mosaic_gpu") == 1
 
 
 @pytest.mark.skipif(

@@ -1,5 +1,6 @@
 """CLIP, SigLIP and LLaVA against PyTorch `transformers` (golden files)."""
 
+import dataclasses
 import functools
 import json
 
@@ -224,6 +225,25 @@ def test_configurations(tmp_path):
         load_llava(write(tmp_path / "cut", arrays))
 
 
+def test_siglip_gives_received_attention(loaded):
+    """SigLIP has no class token, and LLaVA reads all of its patches as "full"."""
+    want = golden("llava_siglip")
+    x = loaded("llava_siglip")
+    given = [jnp.asarray(want[k]) for k in ("ids", "pixels", "mask")]
+    fn = TokensOptions(method="vispruner", keep=4).prune_fn()
+    run = jax.jit(functools.partial(x.model.pruned_prompt, prune=fn))
+    short = run(x.params, *given)
+    assert short.prompt.embeds.shape == (2, 16 - 5, 24)
+    images = jax.jit(functools.partial(x.model.encode_images, attention=True))
+    attn = images(x.params, given[1]).attn
+    np.testing.assert_allclose(attn.sum(-1), 9, rtol=1e-5)  # one from each patch
+    best = np.argsort(-np.asarray(attn), axis=1)[:, :2]
+    first = np.argmax(want["ids"] == 46, axis=1)  # of each row's image
+    kept = np.asarray(short.slots)
+    for b in range(2):
+        assert set(best[b] + first[b]) <= set(kept[b])
+
+
 def test_layers_of_attention(loaded):
     x = loaded("llava_clip")  # two of three layers run
     pixels = jnp.asarray(golden("llava_clip")["pixels"])
@@ -245,6 +265,7 @@ def test_wrong_pixels(loaded):
         x.model.encode_images(x.params, jnp.zeros((1, 3, 14, 14)))
     with pytest.raises(ValueError, match=r"pixels must be \[B, 3, H, W\] or"):
         x.model.encode_images(x.params, jnp.zeros((3, 13, 13)))
-    full = loaded("llava_siglip")
+    config = dataclasses.replace(x.model.config, select="full")
+    full = dataclasses.replace(x.model, config=config)
     with pytest.raises(ValueError, match='needs select="default"'):
-        full.model.encode_images(full.params, jnp.zeros((1, 3, 13, 13)), attention=True)
+        full.encode_images(x.params, jnp.zeros((1, 3, 13, 13)), attention=True)

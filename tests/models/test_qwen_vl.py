@@ -245,7 +245,7 @@ def test_inputs_that_do_not_fit():
         images = VisionTokens(jnp.ones((1, 32)))
         jax.eval_shape(lambda p: model.merge(p, tokens, images=images), params)
     masked = Prompt(embeds=jnp.ones((1, 1, 32)), attention_mask=jnp.ones((1, 1, 1, 1)))
-    with pytest.raises(ValueError, match="Prompt.attention_mask and Prompt.cache"):
+    with pytest.raises(ValueError, match="Prompt.attention_mask: a decoder is"):
         model.logits(params, masked)
 
 

@@ -28,7 +28,8 @@ def make(rng, **changes):
     mask = np.ones((B, L), bool)
     mask[1, 0] = mask[2, 10:] = False
     cache = [rng.normal(size=(B, 2, L + 2, 3)).astype(np.float32) for _ in range(2)]
-    slots = np.concatenate([np.arange(L), [-1, -1]])
+    order = np.where(mask, np.cumsum(mask, axis=1) - 1, -1)
+    order = np.pad(order, ((0, 0), (0, 2)), constant_values=-1)
     fields = {
         "embeds": rng.normal(size=(B, L, D)).astype(np.float32),
         "mask": mask,
@@ -44,7 +45,7 @@ def make(rng, **changes):
         "cache": KVCache(
             k=(jnp.asarray(cache[0]),),
             v=(jnp.asarray(cache[1]),),
-            positions=jnp.asarray(np.where(mask[:, :1], slots, -1), jnp.int32),
+            positions=jnp.asarray(order, jnp.int32),
             length=jnp.asarray(L, jnp.int32),
         ),
         "extra": {"mask_ar": rng.integers(0, 2, (B, L, 2)).astype(np.int32)},
@@ -104,8 +105,10 @@ def oracle(prompt, selection, at, policy, side="right", merged=None):
         if prompt.cache is not None:
             k = np.swapaxes(np.asarray(prompt.cache.k[0][b]), 0, 1)
             out["k"].append(np.concatenate([line(k[:L], 0), k[L:]]))
-            kpos = np.asarray(prompt.cache.positions[b])
-            out["kpos"].append(np.concatenate([line(kpos[:L], -1), kpos[L:]]))
+            kpos = np.full(length + 2, -1)
+            first = pad if side == "left" else 0
+            kpos[first : first + len(stays)] = np.arange(len(stays))
+            out["kpos"].append(kpos)
     lengths = [len(stays) for stays in rows]
     positions = np.stack(out.pop("positions"), axis=1)
     return {k: np.stack(v) for k, v in out.items() if v} | {
@@ -162,6 +165,9 @@ def test_every_field_against_lists(rng, policy, side):
         np.testing.assert_array_equal(np.swapaxes(short.cache.k[0], 1, 2), want["k"])
         np.testing.assert_array_equal(short.cache.positions, want["kpos"])
         assert int(short.cache.length) == L - (N - K)
+        # The next token's rotary position is what it would have been.
+        delta = np.sum(prompt.mask, axis=1) - np.array(want["lengths"])
+        np.testing.assert_array_equal(short.cache.rope_delta, delta)
 
 
 def test_positions_by_row_mask_and_vmap_agree(rng):

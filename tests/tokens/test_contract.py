@@ -16,8 +16,9 @@ from tests.tokens._data import attention
 B, N, D, K = 5, 20, 8, 6
 # What a method needs or takes of: importance, attn, text, key.
 GREEDY = "idpruner", "scope", "cdpruner", "divprune"
-PREFIX = (*GREEDY, "visionselector", "fastv", "random")
-MERGES = "visionzip", "tome", "prumerge", "prumerge_plus"
+PREFIX = (*GREEDY, "random")
+MERGES_ADJACENT = "samp", "atome", "fastadasp"
+MERGES = "visionzip", "tome", "prumerge", "prumerge_plus", *MERGES_ADJACENT
 # These look at the place of a token in its row.
 BY_PLACE = "uniform", "random", "hiprune", "vispruner", *MERGES
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from angeljax.models import generate, init_cache
+from angeljax.models.prompts import decoder_inputs
 from angeljax.tokens import Prompt, Selection, apply_selection
 from tests.tokens._models import CONFIG, MODEL, dense, params
 
@@ -91,7 +92,7 @@ def test_as_if_the_pruned_tokens_were_masked(case, policy, beside):
         chosen, prompt, SPANS, position_policy=policy, padding_side=side
     )
     assert short.next_position.tolist() == where[:, :, L].max(0).tolist()
-    logits, cache = prefill(short.inputs(), L - 3 + STEPS)
+    logits, cache = prefill(decoder_inputs(short), L - 3 + STEPS)
     for b in range(B):
         np.testing.assert_allclose(
             logits[b][short.prompt.mask[b]],
@@ -108,7 +109,7 @@ def test_generation_goes_on_after_a_pruned_prompt(case):
     chosen = Selection.of(jnp.array(KEPT), 6)
     short = apply_selection(chosen, prompt, SPANS, padding_side="left")
     got = generate(
-        MODEL, params(), **short.inputs(), max_new_tokens=STEPS, eos_ids=()
+        MODEL, params(), **decoder_inputs(short), max_new_tokens=STEPS, eos_ids=()
     ).tokens
     # One token after the other through the oracle, from the unpruned sequence.
     long, seen = case["embeds"], case["stays"]

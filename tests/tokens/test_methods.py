@@ -56,7 +56,7 @@ def test_cdpruner(data):
     same(tokens.cdpruner(x, keep=9, text=padded), found.order)
 
 
-@pytest.mark.parametrize("keep", [2, 5, 17])
+@pytest.mark.parametrize("keep", [2, 17])
 def test_dart(data, keep):
     x, keys, _, _, text = data
     each = zip(x, keys, text, strict=True)
@@ -74,7 +74,7 @@ def test_dart_without_text(data):
         tokens.dart(x, keep=9, image_pivots=0)
 
 
-@pytest.mark.parametrize(("keep", "alpha"), [(4, 0.1), (13, 0.1), (13, 1.0), (3, 1.0)])
+@pytest.mark.parametrize(("keep", "alpha"), [(13, 0.1), (13, 1.0), (3, 1.0)])
 def test_hiprune(data, keep, alpha):
     _, _, deep, middle, _ = data
     each = list(zip(middle, deep, strict=True))
@@ -117,7 +117,7 @@ def test_hiprune_of_images_of_different_sizes(data):
     np.testing.assert_array_equal(found.indices[:18], want)
 
 
-@pytest.mark.parametrize(("keep", "ratio"), [(1, 0.5), (12, 0.5), (12, 1.0), (7, 0.0)])
+@pytest.mark.parametrize(("keep", "ratio"), [(1, 0.5), (12, 0.5), (12, 1.0)])
 def test_vispruner(data, keep, ratio):
     x, _, attn = data[:3]
     found = tokens.vispruner(x, keep=keep, attn=attn, important_ratio=ratio)
@@ -141,7 +141,7 @@ def test_visionzip(data, keep, merge):
         assert only.merged is None
 
 
-@pytest.mark.parametrize("keep", [30, 18, 7, 1])
+@pytest.mark.parametrize("keep", [30, 7, 1])
 def test_tome(data, keep):
     x = data[0]
     sizes = np.random.default_rng(0).integers(1, 5, (ROWS, N)).astype(np.float32)
