@@ -32,6 +32,7 @@ from angeljax.models.language_model import LanguageModel, stack_layers, unstack_
 from angeljax.models.llava import ImagePrompt, ImageTokens, LlavaModel
 from angeljax.models.loading import LoadedModel, load_config, load_model
 from angeljax.models.qwen2_audio import AudioTokens, Qwen2AudioModel, audio_lengths
+from angeljax.models.qwen_vl import QwenVL, QwenVLConfig, VisionTokens, load_qwen_vl
 from angeljax.models.serving import prepare_decoder
 from angeljax.models.staged import StagedCache, StagedPrefill, prefill_pruned
 from angeljax.models.tokenizer import Tokenizer
@@ -64,10 +65,13 @@ __all__ = [
     "ModelError",
     "Qwen2AudioConfig",
     "Qwen2AudioModel",
+    "QwenVL",
+    "QwenVLConfig",
     "StagedCache",
     "StagedPrefill",
     "Tokenizer",
     "VisionFeatures",
+    "VisionTokens",
     "VisionTower",
     "VisionTowerConfig",
     "WhisperConfig",
@@ -87,6 +91,7 @@ __all__ = [
     "load_llava",
     "load_model",
     "load_qwen2_audio",
+    "load_qwen_vl",
     "load_vision_tower",
     "load_whisper",
     "log_mel",

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from angeljax.models import hf
+from angeljax.models import hf, hub
 from angeljax.models._assemble import Architecture, Shardings, Tensor, assemble
 from angeljax.models._names import hf_path
 from angeljax.models._qwen_vl_config import QwenVLConfig
+from angeljax.models._qwen_vl_model import QwenVL
 from angeljax.models.config import ModelError
+from angeljax.models.tokenizer import Tokenizer
 
 _BLOCK = {
     "norm1": "attn_norm",
@@ -128,3 +133,61 @@ def _flat(read: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
         return value.reshape(len(value), -1)
 
     return flat
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedQwenVL:
+    """A model, its parameters and its tokenizer.
+
+    Attributes:
+      model: the architecture, a pure function of the parameters.
+      params: `{"vision": ..., "language": ...}`.
+      tokenizer: None if the source has none.
+      source: where it was loaded from.
+    """
+
+    model: QwenVL
+    params: dict[str, Any]
+    tokenizer: Tokenizer | None
+    source: str
+
+
+def load_qwen_vl(
+    source: str | os.PathLike[str],
+    *,
+    dtype: Any = jnp.bfloat16,
+    compute_dtype: Any = None,
+    scan_layers: bool = False,
+    shardings: Shardings | None = None,
+) -> LoadedQwenVL:
+    """Loads Qwen2.5-VL or Qwen3-VL.
+
+    Args:
+      source: a Hugging Face folder, or a hub name `org/name`.
+      dtype: of the parameters.
+      compute_dtype: of the activations; default `dtype`.
+      scan_layers: stack the layers of the decoder; see `Decoder`.
+      shardings: `(path, shape) -> sharding or None`; each array is put straight onto
+        its devices.
+
+    Returns:
+      A `LoadedQwenVL`.
+
+    Raises:
+      ModelError: one line that names the file and what would work.
+    """
+    name = os.fspath(source)
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+            raise ModelError(f"{name!r} is no folder and no hub name (org/name)")
+        path = hub.fetch_from_hub(name)
+    compute = jnp.dtype(dtype if compute_dtype is None else compute_dtype)
+    model = QwenVL(read_qwen_config(path), compute, scan_layers)
+    params = read_qwen_params(
+        path, model.tower, model.language, dtype=dtype, shardings=shardings
+    )
+    tokenizer = None
+    if (path / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.from_folder(path)
+    return LoadedQwenVL(model, params, tokenizer, name)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from angeljax.attention.prefill import Packing
 from angeljax.models import (
     DecoderConfig,
     LanguageModel,
@@ -15,6 +16,7 @@ from angeljax.models import (
     generate,
     stack_layers,
 )
+from angeljax.models._entry import Reading
 from angeljax.models.rope import cos_sin, frequencies
 from tests.models._random import random_params
 
@@ -205,3 +207,20 @@ def test_three_axes_need_a_section():
     with pytest.raises(ModelError, match="mrope_section must be three numbers"):
         dataclasses.replace(CONFIG, mrope_section=(4, 4, 4))
     assert DecoderConfig.from_dict(CONFIG.to_dict()) == CONFIG
+
+
+def test_padding_moves_with_all_that_stands_beside_it(given):
+    """What sparse attention reads: real tokens first, in their order."""
+    mask = given["mask"]
+    inputs = {k: given[k] for k in ("tokens", "positions", "deepstack")}
+    read = Reading.of(CONFIG, embeds=None, mask=mask, **inputs)
+    packed = read.pack(Packing.of(mask))
+    np.testing.assert_array_equal(packed.mask[1], [True] * (T - 3) + [False] * 3)
+    real = slice(3, None), slice(None, -3)
+    for before, after in (
+        (read.tokens[1], packed.tokens[1]),
+        (read.positions[2, 1], packed.positions[2, 1]),
+        (read.deepstack[1][1], packed.deepstack[1][1]),
+    ):
+        np.testing.assert_array_equal(after[real[1]], before[real[0]])
+    np.testing.assert_array_equal(packed.positions[:, 0], read.positions[:, 0])

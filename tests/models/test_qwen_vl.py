@@ -14,7 +14,6 @@ from safetensors.numpy import save_file
 
 import angeljax as aj
 from angeljax.models import ModelError, stack_layers
-from angeljax.models.prompts import decoder_inputs
 from angeljax.models.qwen_vl import (
     QwenVL,
     QwenVLConfig,
@@ -182,8 +181,9 @@ def test_a_compressed_model():
     packed = aj.compress(params, recipe)
     leaves = jax.tree.leaves(packed, is_leaf=lambda x: isinstance(x, aj.QTensor))
     assert sum(isinstance(leaf, aj.QTensor) for leaf in leaves) > 20
-    pixels = jnp.float32(data["pixels"])
-    got = model.vision(packed, pixels, data["grids"]).embeds
+    pixels, grids = jnp.float32(data["pixels"]), tuple(map(tuple, data["grids"]))
+    vision = jax.jit(model.vision, static_argnums=2)
+    got = vision(packed, pixels, grids).embeds
     error = np.linalg.norm(got - data["images"]) / np.linalg.norm(data["images"])
     assert 0 < error < 0.05
     got = compiled(model)(packed, prompt)[data["mask"]]
@@ -245,8 +245,8 @@ def test_inputs_that_do_not_fit():
         images = VisionTokens(jnp.ones((1, 32)))
         jax.eval_shape(lambda p: model.merge(p, tokens, images=images), params)
     masked = Prompt(embeds=jnp.ones((1, 1, 32)), attention_mask=jnp.ones((1, 1, 1, 1)))
-    with pytest.raises(ValueError, match="Prompt.attention_mask: a decoder is causal"):
-        decoder_inputs(masked)
+    with pytest.raises(ValueError, match="Prompt.attention_mask: a decoder is"):
+        model.logits(params, masked)
 
 
 def test_names_and_fields_of_older_checkpoints(tmp_path):
@@ -345,3 +345,44 @@ def test_images_that_are_refused():
         image_patches(config, np.ones((8, 8, 3), np.uint8), size=(28, 30))
     with pytest.raises(ValueError, match="at most 200 times the shorter"):
         image_patches(config, np.ones((1, 201, 3), np.uint8))
+
+
+def test_pruning_on_the_way(case):
+    """What a method is given, and that `generate` prunes as `prune` does."""
+    model, params, data, _ = case
+    grids = data["grids"].tolist()
+    prompt = model.prompt(
+        params,
+        data["tokens"],
+        pixels=jnp.float32(data["pixels"]),
+        grids=grids,
+        video_pixels=jnp.float32(data["video_pixels"]),
+        video_grids=data["video_grids"],
+        seconds_per_grid=data["seconds"],
+        mask=data["mask"],
+        attention=True,
+    )
+    seen = {}
+
+    def loudest(embeds, *, mask, attn, keys, groups, text):
+        seen.update(mask=mask, attn=attn, keys=keys, groups=groups, text=text)
+        score = jnp.where(mask, attn, -1)
+        order = jax.lax.top_k(score, 10)[1]
+        count = jnp.sum(mask, -1, keepdims=True)
+        return Selection.of(jnp.where(jnp.arange(10) < count, order, 31), 31)
+
+    with jax.disable_jit():
+        short = model.prune(prompt, loudest)
+    images = [15, 4, 12] if len(prompt.deepstack) == 0 else [15, 4, 6, 6]
+    want = np.repeat(np.arange(len(images)), images)
+    np.testing.assert_array_equal(seen["groups"][0], want)
+    np.testing.assert_array_equal(seen["mask"].sum(-1), [31, 8])
+    # What all patches of a frame receive is as much as they give: 1 each.
+    patches = np.multiply([15, 4, 12] if len(images) == 3 else images, 4)
+    received = np.bincount(want, seen["attn"][0])
+    np.testing.assert_allclose(received, patches, rtol=1e-5)
+    assert seen["keys"].shape == (2, 31, 12)
+    np.testing.assert_array_equal(short.dropped, [21, 0])
+    got = model.generate(params, prompt, prune=loudest, max_new_tokens=2)
+    again = model.generate(params, short, max_new_tokens=2)
+    np.testing.assert_array_equal(got.tokens, again.tokens)
