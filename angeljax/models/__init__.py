@@ -4,6 +4,7 @@ The rest of angeljax does not import this package: it works on anybody's model.
 """
 
 from angeljax.models._audio import read_audio
+from angeljax.models._audio_pruner import audio_pruner
 from angeljax.models._mel import log_mel
 from angeljax.models._transcribe import encode_audio, transcribe
 from angeljax.models._whisper_config import WhisperConfig
@@ -40,6 +41,7 @@ __all__ = [
     "WhisperConfig",
     "WhisperModel",
     "add_biases",
+    "audio_pruner",
     "causal_attention",
     "decode_step",
     "dense_attention",
