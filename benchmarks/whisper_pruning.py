@@ -53,7 +53,7 @@ TAIL = 50
 MAX_TOKENS = 80
 SEEDS = (0, 1, 2)
 # Weight-only formats of the whole model's matrices.
-WEIGHTS = {
+WEIGHTS: dict[str, dict[str, Any]] = {
     "int8, channel": {"format": "int8", "granularity": "channel"},
     "int4, groups of 32": {"format": "int4", "group_size": 32},
     "int4, asymmetric, groups of 32": {
@@ -158,10 +158,11 @@ class Bench:
     def padded(self, tail: int | None) -> tuple[np.ndarray, np.ndarray]:
         """All real tokens, and the last `tail` of the window (None: all padding)."""
         mask = self.audio.mask
+        features = np.asarray(self.audio.features)
         if tail is None:
-            return self.audio.features, np.ones_like(mask)
+            return features, np.ones(mask.shape, bool)
         places = np.arange(mask.shape[1])
-        return self.audio.features, mask | (places >= mask.shape[1] - tail)
+        return features, np.asarray(mask) | (places >= mask.shape[1] - tail)
 
     def pruned(
         self, method: str, keep: float, **options: Any
@@ -248,7 +249,7 @@ def measure_weights(bench: Bench) -> list[Row]:
         params = jax.jit(functools.partial(aj.compress, recipe=recipe))(
             bench.loaded.params
         )
-        features = bench.encoded(params).features
+        features = np.asarray(bench.encoded(params).features)
         found = bench.errors(features, np.ones(features.shape[:2], bool), params)
         case = {"method": "none", "keep": 1.0, "padding": "all", "weights": name}
         value, base = 100 * found.rate, 100 * reference.rate

@@ -79,7 +79,10 @@ def prefetch(source: Any) -> None:
 
 
 def span(
-    start: Int | int, stop: Int, body: Callable[..., Sequence[Any]], carry: Sequence[Any]
+    start: Int | int,
+    stop: Int,
+    body: Callable[..., Sequence[Any]],
+    carry: Sequence[Any],
 ) -> list[Any]:
     """`for i in range(start, stop): carry = body(i, *carry)`, never in line."""
     kinds = [type(v) for v in carry]

@@ -104,7 +104,9 @@ def dart(
     images = top(np.abs(keys).sum(-1), min(image_pivots, len(x), k))
     pivots = [x[i] for i in images]
     if text is not None:
-        pivots += [text[i] for i in top(np.abs(text).sum(-1), min(text_pivots, len(text)))]
+        pivots += [
+            text[i] for i in top(np.abs(text).sum(-1), min(text_pivots, len(text)))
+        ]
     kept = list(images)
     each = -(-max(0, k - len(kept)) // len(pivots))
     for pivot in pivots:

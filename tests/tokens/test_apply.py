@@ -159,9 +159,7 @@ def test_every_field_against_lists(rng, policy, side):
                   if bool(selection.mask[b, i])]  # fmt: skip
         assert np.asarray(short.tokens)[b, at[b][at[b] < 9]].tolist() == tokens
     if policy == "keep":
-        np.testing.assert_array_equal(
-            np.swapaxes(short.cache.k[0], 1, 2), want["k"]
-        )
+        np.testing.assert_array_equal(np.swapaxes(short.cache.k[0], 1, 2), want["k"])
         np.testing.assert_array_equal(short.cache.positions, want["kpos"])
         assert int(short.cache.length) == L - (N - K)
 

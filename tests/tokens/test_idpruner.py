@@ -85,7 +85,9 @@ def test_a_row_ends_where_scores_fall_below_the_threshold(rng):
     ]
     assert np.all(np.diff(scores) <= 1e-6)
     threshold = float(scores[7] + scores[8]) / 2
-    found = jax.jit(lambda x: idpruner(x, keep=20, importance=w, stop_threshold=threshold))(x)
+    found = jax.jit(
+        lambda x: idpruner(x, keep=20, importance=w, stop_threshold=threshold)
+    )(x)
     assert found.count == 9 and found.indices.shape == (20,)
     np.testing.assert_array_equal(found.order[:9], full[:9])
     # The first choice always stays.
