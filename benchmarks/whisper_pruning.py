@@ -23,7 +23,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,9 @@ from angeljax.models import (
 from benchmarks._results import RESULTS, Row, write
 
 METHODS = ("samp", "atome", "fastadasp", "divprune", "idpruner", "uniform", "random")
-KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
-THRESHOLDS = (0.7, 0.75, 0.8, 0.9, 0.95)  # of samp; 0.85 is among the methods
+KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+# Of samp; its own, 0.85, is among the methods.
+THRESHOLDS = (0.7, 0.75, 0.8, 0.9, 0.95)
 TAIL = 50
 MAX_TOKENS = 80
 SEEDS = (0, 1, 2)
@@ -190,71 +191,67 @@ def measure(
     methods: Sequence[str],
     keeps: Sequence[float],
     thresholds: Sequence[float],
+    weights: Mapping[str, Mapping[str, Any]],
 ) -> list[Row]:
     """All rows."""
     rows: list[Row] = []
     reference = bench.errors(*bench.padded(None))
 
-    def add(case: dict[str, Any], found: WordErrors, tokens: float) -> None:
-        case = {**case, "tokens": round(tokens, 1)}
-        rows.append(
-            Row(
-                case,
-                "wer",
-                100 * found.rate,
-                "%",
-                baseline=100 * reference.rate,
-                ratio=reference.errors / max(found.errors, 1),
-            )
-        )
+    def add(
+        found: WordErrors,
+        mask: np.ndarray,
+        *,
+        method: str = "none",
+        keep: float = 1.0,
+        option: str = "",
+        padding: str = f"last {TAIL}",
+        weights: str = "float32",
+    ) -> None:
+        case = {
+            "method": method,
+            "keep": keep,
+            "option": option,
+            "padding": padding,
+            "weights": weights,
+            # Kept in the mean, those of padding included.
+            "tokens": round(float(mask.sum(1).mean()), 1),
+        }
+        base = 100 * reference.rate
+        rows.append(Row(case, "wer", 100 * found.rate, "%", baseline=base))
         kinds = ("substitutions", "deletions", "insertions")
         rows.extend(Row(case, k, getattr(found, k), "words") for k in kinds)
-        print(f"{json.dumps(case)}: {found}", flush=True)
+        print(
+            f"{time.perf_counter() - start:4.0f} s {json.dumps(case)}: {found}",
+            flush=True,
+        )
 
-    def kept(mask: np.ndarray) -> float:
-        return float(mask.sum(1).mean())
-
-    everything = {"method": "none", "keep": 1.0}
-    padded = bench.padded(None)
-    add({**everything, "padding": "all"}, reference, kept(padded[1]))
+    start = time.perf_counter()
+    add(reference, bench.padded(None)[1], padding="all")
     for tail in (0, 10, TAIL, 100):
-        padded = bench.padded(tail)
+        features, mask = bench.padded(tail)
         name = f"last {tail}" if tail else "none"
-        add({**everything, "padding": name}, bench.errors(*padded), kept(padded[1]))
-    around = {"padding": f"last {TAIL}"}
+        add(bench.errors(features, mask), mask, padding=name)
     for keep in keeps:
         for method in methods:
             for seed in SEEDS if method == "random" else (0,):
-                start = time.perf_counter()
-                case = {"method": method, "keep": keep, **around}
-                if method == "random":
-                    case["seed"] = seed
-                found = bench.pruned(method, keep, seed=seed)
-                add(case, bench.errors(*found), kept(found[1]))
-                print(f"  {time.perf_counter() - start:.1f} s", flush=True)
-        # Where methods differ most.
-        for threshold in thresholds if keep == min(keeps) else ():
-            case = {"method": "samp", "keep": keep, **around, "threshold": threshold}
-            found = bench.pruned("samp", keep, threshold=threshold)
-            add(case, bench.errors(*found), kept(found[1]))
-    return rows
-
-
-def measure_weights(bench: Bench) -> list[Row]:
-    """The unpruned model with quantized weights, with all padding."""
-    rows = []
-    reference = bench.errors(*bench.padded(None))
-    for name, rule in WEIGHTS.items():
+                features, mask = bench.pruned(method, keep, seed=seed)
+                option = f"seed {seed}" if method == "random" else ""
+                found = bench.errors(features, mask)
+                add(found, mask, method=method, keep=keep, option=option)
+    # Where methods differ most.
+    for threshold in thresholds:
+        features, mask = bench.pruned("samp", min(keeps), threshold=threshold)
+        option = f"threshold {threshold}"
+        found = bench.errors(features, mask)
+        add(found, mask, method="samp", keep=min(keeps), option=option)
+    for name, rule in weights.items():
         recipe = aj.Recipe(rules=[aj.Rule(**rule)])
-        params = jax.jit(functools.partial(aj.compress, recipe=recipe))(
-            bench.loaded.params
-        )
+        compress = jax.jit(functools.partial(aj.compress, recipe=recipe))
+        params = compress(bench.loaded.params)
         features = np.asarray(bench.encoded(params).features)
-        found = bench.errors(features, np.ones(features.shape[:2], bool), params)
-        case = {"method": "none", "keep": 1.0, "padding": "all", "weights": name}
-        value, base = 100 * found.rate, 100 * reference.rate
-        rows.append(Row(case, "wer", value, "%", baseline=base))
-        print(f"{name}: {found}", flush=True)
+        mask = np.ones(features.shape[:2], bool)
+        found = bench.errors(features, mask, params)
+        add(found, mask, padding="all", weights=name)
     return rows
 
 
@@ -317,9 +314,8 @@ def main() -> None:
     start = time.perf_counter()
     bench = Bench(loaded, speech, batch_size=args.batch_size, window=window)
     print(f"encoded in {time.perf_counter() - start:.1f} s", flush=True)
-    rows = measure(bench, args.methods, args.keep, args.thresholds)
-    if not args.no_weights:
-        rows += measure_weights(bench)
+    weights = {} if args.no_weights else WEIGHTS
+    rows = measure(bench, args.methods, args.keep, args.thresholds, weights)
     print(f"{time.perf_counter() - start:.0f} s in all")
     if args.tag:
         print(write("whisper_pruning", rows, device_tag=args.tag, directory=args.out))
