@@ -20,6 +20,7 @@ from angeljax._cli import print_json as _print_json
 from angeljax._cli import print_rich as _print
 from angeljax._cli.attention import app as attention_app
 from angeljax._cli.train_data import app as train_data_app
+from angeljax._cli.transcribe import transcribe
 
 app = typer.Typer(
     name="angeljax",
@@ -33,6 +34,7 @@ recipe_app = typer.Typer(help="List, show and check recipes.", no_args_is_help=T
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(attention_app, name="attention")
 app.add_typer(train_data_app, name="train-data")
+app.command()(transcribe)
 Attention = Annotated[
     str | None,
     typer.Option(

@@ -70,8 +70,8 @@ def load(directory: Path, *, test: bool, side: int = 240) -> Pictures:
         row = json.loads(line)
         if not row["file"].startswith("photos/"):
             continue
-        with Image.open(directory / row["file"]) as image:
-            image = image.convert("RGB")
+        with Image.open(directory / row["file"]) as opened:
+            image = opened.convert("RGB")
             short = min(image.size)
             left, top = ((n - short) // 2 for n in image.size)
             square = image.crop((left, top, left + short, top + short))
@@ -254,14 +254,15 @@ def questions(
     for name in names:
         add("What is in the photograph?", name)
     width = max(len(q) + len(a) for q, a in rows)
-    tokens, answer = (np.zeros((len(rows), width), np.int32) for _ in range(2))
-    mask = np.zeros((len(rows), width), bool)
-    for i, (asked, said) in enumerate(rows):
-        tokens[i, : len(asked) + len(said)] = asked + said
-        mask[i, : len(asked) + len(said)] = True
-        answer[i, len(asked) : len(asked) + len(said)] = 1
-    arrays = (jnp.asarray(x) for x in (tokens, mask, answer.astype(bool)))
-    return Questions(*arrays, (*first,))
+    tokens = np.zeros((len(rows), width), np.int32)
+    mask, said = np.zeros((2, len(rows), width), bool)
+    for i, (asked, reply) in enumerate(rows):
+        tokens[i, : len(asked) + len(reply)] = asked + reply
+        mask[i, : len(asked) + len(reply)] = True
+        said[i, len(asked) : len(asked) + len(reply)] = True
+    return Questions(
+        jnp.asarray(tokens), jnp.asarray(mask), jnp.asarray(said), (*first,)
+    )
 
 
 def ask(key: jax.Array, scene: Scene, first: Sequence[int]) -> jax.Array:

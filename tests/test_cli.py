@@ -237,5 +237,5 @@ def test_errors_are_one_line_and_leave_nothing(checkpoint, tmp_path, args, messa
 
 def test_help_names_every_command():
     shown = run("--help").output
-    for command in ("compress", "eval", "generate", "export", "inspect", "recipe"):
+    for command in ("compress", "eval", "generate", "export", "inspect", "transcribe"):
         assert command in shown

@@ -4,6 +4,7 @@ The rest of angeljax does not import this package: it works on anybody's model.
 """
 
 from angeljax.models._audio import read_audio
+from angeljax.models._audio_pruner import audio_pruner
 from angeljax.models._llava_config import LlavaConfig
 from angeljax.models._llava_loading import LoadedLlava, load_llava, load_vision_tower
 from angeljax.models._mel import log_mel
@@ -78,6 +79,7 @@ __all__ = [
     "WhisperModel",
     "add_biases",
     "audio_lengths",
+    "audio_pruner",
     "causal_attention",
     "decode_step",
     "dense_attention",

@@ -11,7 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from angeljax.models._mel import log_mel
-from angeljax.models._whisper_config import HOP, SAMPLE_RATE, TOKENS_PER_SECOND
+from angeljax.models._whisper_config import (
+    HOP,
+    SAMPLE_RATE,
+    TOKENS_PER_SECOND,
+    WhisperConfig,
+)
 from angeljax.models._whisper_decode import transcribe_tokens
 from angeljax.models._whisper_layers import EncoderAttention
 from angeljax.models._whisper_loading import LoadedWhisper
@@ -31,7 +36,7 @@ def transcribe(
     params: Any = None,
     language: str | None = None,
     task: str | None = None,
-    window: float = 30.0,
+    window: float | None = None,
     batch_size: int = 8,
     max_new_tokens: int | None = None,
     num_beams: int = 1,
@@ -53,8 +58,8 @@ def transcribe(
       params: instead of those of `loaded`, such as compressed ones.
       language: such as "en"; needed by multilingual models only.
       task: "transcribe" or "translate"; for multilingual models only.
-      window: seconds of a window; the model was trained with 30, and less is faster and
-        less exact.
+      window: seconds of a window; default what the model was trained with, 30. Less is
+        faster and less exact.
       batch_size: windows at a time.
       max_new_tokens, num_beams, length_penalty: see `transcribe_tokens`.
 
@@ -66,18 +71,12 @@ def transcribe(
     """
     config = loaded.model.config
     prompt = config.prompt(language, task)
-    most = config.max_source_positions / TOKENS_PER_SECOND
-    if not 2 * HOP / SAMPLE_RATE <= window <= most:
-        raise ValueError(
-            f"window={window} must be a number of seconds up to the {most:g} that this "
-            "model reads"
-        )
+    size = _samples(config, window)
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
-    size = int(window * TOKENS_PER_SECOND) * _TOKEN
     pieces = [(i, p) for i, a in enumerate(audio) for p in _cut(i, a, size)]
     params = loaded.params if params is None else params
-    batch_size = min(batch_size, len(pieces))
+    batch_size = min(batch_size, max(len(pieces), 1))
     found = []
     for start in range(0, len(pieces), batch_size):
         part = [p for _, p in pieces[start : start + batch_size]]
@@ -107,7 +106,7 @@ def encode_audio(
     loaded: LoadedWhisper,
     audio: Sequence[np.ndarray],
     *,
-    window: float = 30.0,
+    window: float | None = None,
     return_attention: int | str | None = None,
 ) -> EncodedAudio:
     """Encoder tokens of recordings that each fit one window, in one batch.
@@ -115,19 +114,25 @@ def encode_audio(
     Args:
       loaded: what `load_whisper` gave.
       audio: recordings, float `[samples]` at 16 kHz.
-      window: seconds that all of them are filled with zeros to.
+      window: seconds that all of them are filled with zeros to; default what the model
+        was trained with.
       return_attention: see `WhisperModel.encode`.
 
     Returns:
       `EncodedAudio`; its mask says which tokens are no padding.
 
     Raises:
-      ValueError: a recording is longer than the window, or no recording.
+      ValueError: no recording, or one that is longer than the window, or a window
+        longer than the model's.
     """
-    size = int(window * TOKENS_PER_SECOND) * _TOKEN
+    size = _samples(loaded.model.config, window)
+    if not audio:
+        raise ValueError("audio holds no recording")
     pieces = [p for i, a in enumerate(audio) for p in _cut(i, a, size)]
     if len(pieces) != len(audio):
-        raise ValueError(f"a recording is longer than window={window} seconds")
+        raise ValueError(
+            f"a recording is longer than the window of {size / SAMPLE_RATE:g} seconds"
+        )
     samples, lengths = _batch(pieces, len(pieces), size)
     return _encoded(
         loaded.params,
@@ -174,6 +179,18 @@ def _encode(
         return found.features, None
     assert found.attention is not None, "it was asked for"
     return prune(found.features, found.attention, found.mask)
+
+
+def _samples(config: WhisperConfig, window: float | None) -> int:
+    """Samples of a window, a whole number of encoder tokens."""
+    most = config.max_source_positions / TOKENS_PER_SECOND
+    window = most if window is None else window
+    if not 2 * HOP / SAMPLE_RATE <= window <= most:
+        raise ValueError(
+            f"window={window} must be a number of seconds up to the {most:g} that this "
+            "model reads"
+        )
+    return int(window * TOKENS_PER_SECOND + 1e-6) * _TOKEN
 
 
 def _cut(number: int, samples: Any, size: int) -> list[np.ndarray]:

@@ -145,7 +145,7 @@ class WhisperConfig:
             raise ModelError("tie_word_embeddings=false is not supported: use true")
         told = {k: v for k, v in (generation or {}).items() if v is not None}
         merged = {**data, **told}
-        eos = merged.get("eos_token_id")
+        eos: Any = merged.get("eos_token_id")
         eos = eos[0] if isinstance(eos, list | tuple) and eos else eos
         pad = merged.get("pad_token_id")
         languages = merged.get("lang_to_id") or {}

@@ -354,9 +354,13 @@ class WhisperModel:
         cross = tuple(layer.cross(features) for layer in decoder.layers)
         head = c.hidden_size // c.decoder_heads
         shape = (batch * beams, c.decoder_heads, slots, head)
-        empty = SelfKV(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+
+        # Buffers of their own, so that a step may be given them to overwrite.
+        def empty() -> SelfKV:
+            return SelfKV(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+
         return WhisperState(
-            kv=tuple(empty for _ in cross),
+            kv=tuple(empty() for _ in cross),
             cross=cross,
             mask=jnp.ones(features.shape[:2], bool) if mask is None else mask,
             length=jnp.zeros((), jnp.int32),

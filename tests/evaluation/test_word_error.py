@@ -70,8 +70,10 @@ def test_rate_is_of_all_texts_together():
 
 def test_normalizer(tmp_path):
     same = english_normalizer()
-    said = "Well, I won't pay $3.50 (laughs); it's the twenty-first, I'm sure."
-    heard = "well i will not pay three dollars and fifty cents it's the 21st i am sure"
+    said = "Well, I won't pay the $3.50 (laughs); it's the twenty-first, I'm sure."
+    heard = (
+        "well i will not pay the three dollars and fifty cents it's the 21st i am sure"
+    )
     assert word_error_rate([said], [heard], normalize=same).errors == 0
     assert same("the colour") == "the colour"
     assert english_normalizer({"colour": "color"})("the colour") == "the color"

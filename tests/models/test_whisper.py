@@ -15,10 +15,12 @@ import tokenizers
 from safetensors.numpy import save_file
 
 import angeljax as aj
+from angeljax import tokens
 from angeljax.models import (
     ModelError,
     WhisperConfig,
     WhisperModel,
+    audio_pruner,
     encode_audio,
     load_whisper,
     log_mel,
@@ -243,11 +245,12 @@ def test_transcribe(loaded):
     ]
     assert want[0] != want[1]
     with HIGHEST():
-        short = transcribe(loaded, clips(), window=1.0, batch_size=4)
+        short = transcribe(loaded, clips(), batch_size=4)
+        assert transcribe(loaded, []) == []
         assert short == want
         # Two windows of a second, in batches of one.
         joined = np.concatenate([clips()[0], clips()[1]])
-        both = transcribe(loaded, [joined], window=1.0, batch_size=1)
+        both = transcribe(loaded, [joined], batch_size=1)
     assert both == [" ".join(want)]
 
 
@@ -262,12 +265,12 @@ def test_a_function_between_encoder_and_decoder(loaded):
         return features[:, ::2], mask[:, ::2]
 
     with HIGHEST():
-        plain = transcribe(loaded, clips(), window=1.0)
-        assert transcribe(loaded, clips(), window=1.0, prune=all_of_it) == plain
+        plain = transcribe(loaded, clips())
+        assert transcribe(loaded, clips(), prune=all_of_it) == plain
         assert seen == [((2, 50, 32), (2, 50), (2, 50))]
-        audio = encode_audio(loaded, clips(), window=1.0)
+        audio = encode_audio(loaded, clips())
         assert audio.mask.sum(1).tolist() == [50, 28]  # 8731 samples
-        less = transcribe(loaded, clips(), window=1.0, prune=halves)
+        less = transcribe(loaded, clips(), prune=halves)
         out = transcribe_tokens(
             loaded.model,
             loaded.params,
@@ -280,6 +283,83 @@ def test_a_function_between_encoder_and_decoder(loaded):
         for row, end in zip(np.asarray(out.tokens), ends, strict=True)
     ]
     assert less == texts
+
+
+@pytest.mark.parametrize("method", ["samp", "idpruner"])
+def test_audio_pruner(loaded, encoded, method):
+    """Half of each clip's own tokens, as the method gives them, and the tail."""
+    prune = audio_pruner(method, keep=0.5, tail=10)
+    assert hash(prune) == hash(audio_pruner(method, keep=0.5, tail=10))
+    features, mask = jax.jit(prune)(encoded.features, encoded.attention, encoded.mask)
+    assert features.shape == (2, 35, 32)
+    # The first clip has no padding, so that the tail is none of its own.
+    assert mask.sum(1).tolist() == [25, 14 + 10]
+    assert mask[1, 25:].all() and not mask[0, 25:].any()
+    np.testing.assert_array_equal(features[1, 25:], encoded.features[1, -10:])
+    alone = encoded.features[1:, :28]
+    weights = jax.tree.map(
+        lambda x: x[1:, :28], dataclasses.replace(encoded.attention, full=None)
+    )
+    if method == "samp":
+        attn = weights.received_max, weights.diagonal_mean
+        want = tokens.samp(alone, keep=0.5, attn=attn).merged
+    else:
+        chosen = tokens.idpruner(alone, keep=0.5, importance=weights.received_mean)
+        want = chosen.take(alone)
+    np.testing.assert_allclose(features[1, :14], want[0], rtol=1e-4, atol=1e-5)
+    texts = transcribe(loaded, clips(), prune=prune)
+    assert len(texts) == 2
+
+
+def test_unknown_pruners():
+    with pytest.raises(ValueError, match="unknown method 'sampp': use one of atome"):
+        audio_pruner("sampp", keep=0.5)
+    with pytest.raises(ValueError, match="tail=-1"):
+        audio_pruner("samp", keep=0.5, tail=-1)
+
+
+def test_command_line(tmp_path, loaded):
+    folder = write_folder(tmp_path)
+    from typer.testing import CliRunner
+
+    from angeljax.cli import app
+
+    for i in range(2):
+        write_wave(tmp_path / f"{i}.wav", golden()[f"audio{i}"], 16000)
+    files = [str(tmp_path / f"{i}.wav") for i in range(2)]
+    run = functools.partial(CliRunner().invoke, app)
+    options = [
+        "--keep",
+        "0.5",
+        "--method",
+        "uniform",
+        "--recipe",
+        "int8-channel",
+        "--json",
+    ]
+    result = run(["transcribe", str(folder), *files, *options])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["transcripts"]
+    assert [row["file"] for row in rows] == files
+    recipe = aj.Recipe.load("int8-channel")
+    want = transcribe(
+        loaded,
+        [read_audio(f) for f in files],
+        params=aj.compress(loaded.params, recipe),
+        prune=audio_pruner("uniform", keep=0.5),
+    )
+    assert [row["text"] for row in rows] == want
+    for bad, message in (
+        (["transcribe", str(folder), "none.wav"], "none.wav is no file"),
+        (["transcribe", "nowhere", files[0]], "no folder and no hub name"),
+        (
+            ["transcribe", str(folder), files[0], "--keep", "0.5", "--method", "x"],
+            "unknown method 'x'",
+        ),
+    ):
+        result = run(bad)
+        assert result.exit_code == 1 and result.stderr.count("\n") == 1
+        assert message in result.stderr
 
 
 def test_compressed_trees_run_packed(loaded, encoded):
@@ -417,7 +497,10 @@ def test_prompts(loaded):
             lambda x: transcribe(x, [np.zeros(9, int)], window=1),
             r"\[0\] has dtype",
         ),
-        (lambda x: encode_audio(x, [np.zeros(17000)], window=1), "longer than window"),
+        (
+            lambda x: encode_audio(x, [np.zeros(17000)], window=1),
+            "longer than the window of 1 s",
+        ),
     ],
 )
 def test_bad_arguments(loaded, call, message):
