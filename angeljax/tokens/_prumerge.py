@@ -28,7 +28,7 @@ def prumerge(
     the attention-weighted sum of all that is dropped, which stands at no token's place
     and is left out here. Arguments are those of `prune`; `attn` should be weights, as
     `cls_attention` gives: scores that add up to more than 1, such as those of
-    `received_attention`, are divided by their sum, else the sums would drown the tokens.
+    `received_attention`, are divided by their sum, which else would drown the token.
 
     Args:
       tokens: see `prune`.
