@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+from benchmarks import _markdown as md
+from benchmarks._markdown import MS, Column, Entry
 
 CLAIMS = ("block_sparse_attention", "stem", "attention_quality")
 KERNEL = "mosaic_gpu"
 FLEX = "FlexAttention"
 FLOAT8 = "fp8"
-MS = "ms"  # three digits, or all before the point
 QUALITY = {
     "measured density": ("blocks read", ".1%"),
     "recall": ("recall", ".1%"),
@@ -19,9 +19,6 @@ QUALITY = {
     "kl": ("KL to dense", "z.4f"),
     "top1_agreement": ("top-1 agreement", ".1%"),
 }
-# A case, and its rows by metric.
-Entry = tuple[dict[str, Any], dict[str, dict[str, Any]]]
-Column = tuple[str, Callable[[Entry], Any], str]
 
 
 def sections(directory: Path) -> list[str]:
@@ -45,10 +42,10 @@ def sections(directory: Path) -> list[str]:
     }
     found = []
     for claim, parts in tables.items():
-        files = [(data, _entries(data)) for data in _read(directory, claim)]
+        files = [(data, md.entries(data)) for data in md.read(directory, claim)]
         for title, table in parts:
             shown = [(data, table(entries)) for data, entries in files]
-            if text := "\n".join(f"{_source(d)}\n{t}" for d, t in shown if t):
+            if text := "\n".join(f"{md.source(d)}\n{t}" for d, t in shown if t):
                 found.append(f"## {title}\n\n{text}")
     return found
 
@@ -58,9 +55,9 @@ def guide(directory: Path) -> dict[str, str]:
     tables = {"stem": ("stem", stem), "quality": ("attention_quality", _sparsest)}
     found = {}
     for name, (claim, table) in tables.items():
-        if files := _read(directory, claim):
+        if files := md.read(directory, claim):
             fullest = max(files, key=lambda data: len(data["rows"]))
-            found[name] = f"{_source(fullest)}\n{table(_entries(fullest))}"
+            found[name] = f"{md.source(fullest)}\n{table(md.entries(fullest))}"
     return found
 
 
@@ -71,19 +68,19 @@ def _kernel(entries: list[Entry]) -> str:
 
 def _float8(entries: list[Entry]) -> str:
     own = [e for e in entries if e[0]["what"].startswith(FLOAT8)]
-    return _speeds(own, _what(), ("error", _of("error"), ".1%"))
+    return _speeds(own, _what(), ("error", md.of("error"), ".1%"))
 
 
 def _speeds(own: list[Entry], first: list[Column], *last: Column) -> str:
-    return _table(
+    return md.table(
         [
             *first,
             *_shapes(own),
             ("density", lambda e: e[0]["density"], ".1%"),
             *_against("cuDNN"),
-            ("executed, TFLOP/s", _of("executed"), ".0f"),
-            ("cuDNN, TFLOP/s", _of("executed", "baseline"), ".0f"),
-            ("of the peak", _of("time", "roofline"), ".0%"),
+            ("executed, TFLOP/s", md.of("executed"), ".0f"),
+            ("cuDNN, TFLOP/s", md.of("executed", "baseline"), ".0f"),
+            ("of the peak", md.of("time", "roofline"), ".0%"),
             *last,
         ],
         own,
@@ -97,7 +94,7 @@ def _implementations(entries: list[Entry]) -> str:
         if not e[0]["what"].startswith(FLEX) and "executed" not in e[1]
     ]
     columns = [*_what(), *_shapes(own), _density(), *_against("cuDNN")]
-    return _table(columns, own)
+    return md.table(columns, own)
 
 
 def _flex(entries: list[Entry]) -> str:
@@ -106,12 +103,12 @@ def _flex(entries: list[Entry]) -> str:
         *_what(),
         *_shapes(own),
         _density(),
-        ("time (ms)", _of("time", scale=1e-3), MS),
-        ("ours (ms)", _of("time", "baseline", scale=1e-3), MS),
-        ("of our speed", _of("time", "ratio"), ".0%"),
-        ("executed, TFLOP/s", _of("executed"), ".0f"),
+        ("time (ms)", md.of("time", scale=1e-3), MS),
+        ("ours (ms)", md.of("time", "baseline", scale=1e-3), MS),
+        ("of our speed", md.of("time", "ratio"), ".0%"),
+        ("executed, TFLOP/s", md.of("executed"), ".0f"),
     ]
-    return _table(columns, own)
+    return md.table(columns, own)
 
 
 def stem(entries: list[Entry]) -> str:
@@ -119,7 +116,7 @@ def stem(entries: list[Entry]) -> str:
     own = [e for e in entries if e[0]["selector"].startswith("stem") and "time" in e[1]]
     kinds = {e[0]["selector"] for e in own}
     first: list[Column] = [("selector", lambda e: e[0]["selector"], "")]
-    return _table([*(first if len(kinds) > 1 else []), *_operator()], own)
+    return md.table([*(first if len(kinds) > 1 else []), *_operator()], own)
 
 
 def _selectors(entries: list[Entry]) -> str:
@@ -131,7 +128,7 @@ def _selectors(entries: list[Entry]) -> str:
         if e in others or (e[0]["selector"] == "stem" and e[0]["tokens"] in lengths)
     ]
     own = [e for e in own if "time" in e[1]] if others else []
-    return _table([("selector", lambda e: e[0]["selector"], ""), *_operator()], own)
+    return md.table([("selector", lambda e: e[0]["selector"], ""), *_operator()], own)
 
 
 def _operator() -> list[Column]:
@@ -139,10 +136,10 @@ def _operator() -> list[Column]:
         ("tokens", lambda e: e[0]["tokens"], "d"),
         _density(),
         *_against("cuDNN"),
-        ("attention alone (ms)", _of("attention", scale=1e-3), MS),
-        ("selection alone (ms)", _of("selection", scale=1e-3), MS),
-        ("share of selection", _of("selection share"), ".1%"),
-        ("memory of selection (MiB)", _of("memory"), ".0f"),
+        ("attention alone (ms)", md.of("attention", scale=1e-3), MS),
+        ("selection alone (ms)", md.of("selection", scale=1e-3), MS),
+        ("share of selection", md.of("selection share"), ".1%"),
+        ("memory of selection (MiB)", md.of("memory"), ".0f"),
     ]
 
 
@@ -153,11 +150,11 @@ def _first_token(entries: list[Entry]) -> str:
         ("model", lambda e: e[0]["model"], ""),
         ("layers", lambda e: e[0]["layers"], "d"),
         ("tokens", lambda e: e[0]["tokens"], "d"),
-        (f"{_one(own, 'selector')} (ms)", _of(metric), ".0f"),
-        ("dense (ms)", _of(metric, "baseline"), ".0f"),
-        ("times faster", _of(metric, "ratio"), ".2f"),
+        (f"{_one(own, 'selector')} (ms)", md.of(metric), ".0f"),
+        ("dense (ms)", md.of(metric, "baseline"), ".0f"),
+        ("times faster", md.of(metric, "ratio"), ".2f"),
     ]
-    return _table(columns, own)
+    return md.table(columns, own)
 
 
 def quality(entries: list[Entry]) -> str:
@@ -171,9 +168,9 @@ def quality(entries: list[Entry]) -> str:
     columns: list[Column] = [
         ("selector", lambda e: e[0]["selector"], ""),
         ("share asked for", lambda e: e[0]["density"], ".0%"),
-        *((name, _of(metric), form) for metric, (name, form) in names.items()),
+        *((name, md.of(metric), form) for metric, (name, form) in names.items()),
     ]
-    return f"{_lengths(entries)}\n\n{_table(columns, _by_density(entries))}"
+    return f"{_lengths(entries)}\n\n{md.table(columns, _by_density(entries))}"
 
 
 def _sparsest(entries: list[Entry]) -> str:
@@ -188,9 +185,9 @@ def _needles(entries: list[Entry]) -> str:
     columns: list[Column] = [
         ("selector", lambda e: e[0]["selector"], ""),
         ("share asked for", lambda e: e[0]["density"], ".0%"),
-        *((m, _of(m), ".0%") for m in metrics),
+        *((m, md.of(m), ".0%") for m in metrics),
     ]
-    return _table(columns, _by_density(entries)) if metrics else ""
+    return md.table(columns, _by_density(entries)) if metrics else ""
 
 
 def _by_density(entries: list[Entry]) -> list[Entry]:
@@ -230,66 +227,7 @@ def _shapes(entries: list[Entry]) -> list[Column]:
 
 def _against(baseline: str) -> list[Column]:
     return [
-        ("time (ms)", _of("time", scale=1e-3), MS),
-        (f"{baseline} (ms)", _of("time", "baseline", scale=1e-3), MS),
-        ("times faster", _of("time", "ratio"), ".2f"),
+        ("time (ms)", md.of("time", scale=1e-3), MS),
+        (f"{baseline} (ms)", md.of("time", "baseline", scale=1e-3), MS),
+        ("times faster", md.of("time", "ratio"), ".2f"),
     ]
-
-
-def _of(
-    metric: str, field: str = "value", *, scale: float = 1.0
-) -> Callable[[Entry], float | None]:
-    """Reads a field of a metric; None where it was not measured."""
-
-    def read(entry: Entry) -> float | None:
-        value = entry[1].get(metric, {}).get(field)
-        return None if value is None else scale * value
-
-    return read
-
-
-def _entries(data: dict[str, Any]) -> list[Entry]:
-    """Rows put together by their case, in the order of the file.
-
-    A metric that a case has already begins an entry of its own: the same shapes may
-    have been measured against more than one thing.
-    """
-    entries: list[Entry] = []
-    latest: dict[str, Entry] = {}
-    for row in data["rows"]:
-        key = json.dumps(row["case"], sort_keys=True)
-        if key not in latest or row["metric"] in latest[key][1]:
-            latest[key] = (row["case"], {})
-            entries.append(latest[key])
-        latest[key][1][row["metric"]] = row
-    return entries
-
-
-def _source(data: dict[str, Any]) -> str:
-    versions = ", ".join(f"{k} {v}" for k, v in data["versions"].items())
-    return f"{data['device']}, {data['date'][:10]}, {versions}. `{data['command']}`\n"
-
-
-def _read(directory: Path, claim: str) -> list[dict[str, Any]]:
-    """What was measured, by device."""
-    files = sorted(directory.glob(f"{claim}.*.json"))
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
-
-
-def _table(columns: Iterable[Column], entries: Sequence[Entry]) -> str:
-    """Markdown; nothing without entries. Columns of text stand on the left."""
-    if not entries:
-        return ""
-    columns = list(columns)
-    rule = ["---" if not form else "---:" for *_, form in columns]
-    rows = [[name for name, *_ in columns], rule]
-    for entry in entries:
-        values = [(read(entry), form) for _, read, form in columns]
-        rows.append(["" if v is None else _format(v, form) for v, form in values])
-    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
-
-
-def _format(value: Any, form: str) -> str:
-    if form == MS:
-        form = ".3g" if value < 1000 else ".0f"
-    return format(value, form)

@@ -3,7 +3,8 @@
     python -m benchmarks.tables [--check]
 
 They are docs/results.md, docs/results_kernels.md, docs/results_training.md,
-docs/results_attention.md and the parts of README.md and of guides between two marks.
+docs/results_attention.md, docs/results_tokens.md and the parts of README.md and of
+guides between two marks.
 `--check` fails if a page is out of date, and writes nothing.
 """
 
@@ -14,7 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import _attention_tables, _training_tables
+from benchmarks import _attention_tables, _token_tables, _training_tables
 from benchmarks._results import RESULTS, ROOT
 
 DOCS = ROOT / "docs"
@@ -38,6 +39,13 @@ mass in them. A benchmark that has not been run has no section here.
 [What is measured](guides/sparse_attention.md).
 """
 )
+TOKENS_HEAD = (
+    HEAD
+    + """
+Shares are of the vision or audio tokens. A benchmark that has not been run has no
+section here. [What is measured](guides/token_pruning.md#measured).
+"""
+)
 # Claims about speed; every other one is about quality.
 KERNELS = {
     "packed_matmul": "Packed products on a GPU",
@@ -54,6 +62,7 @@ BASELINES = {
 MARKS = ("<!-- what one token gains -->", "<!-- end -->")
 GUIDE = "guides/ternary_qat.md"
 ATTENTION_GUIDE = "guides/sparse_attention.md"
+TOKENS_GUIDE = "guides/token_pruning.md"
 END = "<!-- end -->"
 README_SHAPES = ("4096 x 4096", "4096 x 14336", "8192 x 8192", "8192 x 28672")
 README_FORMATS = {
@@ -143,7 +152,8 @@ def render(directory: Path = RESULTS) -> dict[str, str]:
     files = sorted(directory.glob("*.json"))
     claims = {f: f.name.split(".")[0] for f in files}
     speed = [f for claim in KERNELS for f in files if claims[f] == claim]
-    others = *KERNELS, *TRAINING, *_attention_tables.CLAIMS
+    own = *_attention_tables.CLAIMS, *_token_tables.CLAIMS
+    others = *KERNELS, *TRAINING, *own
     quality = [f for f in files if claims[f] not in others]
     heads = {
         "results.md": (HEAD.format(title="Results"), quality),
@@ -165,12 +175,17 @@ def render(directory: Path = RESULTS) -> dict[str, str]:
     pages["results_attention.md"] = "\n".join(
         [head, *_attention_tables.sections(directory)]
     )
+    head = TOKENS_HEAD.format(title="Results of token pruning")
+    pages["results_tokens.md"] = "\n".join([head, *_token_tables.sections(directory)])
     return pages
 
 
 def guides(directory: Path = RESULTS) -> dict[str, dict[str, str]]:
     """Tables of the guides: name of the page, then of the mark that stands before."""
-    found = {ATTENTION_GUIDE: _attention_tables.guide(directory)}
+    found = {
+        ATTENTION_GUIDE: _attention_tables.guide(directory),
+        TOKENS_GUIDE: _token_tables.guide(directory),
+    }
     if (directory / "qat_quality.h100.json").is_file():
         found[GUIDE] = {"measured": _training_tables.quality(directory)}
     return found

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import _markdown as md
 from benchmarks import tables
 from benchmarks._results import Row, write
 
@@ -20,7 +21,8 @@ def test_main_writes_and_checks(tmp_path: Path) -> None:
         tables.main(["--check"], docs=tmp_path, front=tmp_path)
     tables.main([], docs=tmp_path, front=tmp_path)
     tables.main(["--check"], docs=tmp_path, front=tmp_path)
-    names = {"results", "results_attention", "results_kernels", "results_training"}
+    others = ("attention", "kernels", "tokens", "training")
+    names = {"results", *(f"results_{other}" for other in others)}
     assert {p.name for p in tmp_path.iterdir()} == {f"{name}.md" for name in names}
     (tmp_path / "results_kernels.md").write_text("old")
     with pytest.raises(SystemExit, match="results_kernels.md is out of date"):
@@ -52,6 +54,15 @@ def test_readme_shows_what_one_token_gains() -> None:
     assert text.startswith(f"a\n{first}\n| |") and text.endswith(f"|\n{end}\nb")
     assert "old" not in text and "| 4096 x 4096 |" in text
     assert tables.readme(text) == text
+
+
+def test_commands_name_no_folder_of_a_machine() -> None:
+    data = {"device": "GPU", "date": "2026-11-27", "versions": {"jax": "1"}}
+    command = "python -m a.b --images /tmp/x/images --out results/y --tag h100"
+    assert md.source({**data, "command": command}) == (
+        "GPU, 2026-11-27, jax 1. "
+        "`python -m a.b --images images --out results/y --tag h100`\n"
+    )
 
 
 def _lines(page: str) -> list[str]:
@@ -184,3 +195,120 @@ def test_attention_has_a_page_and_two_tables_of_its_guide(tmp_path: Path) -> Non
     file.unlink()
     (tmp_path / "stem.h200.json").unlink()
     assert "## Stem" not in tables.render(tmp_path)["results_attention.md"]
+
+
+SHAPE = {"tokens": 2691, "dim": 3584, "select": 672, "batch": 1}
+WHISPER = {"option": "", "padding": "last 50", "weights": "float32"}
+PREFILL = {"vision_tokens": 2691, "text_tokens": 64}
+TOKENS: dict[str, list[Any]] = {
+    "greedy_select": [
+        ({**SHAPE, "what": "both float32"}, "time", 616.1),
+        ({**SHAPE, "what": "select mosaic_gpu"}, "time", 374.4),
+        ({**SHAPE, "what": "select mosaic_gpu"}, "step", 0.557),
+        ({**SHAPE, "what": "rows"}, "bytes", 7.0),
+        ({**SHAPE, "what": "PyTorch 2 loop"}, "time", 112441.0),
+        ({**SHAPE, "what": "gram fast"}, "max_error", 2.5e-3),
+        ({**SHAPE, "what": "select fast"}, "jaccard", 0.75),
+        # Measured later than what it is compared with.
+        ({**SHAPE, "what": "select reference"}, "time", 9000.0),
+        ({**SHAPE, "batch": 8, "what": "both float32"}, "time", 2206.0),
+    ],
+    "vision_pruning": [
+        ({"method": "all tokens", "keep": 1.0, "tokens": 256.0}, "accuracy", 0.9857),
+        ({"method": "random", "keep": 0.1, "tokens": 26.0}, "accuracy", 0.667),
+        ({"method": "random", "keep": 0.1, "tokens": 26.0}, "standard error", 0.017),
+        ({"method": "random", "keep": 0.1, "tokens": 26.0}, "accuracy, where", 0.5),
+        ({"method": "random", "keep": 0.5, "tokens": 128.0}, "accuracy", 0.954),
+        ({"method": "scope", "keep": 0.5, "tokens": 128.0}, "accuracy", 0.961),
+    ],
+    "whisper_pruning": [
+        ({"method": "none", "keep": 1.0, **WHISPER, "padding": "all"}, "wer", 5.5),
+        ({"method": "none", "keep": 1.0, **WHISPER}, "wer", 6.5),
+        ({"method": "random", "keep": 0.5, **WHISPER, "option": "seed 0"}, "wer", 60.0),
+        ({"method": "random", "keep": 0.5, **WHISPER, "option": "seed 1"}, "wer", 70.0),
+        ({"method": "samp", "keep": 0.5, **WHISPER}, "wer", 20.0),
+        ({"method": "samp", "keep": 0.5, **WHISPER}, "deletions", 31),
+        (
+            {"method": "samp", "keep": 0.5, **WHISPER, "option": "threshold 0.7"},
+            "wer",
+            9,
+        ),
+    ],
+    "vision_prefill": [
+        ({**PREFILL, "what": "select", "kept": 673}, "time", 0.451),
+        ({**PREFILL, "what": "prefill", "kept": 673}, "time", 40.0, 150.0),
+    ],
+}
+
+
+def test_tokens_have_a_page_and_three_tables_of_their_guide(tmp_path: Path) -> None:
+    for claim, made in TOKENS.items():
+        rows = []
+        for case, metric, value, *more in made:
+            base = more[0] if more else None
+            rows.append(
+                Row(case, metric, value, "?", base, base / value if base else None)
+            )
+        write(claim, rows, device_tag="h100", directory=tmp_path)
+    pages = tables.render(tmp_path)
+    assert not _lines(pages["results.md"])
+    parts = pages["results_tokens.md"].split("\n## ")
+    found = {part.split("\n")[0]: _lines(part) for part in parts[1:]}
+    shape = "| 2691 | 3584 | 672 |"
+    greedy = [
+        "| tokens | channels | kept | images | all, float32 (us) |"
+        " choices, mosaic_gpu (us) | PyTorch 2 loop (us) |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        f"{shape} 1 | 616 | 374 | 112441 |",
+        f"{shape} 8 | 2206 |  |  |",
+    ]
+    vision = [
+        "| method | 100% | 50% | 10% |",
+        "| --- | ---: | ---: | ---: |",
+        "| all tokens | 98.6% |  |  |",
+        "| random |  | 95.4% | 66.7% |",
+        "| scope |  | 96.1% |  |",
+    ]
+    whisper = [
+        "| method | 100% | 50% |",
+        "| --- | ---: | ---: |",
+        "| none | 5.5 |  |",
+        "| random |  | 65.0 |",
+        "| samp |  | 20.0 |",
+    ]
+    assert found["Greedy selection"] == greedy
+    assert found["A small vision-language model"] == vision
+    assert found["Whisper"] == whisper
+    assert found["Greedy selection, part by part"][3:] == [
+        f"| select mosaic_gpu {shape} 1 | 374 | 0.56 |  |",
+        f"| PyTorch 2 loop {shape} 1 | 112441 |  |  |",
+        f"| select reference {shape} 1 | 9000 |  |  |",
+        f"| both float32 {shape} 8 | 2206 |  |  |",
+    ]
+    assert found["Greedy selection: precision"][2:] == [
+        f"| gram fast {shape} 2.5e-03 |  |",
+        f"| select fast {shape}  | 75.00% |",
+    ]
+    questions = found["A small vision-language model, by question"]
+    assert questions[3] == "| random | 10% | 26 | 66.7% | 1.7% | 50.0% |"
+    assert found["Whisper, unpruned and with options"][2:] == [
+        "| none | 100% |  | all | float32 | 5.5 |",
+        "| none | 100% |  | last 50 | float32 | 6.5 |",
+        "| samp | 50% | threshold 1 | last 50 | float32 | 9.0 |",
+    ]
+    assert found["Whisper, kinds of errors"][2:] == [
+        "| samp | 50% |  |  | 20.0 |  | 31 |  |"
+    ]
+    assert found["Prefill of a vision-language model"][2:] == [
+        "| select | 2691 | 673 | 64 | 0.451 |  |  |  |",
+        "| prefill | 2691 | 673 | 64 | 40 | 150 | 3.75 |  |",
+    ]
+    own = tables.guides(tmp_path)[tables.TOKENS_GUIDE]
+    assert {k: _lines(v) for k, v in own.items()} == {
+        "greedy": greedy,
+        "vision": vision,
+        "whisper": whisper,
+    }
+    (tmp_path / "whisper_pruning.h100.json").unlink()
+    assert "## Whisper" not in tables.render(tmp_path)["results_tokens.md"]
+    assert "whisper" not in tables.guides(tmp_path)[tables.TOKENS_GUIDE]
