@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import _attention_tables, _training_tables
+from benchmarks import _attention_tables, _token_tables, _training_tables
 from benchmarks._results import RESULTS, ROOT
 
 DOCS = ROOT / "docs"
@@ -54,6 +54,7 @@ BASELINES = {
 MARKS = ("<!-- what one token gains -->", "<!-- end -->")
 GUIDE = "guides/ternary_qat.md"
 ATTENTION_GUIDE = "guides/sparse_attention.md"
+TOKENS_GUIDE = "guides/token_pruning.md"
 END = "<!-- end -->"
 README_SHAPES = ("4096 x 4096", "4096 x 14336", "8192 x 8192", "8192 x 28672")
 README_FORMATS = {
@@ -178,6 +179,8 @@ def guides(directory: Path = RESULTS) -> dict[str, dict[str, str]]:
     found = {ATTENTION_GUIDE: _attention_tables.guide(directory)}
     if (directory / "qat_quality.h100.json").is_file():
         found[GUIDE] = {"measured": _training_tables.quality(directory)}
+    if tables := _token_tables.guide(directory):
+        found[TOKENS_GUIDE] = tables
     return found
 
 

@@ -258,9 +258,11 @@ def measure(
         found = bench.errors(features, mask)
         add(found, mask, method=method, keep=half, padding="all")
     # Where methods differ most.
-    for threshold in thresholds:
-        features, mask = bench.pruned("samp", min(keeps), threshold=threshold)
-        option = f"threshold {threshold}"
+    changed: list[dict[str, Any]] = [{"threshold": x} for x in thresholds]
+    changed += [{"relevance": x} for x in ("max", "received") if thresholds]
+    for options in changed:
+        features, mask = bench.pruned("samp", min(keeps), **options)
+        option = ", ".join(f"{k} {v}" for k, v in options.items())
         found = bench.errors(features, mask)
         add(found, mask, method="samp", keep=min(keeps), option=option)
     for name, rule in weights.items():
