@@ -139,25 +139,25 @@ def _questions(entries: list[Entry]) -> str:
 
 
 def whisper(entries: list[Entry]) -> str:
-    """One line for each method: word errors by share, the mean where it draws."""
-    return _by_keep([e for e in entries if _plain(e) or _unpruned(e)], "wer", ".1f")
-
-
-def _plain(entry: Entry) -> bool:
-    """A method with its own options, or one of its draws."""
-    option = entry[0].get("option", "")
-    return entry[0]["method"] != "none" and (not option or option.startswith("seed"))
-
-
-def _unpruned(entry: Entry) -> bool:
-    """The model as it was trained, on all of the window."""
-    case = entry[0]
-    padding, weights = case.get("padding", "all"), case.get("weights", "float32")
-    return case["method"] == "none" and padding == "all" and weights == "float32"
+    """One line for each method and option: word errors by share, means of its draws."""
+    named = []
+    for case, rows in entries:
+        option, padding = case.get("option", ""), case.get("padding", "all")
+        name = "all tokens" if case["method"] == "none" else case["method"]
+        if option and not option.startswith("seed"):
+            name += f", {option}"
+        if case.get("weights", "float32") != "float32":
+            name += f", {case['weights']}"
+        if case["method"] == "none" and padding != "all":
+            name += f", padding: {padding}"
+        if case["method"] != "none" and padding == "all":
+            name += ", all padding"
+        named.append(({**case, "method": name}, rows))
+    return _by_keep(named, "wer", ".1f")
 
 
 def _whisper_rest(entries: list[Entry]) -> str:
-    own = [e for e in entries if not _plain(e)]
+    own = [e for e in entries if e[0]["method"] == "none" or e[0].get("option")]
     columns: list[Column] = [
         ("method", lambda e: e[0]["method"], ""),
         ("kept", lambda e: e[0]["keep"], ".0%"),

@@ -74,7 +74,11 @@ README_FORMATS = {
 }
 # Claims about training have a page of their own, by benchmarks/_training_tables.py.
 TRAINING = ("qat_quality", "qat_curves", "qat_search", "qat_throughput")
-TITLES = {"formats": "Quality of the data-free recipes", **KERNELS}
+TITLES = {
+    "formats": "Quality of the data-free recipes",
+    "whisper_pruning": "Whisper with fewer encoder tokens",
+    **KERNELS,
+}
 COLUMNS = {
     "perplexity": ("perplexity", ".2f"),
     "kl": ("KL (nats)", ".4f"),
@@ -82,6 +86,7 @@ COLUMNS = {
     "bits_per_weight": ("bit/weight, whole model", ".2f"),
     "checkpoint_size": ("MB on disk", ".1f"),
     "compress_time": ("compress (s)", ".1f"),
+    "wer": ("word error rate (%)", ".2f"),
 }
 
 

@@ -7,13 +7,14 @@
 FLAC needs `pip install soundfile`; 16-bit WAV does not.
 
 The encoder runs once over all recordings. For every method and share its real tokens
-(50 a second) are pruned, and what is left is decoded greedily, together with the last
-second of the window's padding. The first rows say why: with all padding, as Whisper was
-trained; with none, where it repeats itself until it is cut off; and with the last
-tokens alone. Texts end after 80 tokens, so that repetitions cost a bounded number of
-errors. Rows with `weights` are the unpruned model with quantized weights. Brackets of
-the reference texts are taken off before Whisper's normaliser, which would drop the
-words in them. `--smoke` runs everything on a tiny random model and noise.
+(50 a second, rounded up) are pruned; those of the padding never are. What is left is
+decoded greedily, together with the last second of the window's padding. The first rows
+say why: with all padding, as Whisper was trained; with none, where it repeats itself
+until it is cut off; and with the last tokens alone. At a half, two methods are decoded
+with all padding too. Texts end after 80 tokens, so that repetitions cost a bounded
+number of errors. Rows with `weights` are the unpruned model with quantized weights.
+Brackets of the reference texts are taken off before Whisper's normaliser, which would
+drop the words in them. `--smoke` runs everything on a tiny random model and noise.
 """
 
 from __future__ import annotations
@@ -46,10 +47,21 @@ from angeljax.models import (
 )
 from benchmarks._results import RESULTS, Row, write
 
-METHODS = ("samp", "atome", "fastadasp", "divprune", "idpruner", "uniform", "random")
+# Name on the command line -> method, what it is called in a row, its options.
+METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "samp": ("samp", "", {}),
+    "samp-0.9": ("samp", "threshold 0.9", {"threshold": 0.9}),
+    "samp-mmr": ("samp", "mmr", {"pruner": "mmr"}),
+    **{
+        name: (name, "", {})
+        for name in ("atome", "fastadasp", "divprune", "idpruner", "uniform", "random")
+    },
+}
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
-# Of samp; its own, 0.85, is among the methods.
-THRESHOLDS = (0.7, 0.75, 0.8, 0.9, 0.95)
+# Of samp; 0.85, its own, and 0.9 are among the methods.
+THRESHOLDS = (0.7, 0.75, 0.8, 0.95)
+# Read with all padding of the window as well, at the share nearest to a half.
+WHOLE = ("samp", "uniform")
 TAIL = 50
 MAX_TOKENS = 80
 SEEDS = (0, 1, 2)
@@ -166,9 +178,9 @@ class Bench:
         return features, np.asarray(mask) | (places >= mask.shape[1] - tail)
 
     def pruned(
-        self, method: str, keep: float, **options: Any
+        self, method: str, keep: float, *, whole: bool = False, **options: Any
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The real tokens pruned, and the tail."""
+        """The real tokens pruned, and the tail or the `whole` padding."""
         # Selection is among real tokens: the rest of the window is cut off before.
         n = -(-int(self.lengths.max()) // 64) * 64
         n = min(n, self.audio.mask.shape[1])
@@ -179,7 +191,8 @@ class Bench:
             attention,
             jnp.asarray(self.audio.mask[:, :n]),
         )
-        tail = self.audio.features[:, -TAIL:], ~self.audio.mask[:, -TAIL:]
+        last = slice(0 if whole else -TAIL, None)
+        tail = self.audio.features[:, last], ~self.audio.mask[:, last]
         return (
             np.concatenate([np.asarray(rows), tail[0]], axis=1),
             np.concatenate([np.asarray(used), tail[1]], axis=1),
@@ -232,16 +245,24 @@ def measure(
         name = f"last {tail}" if tail else "none"
         add(bench.errors(features, mask), mask, padding=name)
     for keep in keeps:
-        for method in methods:
+        for name in methods:
+            method, option, options = METHODS[name]
             for seed in SEEDS if method == "random" else (0,):
-                features, mask = bench.pruned(method, keep, seed=seed)
-                option = f"seed {seed}" if method == "random" else ""
+                features, mask = bench.pruned(method, keep, seed=seed, **options)
+                option = f"seed {seed}" if method == "random" else option
                 found = bench.errors(features, mask)
                 add(found, mask, method=method, keep=keep, option=option)
+    half = min(keeps, key=lambda keep: abs(keep - 0.5))
+    for method in WHOLE:
+        features, mask = bench.pruned(method, half, whole=True)
+        found = bench.errors(features, mask)
+        add(found, mask, method=method, keep=half, padding="all")
     # Where methods differ most.
-    for threshold in thresholds:
-        features, mask = bench.pruned("samp", min(keeps), threshold=threshold)
-        option = f"threshold {threshold}"
+    changed: list[dict[str, Any]] = [{"threshold": x} for x in thresholds]
+    changed += [{"relevance": x} for x in ("max", "received") if thresholds]
+    for options in changed:
+        features, mask = bench.pruned("samp", min(keeps), **options)
+        option = ", ".join(f"{k} {v}" for k, v in options.items())
         found = bench.errors(features, mask)
         add(found, mask, method="samp", keep=min(keeps), option=option)
     for name, rule in weights.items():
@@ -293,7 +314,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder or hub name of a Whisper model")
     parser.add_argument("--audio", type=Path, help="folder with transcripts.jsonl")
     parser.add_argument("--tag", help="device name in the file's name, such as cpu")
-    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--methods", nargs="+", default=tuple(METHODS), choices=METHODS)
     parser.add_argument("--keep", nargs="+", type=float, default=KEEPS)
     parser.add_argument("--thresholds", nargs="*", type=float, default=THRESHOLDS)
     parser.add_argument("--limit", type=int, help="use the first so many recordings")

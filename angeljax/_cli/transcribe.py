@@ -27,7 +27,9 @@ def transcribe(
     ],
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", "-r", help=f"Compress first. {RECIPE_HELP}"),
+        typer.Option(
+            "--recipe", "-r", help=f"Compress, and prune by `tokens`. {RECIPE_HELP}"
+        ),
     ] = None,
     keep: Annotated[
         float | None,
@@ -64,12 +66,20 @@ def transcribe(
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}: use {', '.join(DTYPES)}")
     what = None if recipe is None else Recipe.load(recipe)
-    prune = None if keep is None else models.audio_pruner(method, keep=keep)
+    prune = None
+    if keep is not None:
+        prune = models.audio_pruner(method, keep=keep)
+    elif what is not None and what.tokens is not None:
+        if what.tokens.layer != "input":
+            raise ValueError("tokens.layer must be input: Whisper prunes no later")
+        prune = models.audio_pruner(what.tokens.prune_fn())
     recordings = [models.read_audio(file) for file in audio]
     loaded = models.load_whisper(
         model, dtype=jnp.dtype(dtype), compute_dtype=compute_dtype()
     )
-    params = loaded.params if what is None else compress(loaded.params, what)
+    params = loaded.params
+    if what is not None and what.rules:
+        params = compress(params, what)
     start = time.perf_counter()
     texts = models.transcribe(
         loaded,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,10 +10,11 @@ import jax.numpy as jnp
 
 from angeljax import tokens
 from angeljax.models._whisper_layers import EncoderAttention
-from angeljax.tokens import AttentionWeights, Selection
+from angeljax.tokens import AttentionWeights, Selection, TokenPruner
 
-# Methods that merge neighbours in time; all others are those of `tokens.prune`.
+# Methods that merge neighbours in time, and read attention in both of its forms.
 AUDIO_METHODS = ("atome", "fastadasp", "samp")
+RELEVANCE = ("mean", "max", "received")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,18 +22,14 @@ class AudioPruner:
     """What `audio_pruner` makes: equal settings are equal, and compile once.
 
     Attributes:
-      method: name of the method.
-      keep: share or number of the real tokens that stay.
+      pruner: method, share and options, without arrays.
       tail: tokens of padding that stay at the end of the window.
       seed: of methods that draw.
-      options: of the method, as sorted items.
     """
 
-    method: str
-    keep: int | float
+    pruner: TokenPruner
     tail: int = 50
     seed: int = 0
-    options: tuple[tuple[str, Any], ...] = ()
 
     def __call__(
         self, features: jax.Array, attention: EncoderAttention, mask: jax.Array
@@ -54,31 +50,25 @@ class AudioPruner:
         self, features: jax.Array, attention: EncoderAttention, mask: jax.Array
     ) -> Selection:
         """The method's choice among the real tokens."""
-        options = dict(self.options)
-        if self.method in AUDIO_METHODS:
-            by_max = options.get("relevance") == "max"
-            weights = AttentionWeights(
+        received: Any = attention.received_mean
+        attn, importance = received, received
+        if self.pruner.method in AUDIO_METHODS:
+            by_max = dict(self.pruner.options).get("relevance") == "max"
+            attn = AttentionWeights(
                 received=attention.received_max,
                 diagonal=attention.diagonal_max if by_max else attention.diagonal_mean,
             )
-            method: Callable[..., Selection] = getattr(tokens, self.method)
-            return method(features, keep=self.keep, mask=mask, attn=weights, **options)
-        return tokens.prune(
-            features,
-            method=self.method,
-            keep=self.keep,
-            mask=mask,
-            importance=attention.received_mean,
-            attn=attention.received_mean,
-            key=jax.random.key(self.seed),
-            **options,
-        )
+            importance = None
+        if self.pruner.importance is not None:
+            importance = received if self.pruner.importance == "attn" else None
+        pruner = dataclasses.replace(self.pruner, key=jax.random.key(self.seed))
+        return pruner(features, mask=mask, attn=attn, importance=importance)
 
 
 def audio_pruner(
-    method: str = "samp",
+    method: str | TokenPruner = "samp",
     *,
-    keep: int | float,
+    keep: int | float | None = None,
     tail: int = 50,
     seed: int = 0,
     **options: Any,
@@ -96,18 +86,22 @@ def audio_pruner(
     maximum) and, those three, what it pays to itself.
 
     Args:
-      method: samp, atome, fastadasp, or one of `angeljax.tokens.methods()`.
+      method: one of `angeljax.tokens.methods()`; or a `TokenPruner`, such as a recipe's
+        `tokens.prune_fn()`, which has `keep` and the options in it.
       keep: share of the real tokens, or a count.
       tail: tokens at the end of the window that stay if they are padding; the default
         is a second, and 0 only fits clips that fill their window.
       seed: of methods that draw.
-      **options: of the method, such as `threshold`.
+      **options: of the method, such as `threshold`. For samp, atome and fastadasp
+        `relevance` is "mean" or "max" (over the heads, of what a token pays to itself),
+        or "received" for the mean over heads of what it receives.
 
     Returns:
       A function for `transcribe(prune=...)`.
 
     Raises:
-      ValueError: no such method, or `tail` is negative.
+      ValueError: no such method, `keep` is missing or given twice, the pruner has a
+        learned scorer, or `tail` is negative.
 
     Example:
       >>> from angeljax.models import audio_pruner
@@ -115,12 +109,23 @@ def audio_pruner(
       >>> prune == audio_pruner("samp", keep=0.7, threshold=0.8)
       True
     """
-    known = (*AUDIO_METHODS, *tokens.methods())
-    if method not in known:
-        raise ValueError(
-            f"unknown method {method!r}: use one of {', '.join(sorted(set(known)))}"
-        )
     if tail < 0:
         raise ValueError(f"tail={tail} must not be negative")
+    if isinstance(method, TokenPruner):
+        if keep is not None or options:
+            raise ValueError("keep and options are in the TokenPruner: leave them out")
+        if method.scorer is not None:
+            raise ValueError("scorer: learned scorers are for tokens of images")
+        return AudioPruner(dataclasses.replace(method, key=None), tail, seed)
+    if method not in tokens.methods():
+        known = ", ".join(tokens.methods())
+        raise ValueError(f"unknown method {method!r}: use one of {known}")
+    if keep is None:
+        raise ValueError("keep is missing: give a share of the tokens, or a count")
+    relevance = options.get("relevance", "mean")
+    if method in AUDIO_METHODS and relevance not in RELEVANCE:
+        raise ValueError(
+            f"relevance={relevance!r} must be one of {', '.join(RELEVANCE)}"
+        )
     items = tuple(sorted(options.items()))
-    return AudioPruner(method, keep, tail, seed, items)
+    return AudioPruner(TokenPruner(method=method, keep=keep, options=items), tail, seed)

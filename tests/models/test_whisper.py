@@ -311,11 +311,39 @@ def test_audio_pruner(loaded, encoded, method):
     assert len(texts) == 2
 
 
+def test_relevance_of_audio_pruners(encoded):
+    """What samp prunes by: its own tokens' attention to themselves, or received."""
+    attention = encoded.attention
+    for relevance, by in (
+        ("max", attention.diagonal_max),
+        ("received", attention.received_mean),
+    ):
+        prune = audio_pruner("samp", keep=9, relevance=relevance, threshold=0.9)
+        got = prune.select(encoded.features, attention, encoded.mask)
+        want = tokens.samp(
+            encoded.features,
+            keep=9,
+            mask=encoded.mask,
+            attn=(attention.received_max, by),
+            threshold=0.9,
+        )
+        np.testing.assert_array_equal(got.order, want.order)
+        np.testing.assert_allclose(got.merged, want.merged, rtol=1e-5, atol=1e-6)
+
+
 def test_unknown_pruners():
     with pytest.raises(ValueError, match="unknown method 'sampp': use one of atome"):
         audio_pruner("sampp", keep=0.5)
+    with pytest.raises(ValueError, match="relevance='min' must be one of mean, max"):
+        audio_pruner("samp", keep=0.5, relevance="min")
     with pytest.raises(ValueError, match="tail=-1"):
         audio_pruner("samp", keep=0.5, tail=-1)
+    section = tokens.TokenPruner(method="samp", keep=0.5)
+    assert audio_pruner(section) == audio_pruner("samp", keep=0.5)
+    with pytest.raises(ValueError, match="keep and options are in the TokenPruner"):
+        audio_pruner(section, keep=0.5)
+    with pytest.raises(ValueError, match="keep is missing"):
+        audio_pruner("samp")
 
 
 def test_command_line(tmp_path, loaded):
@@ -328,19 +356,19 @@ def test_command_line(tmp_path, loaded):
         write_wave(tmp_path / f"{i}.wav", golden()[f"audio{i}"], 16000)
     files = [str(tmp_path / f"{i}.wav") for i in range(2)]
     run = functools.partial(CliRunner().invoke, app)
-    options = [
-        "--keep",
-        "0.5",
-        "--method",
-        "uniform",
-        "--recipe",
-        "int8-channel",
-        "--json",
-    ]
-    result = run(["transcribe", str(folder), *files, *options])
-    assert result.exit_code == 0, result.output
-    rows = json.loads(result.stdout)["transcripts"]
-    assert [row["file"] for row in rows] == files
+    both = aj.Recipe.load("int8-channel").to_dict()
+    both["tokens"] = {"method": "uniform", "keep": 0.5}
+    (tmp_path / "both.json").write_text(json.dumps(both))
+    found = []
+    for options in (
+        ["--keep", "0.5", "--method", "uniform", "--recipe", "int8-channel"],
+        ["--recipe", str(tmp_path / "both.json")],
+    ):
+        result = run(["transcribe", str(folder), *files, *options, "--json"])
+        assert result.exit_code == 0, result.output
+        rows = json.loads(result.stdout)["transcripts"]
+        assert [row["file"] for row in rows] == files
+        found.append([row["text"] for row in rows])
     recipe = aj.Recipe.load("int8-channel")
     want = transcribe(
         loaded,
@@ -348,7 +376,7 @@ def test_command_line(tmp_path, loaded):
         params=aj.compress(loaded.params, recipe),
         prune=audio_pruner("uniform", keep=0.5),
     )
-    assert [row["text"] for row in rows] == want
+    assert found == [want, want]
     for bad, message in (
         (["transcribe", str(folder), "none.wav"], "none.wav is no file"),
         (["transcribe", "nowhere", files[0]], "no folder and no hub name"),
