@@ -22,13 +22,13 @@ def guide(directory: Path) -> dict[str, str]:
 def unpruned(rows: list[tuple[dict[str, Any], float]]) -> str:
     """Padding and weights, all real tokens kept."""
     lines = [
-        "| all tokens of speech | padding | weights | word errors (%) |",
-        "| --- | --- | --- | ---: |",
+        "| tokens read | padding | weights | word errors (%) |",
+        "| ---: | --- | --- | ---: |",
     ]
     for case, value in rows:
         if case["method"] == "none":
             lines.append(
-                f"| {case['tokens']:.0f} tokens, padding included | {case['padding']} "
+                f"| {case['tokens']:.0f} | {case['padding']} "
                 f"| {case['weights']} | {value:.2f} |"
             )
     return "\n".join(lines) + "\n"
