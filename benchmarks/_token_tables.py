@@ -30,7 +30,6 @@ def sections(directory: Path) -> list[str]:
         ),
         "whisper_pruning": (
             ("Whisper", whisper),
-            ("Whisper, unpruned and with options", _whisper_rest),
             ("Whisper, kinds of errors", _kinds),
         ),
         "vision_prefill": (("Prefill of a vision-language model", _prefill),),
@@ -139,34 +138,27 @@ def _questions(entries: list[Entry]) -> str:
 
 
 def whisper(entries: list[Entry]) -> str:
-    """One line for each method and option: word errors by share, means of its draws."""
+    """What was read unpruned, then word errors by share for each method and option."""
+    unpruned = [e for e in entries if e[0]["method"] == "none"]
+    columns: list[Column] = [
+        ("tokens read", lambda e: e[0]["tokens"], ".0f"),
+        ("padding", lambda e: e[0]["padding"], ""),
+        ("weights", lambda e: e[0]["weights"], ""),
+        ("word errors (%)", md.of("wer"), ".2f"),
+    ]
     named = []
     for case, rows in entries:
-        option, padding = case.get("option", ""), case.get("padding", "all")
-        name = "all tokens" if case["method"] == "none" else case["method"]
-        if option and not option.startswith("seed"):
+        if case["method"] == "none":
+            continue
+        name, option = case["method"], case["option"]
+        if option.startswith("seed"):
+            name += ", mean of seeds"
+        elif option:
             name += f", {option}"
-        if case.get("weights", "float32") != "float32":
-            name += f", {case['weights']}"
-        if case["method"] == "none" and padding != "all":
-            name += f", padding: {padding}"
-        if case["method"] != "none" and padding == "all":
+        if case["padding"] == "all":
             name += ", all padding"
         named.append(({**case, "method": name}, rows))
-    return _by_keep(named, "wer", ".1f")
-
-
-def _whisper_rest(entries: list[Entry]) -> str:
-    own = [e for e in entries if e[0]["method"] == "none" or e[0].get("option")]
-    columns: list[Column] = [
-        ("method", lambda e: e[0]["method"], ""),
-        ("kept", lambda e: e[0]["keep"], ".0%"),
-        ("option", lambda e: e[0].get("option", ""), ""),
-        ("padding", lambda e: e[0].get("padding", ""), ""),
-        ("weights", lambda e: e[0].get("weights", ""), ""),
-        ("word error rate (%)", md.of("wer"), ".1f"),
-    ]
-    return md.table(columns, own)
+    return f"{md.table(columns, unpruned)}\n{_by_keep(named, 'wer', '.2f')}"
 
 
 def _kinds(entries: list[Entry]) -> str:

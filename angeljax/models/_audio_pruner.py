@@ -52,16 +52,25 @@ class AudioPruner:
         """The method's choice among the real tokens."""
         received: Any = attention.received_mean
         attn, importance = received, received
+        options = dict(self.pruner.options)
         if self.pruner.method in AUDIO_METHODS:
-            by_max = dict(self.pruner.options).get("relevance") == "max"
+            relevance = options.get("relevance", "mean")
+            by_max = relevance == "max"
             attn = AttentionWeights(
                 received=attention.received_max,
                 diagonal=attention.diagonal_max if by_max else attention.diagonal_mean,
             )
             importance = None
+            if relevance == "received":
+                del options["relevance"]
+                importance = received
         if self.pruner.importance is not None:
             importance = received if self.pruner.importance == "attn" else None
-        pruner = dataclasses.replace(self.pruner, key=jax.random.key(self.seed))
+        pruner = dataclasses.replace(
+            self.pruner,
+            options=tuple(sorted(options.items())),
+            key=jax.random.key(self.seed),
+        )
         return pruner(features, mask=mask, attn=attn, importance=importance)
 
 

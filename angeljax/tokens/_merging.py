@@ -128,7 +128,6 @@ def merging(
         chosen.__name__ = core.__name__
         inner = method(batched=True, arrays={"diagonal": 0, "threshold": 0})(chosen)
 
-        @functools.wraps(core)
         def run(
             embeds: jax.Array,
             *,
@@ -199,7 +198,9 @@ def merging(
                 settings=settings,
             )
 
-        takes = inspect.signature(run, follow_wrapped=False)
+        # Before `run` looks like `core`, and through a type checker around it.
+        takes = inspect.signature(run)
+        functools.update_wrapper(run, core)
         before = list(takes.parameters.values())[:-1]
         run.__signature__ = takes.replace(parameters=[*before, *own])  # type: ignore[attr-defined]
         return run
