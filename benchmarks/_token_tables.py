@@ -10,13 +10,21 @@ from typing import Any
 
 def guide(directory: Path) -> dict[str, str]:
     """Tables by the name of their place, for the files that are there."""
-    file = directory / "whisper_pruning.cpu.json"
-    if not file.is_file():
+    files = sorted(directory.glob("whisper_pruning.cpu*.json"))
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    if not runs:
         return {}
-    data = json.loads(file.read_text(encoding="utf-8"))
-    rows = [(r["case"], r["value"]) for r in data["rows"] if r["metric"] == "wer"]
-    source = f"{data['device']}, {data['date'][:10]}. `{data['command']}`"
-    return {"whisper": f"{source}\n\n{unpruned(rows)}\n{by_share(rows)}"}
+    # Runs share their unpruned rows; of equal cases the first counts.
+    cases: dict[str, tuple[dict[str, Any], float]] = {}
+    for run in runs:
+        for row in run["rows"]:
+            if row["metric"] == "wer":
+                key = json.dumps(row["case"], sort_keys=True)
+                cases.setdefault(key, (row["case"], row["value"]))
+    rows = list(cases.values())
+    lines = [f"{r['device']}, {r['date'][:10]}. `{r['command']}`\n" for r in runs]
+    source = "\n".join(lines)
+    return {"whisper": f"{source}\n{unpruned(rows)}\n{by_share(rows)}"}
 
 
 def unpruned(rows: list[tuple[dict[str, Any], float]]) -> str:
