@@ -53,9 +53,18 @@ def guide(directory: Path) -> dict[str, str]:
     }
     found = {}
     for name, (claim, table) in tables.items():
-        if files := md.read(directory, claim):
-            fullest = max(files, key=lambda data: len(data["rows"]))
-            found[name] = f"{md.source(fullest)}\n{table(md.entries(fullest))}"
+        files = md.read(directory, claim)
+        files.sort(key=lambda data: -len(data["rows"]))
+        if claim != "whisper_pruning":
+            files = files[:1]
+        if not files:
+            continue
+        # Runs of one benchmark share their unpruned rows; the larger run's count.
+        rows: list[Entry] = []
+        for data in files:
+            known = [case for case, _ in rows]
+            rows += [entry for entry in md.entries(data) if entry[0] not in known]
+        found[name] = "".join(f"{md.source(d)}\n" for d in files) + table(rows)
     return found
 
 
@@ -141,21 +150,21 @@ def whisper(entries: list[Entry]) -> str:
     """What was read unpruned, then word errors by share for each method and option."""
     unpruned = [e for e in entries if e[0]["method"] == "none"]
     columns: list[Column] = [
-        ("tokens read", lambda e: e[0]["tokens"], ".0f"),
-        ("padding", lambda e: e[0]["padding"], ""),
-        ("weights", lambda e: e[0]["weights"], ""),
+        ("tokens read", lambda e: e[0].get("tokens"), ".0f"),
+        ("padding", lambda e: e[0].get("padding", ""), ""),
+        ("weights", lambda e: e[0].get("weights", ""), ""),
         ("word errors (%)", md.of("wer"), ".2f"),
     ]
     named = []
     for case, rows in entries:
         if case["method"] == "none":
             continue
-        name, option = case["method"], case["option"]
+        name, option = case["method"], case.get("option", "")
         if option.startswith("seed"):
             name += ", mean of seeds"
         elif option:
             name += f", {option}"
-        if case["padding"] == "all":
+        if case.get("padding") == "all":
             name += ", all padding"
         named.append(({**case, "method": name}, rows))
     return f"{md.table(columns, unpruned)}\n{_by_keep(named, 'wer', '.2f')}"
