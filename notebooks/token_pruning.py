@@ -123,7 +123,7 @@ def by_hand(picture):
 if TOWER:
     tower = load_vision_tower(TOWER)
     pixels = jnp.asarray((picture * 2 - 1).transpose(2, 0, 1))[None]
-    seen = tower(pixels, attn_layers=(len(tower.layers) - 1,))
+    seen = tower(pixels, attention=(-1,))
     patches, importance = seen.patches[0], seen.attn[0][0]
 else:
     patches, importance = map(jnp.asarray, by_hand(picture))

@@ -224,9 +224,15 @@ class DecoderLayer(nnx.Module):
         return CrossKV(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Softmax attention of all on all, `[B, T, H, D]`, with queries scaled already."""
-    return jax.nn.dot_product_attention(q, k, v, scale=1.0)
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None
+) -> jax.Array:
+    """Softmax attention of all on all, `[B, T, H, D]`, with queries scaled already.
+
+    Where `mask` is given, bool that broadcasts to `[B, 1, T, T]`, True is what a query
+    sees.
+    """
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=1.0)
 
 
 def _attend_stored(
