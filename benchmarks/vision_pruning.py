@@ -65,7 +65,8 @@ def _method(name: str, importance: str | None = None, **options: Any) -> Choose:
             keep=keep,
             method=name,
             importance=scores[importance](),
-            attn=images.attn,
+            # Methods that take both look at the attention first.
+            attn=images.attn if importance is None else None,
             text=text,
             key=key,
             **takes,

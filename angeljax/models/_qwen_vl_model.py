@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from angeljax.models._qwen_vl_config import QwenVLConfig
 from angeljax.models._qwen_vl_layout import Grid, Grids, check_grids
 from angeljax.models._qwen_vl_positions import rope_index
-from angeljax.models._qwen_vl_prompt import merge_prompt, prune_prompt
+from angeljax.models._qwen_vl_prompt import merge_prompt, prune_prompt, vision_places
 from angeljax.models._qwen_vl_tower import QwenVision, VisionTokens
 from angeljax.models.attention import dense_attention
-from angeljax.models.generate import Generated, generate
+from angeljax.models.generate import Generated, generate, generate_after
 from angeljax.models.language_model import LanguageModel
 from angeljax.models.layers import AttentionFn
 from angeljax.models.prompts import decoder_inputs
+from angeljax.models.staged import StagedPrefill, prefill_pruned
 from angeljax.tokens import Prompt, Pruned
 from angeljax.tokens._signals import PruneFn, argument
 from angeljax.tokens.apply import PositionPolicy
@@ -273,19 +274,24 @@ class QwenVL:
         Returns:
           `Pruned`, with rows that keep fewer padded on the left.
         """
-        assert prompt.tokens is not None, "prompts of this model have their tokens"
         if num_tokens is None:
-            num_tokens = int(self.is_vision(prompt.tokens).sum(-1).max())
+            num_tokens = self._most_tokens(prompt)
         fn = argument(prune)
         options = {"policy": position_policy, "num_tokens": num_tokens}
         return _pruned(prompt, fn, model=self, **options)
+
+    def _most_tokens(self, prompt: Prompt) -> int:
+        assert prompt.tokens is not None, "prompts of this model have their tokens"
+        return int(self.is_vision(prompt.tokens).sum(-1).max())
 
     def generate(
         self,
         params: dict[str, Any],
         prompt: Prompt | Pruned,
         *,
+        max_new_tokens: int,
         prune: PruneFn | None = None,
+        layer: int | None = None,
         position_policy: PositionPolicy = "keep",
         **sampling: Any,
     ) -> Generated:
@@ -295,19 +301,44 @@ class QwenVL:
           params: the tree.
           prompt: from `prompt`, `merge`, `prune` or `apply_selection`; rows padded on
             the left.
+          max_new_tokens: upper limit for each row.
           prune: which vision tokens are read; see `QwenVL.prune`. None reads all.
+          layer: prune behind so many layers of the decoder; `prune` is then given what
+            `prefill_pruned` says. None prunes what the decoder is given.
           position_policy: see `apply_selection`.
-          **sampling: see `angeljax.models.generate`.
+          **sampling: `temperature`, `top_k`, `top_p`, `key`, `eos_ids` of
+            `angeljax.models.generate`.
 
         Returns:
           A `Generated` of device arrays.
+
+        Raises:
+          ValueError: as `angeljax.models.generate` and the method.
         """
+        sampling["max_new_tokens"] = max_new_tokens
+        own = params["language"]
+        if prune is None and layer is not None:
+            raise ValueError(f"layer={layer} needs a prune function")
         if prune is not None:
             if isinstance(prompt, Pruned):
                 raise ValueError("prune: the prompt is pruned already")
-            prompt = self.prune(prompt, prune, position_policy=position_policy)
-        inputs = decoder_inputs(prompt)
-        return generate(self.language, params["language"], **inputs, **sampling)
+            if layer is None:
+                prompt = self.prune(prompt, prune, position_policy=position_policy)
+            else:
+                first = _staged(
+                    own,
+                    prompt,
+                    argument(prune),
+                    model=self,
+                    policy=position_policy,
+                    num_tokens=self._most_tokens(prompt),
+                    layer=layer,
+                    room=max_new_tokens,
+                )
+                return generate_after(
+                    self.language, own, first.logits, first.cache, **sampling
+                )
+        return generate(self.language, own, **decoder_inputs(prompt), **sampling)
 
     def logits(self, params: dict[str, Any], prompt: Prompt | Pruned) -> jax.Array:
         """float32 next-token logits `[B, T, V]`."""
@@ -350,6 +381,37 @@ def _pruned(
     policy: PositionPolicy,
     num_tokens: int,
 ) -> Pruned:
-    assert prompt.tokens is not None
-    there = model.is_vision(prompt.tokens) & prompt.real()
-    return prune_prompt(prompt, there, fn, policy, num_tokens)
+    return prune_prompt(prompt, _there(model, prompt), fn, policy, num_tokens)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "policy", "num_tokens", "layer", "room")
+)
+def _staged(
+    params: Any,
+    prompt: Prompt,
+    fn: Any,
+    *,
+    model: QwenVL,
+    policy: PositionPolicy,
+    num_tokens: int,
+    layer: int,
+    room: int,
+) -> StagedPrefill:
+    where, groups = vision_places(_there(model, prompt), num_tokens)
+    return prefill_pruned(
+        model.language,
+        params,
+        prompt,
+        where,
+        fn,
+        layer=layer,
+        room=room,
+        position_policy=policy,
+        groups=groups,
+    )
+
+
+def _there(model: QwenVL, prompt: Prompt) -> jax.Array:
+    assert prompt.tokens is not None, "prompts of this model have their tokens"
+    return model.is_vision(prompt.tokens) & prompt.real()

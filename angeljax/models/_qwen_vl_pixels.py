@@ -133,6 +133,18 @@ def video_patches(
 
     Raises:
       ValueError: the frames have another shape or dtype, or the size no whole tokens.
+
+    Example:
+      >>> import numpy as np
+      >>> from angeljax.models.qwen_vl import QwenVisionConfig, video_patches
+      >>> config = QwenVisionConfig(
+      ...     model_type="qwen3_vl", depth=1, hidden_size=16, intermediate_size=32,
+      ...     num_heads=2, out_hidden_size=16, patch_size=16,
+      ... )
+      >>> frames = np.zeros((3, 64, 96, 3), np.uint8)
+      >>> pixels, grid = video_patches(config, frames, size=(64, 96))
+      >>> pixels.shape, grid
+      ((48, 1536), (2, 4, 6))
     """
     frames = _checked(frames, 4)
     last = np.repeat(frames[-1:], -len(frames) % config.temporal_patch_size, 0)

@@ -88,13 +88,10 @@ def prune_prompt(
     num_tokens: int,
 ) -> Pruned:
     """See `QwenVL.prune`; `there` says which tokens are of images and videos."""
-    where = token_positions(there, length=prompt.length, num_tokens=num_tokens)
-    before = jnp.pad(there, ((0, 0), (1, 0)))[:, :-1]
-    run = jnp.cumsum(there & ~before, axis=-1, dtype=jnp.int32) - 1
+    where, groups = vision_places(there, num_tokens)
 
     def take(x: jax.Array) -> jax.Array:
-        at = where.reshape(*where.shape, *(1,) * (x.ndim - 2))
-        return jnp.take_along_axis(x, at, axis=1, mode="fill", fill_value=0)
+        return _take(x, where)
 
     text = prompt.real() & ~there
     known = {name: x for name, x in prompt.extra.items() if name in _SIGNALS}
@@ -104,9 +101,25 @@ def prune_prompt(
         take(prompt.embeds),
         mask=where < prompt.length,
         text=jnp.where(text[..., None], prompt.embeds, 0),
-        groups=take(run),
+        groups=groups,
         **signals,
     )
     return apply_selection(
         chosen, prompt, where, position_policy=policy, padding_side="left"
     )
+
+
+def vision_places(there: jax.Array, num_tokens: int) -> tuple[jax.Array, jax.Array]:
+    """int32 `[B, N]` each: where vision tokens stand, T for none, and in which run.
+
+    A run is an image, or a frame with text around it.
+    """
+    where = token_positions(there, length=there.shape[-1], num_tokens=num_tokens)
+    before = jnp.pad(there, ((0, 0), (1, 0)))[:, :-1]
+    run = jnp.cumsum(there & ~before, axis=-1, dtype=jnp.int32) - 1
+    return where, _take(run, where)
+
+
+def _take(x: jax.Array, where: jax.Array) -> jax.Array:
+    at = where.reshape(*where.shape, *(1,) * (x.ndim - 2))
+    return jnp.take_along_axis(x, at, axis=1, mode="fill", fill_value=0)

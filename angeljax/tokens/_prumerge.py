@@ -27,7 +27,8 @@ def prumerge(
     its code; neighbours may be kept tokens themselves). That code appends one more row,
     the attention-weighted sum of all that is dropped, which stands at no token's place
     and is left out here. Arguments are those of `prune`; `attn` should be weights, as
-    `cls_attention` gives.
+    `cls_attention` gives: scores that add up to more than 1, such as those of
+    `received_attention`, are divided by their sum, which else would drown the token.
 
     Args:
       tokens: see `prune`.
@@ -76,7 +77,8 @@ def prumerge(
     like = _choose.cosines(keys[kept], keys)
     like = jnp.where(mask & (jnp.arange(n) != kept[:, None]), like, -jnp.inf)
     value, near = jax.lax.top_k(like, min(neighbours, n))
-    weight = jnp.where(value > -jnp.inf, attn[near], 0)
+    total = jnp.sum(jnp.where(mask, attn, 0))
+    weight = jnp.where(value > -jnp.inf, attn[near] / jnp.maximum(total, 1.0), 0)
     added = jnp.einsum("kj,kjd->kd", weight, tokens.rows[near])
     return order, tokens.rows.at[order].add(added, mode="drop")
 

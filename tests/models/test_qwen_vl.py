@@ -365,14 +365,16 @@ def test_pruning_on_the_way(case):
     seen = {}
 
     def loudest(embeds, *, mask, attn, keys, groups, text):
-        seen.update(mask=mask, attn=attn, keys=keys, groups=groups, text=text)
+        given = {"mask": mask, "attn": attn, "keys": keys, "groups": groups}
+        jax.debug.callback(lambda **values: seen.update(values), **given)
+        assert text.shape == (*prompt.tokens.shape, 32)
         score = jnp.where(mask, attn, -1)
         order = jax.lax.top_k(score, 10)[1]
         count = jnp.sum(mask, -1, keepdims=True)
         return Selection.of(jnp.where(jnp.arange(10) < count, order, 31), 31)
 
-    with jax.disable_jit():
-        short = model.prune(prompt, loudest)
+    short = model.prune(prompt, loudest)
+    jax.effects_barrier()
     images = [15, 4, 12] if len(prompt.deepstack) == 0 else [15, 4, 6, 6]
     want = np.repeat(np.arange(len(images)), images)
     np.testing.assert_array_equal(seen["groups"][0], want)
@@ -386,3 +388,20 @@ def test_pruning_on_the_way(case):
     got = model.generate(params, prompt, prune=loudest, max_new_tokens=2)
     again = model.generate(params, short, max_new_tokens=2)
     np.testing.assert_array_equal(got.tokens, again.tokens)
+
+
+def test_pruning_behind_a_layer(case):
+    """All tokens kept change nothing. What goes is tested in test_staged.py."""
+    model, params, data, prompt = case
+    seen = {}
+
+    def all_of_them(hidden, *, mask, attn, groups):
+        seen.update(attn=attn, groups=groups, mask=mask)
+        # Those that are no tokens come last.
+        return Selection.of(jnp.where(mask, jnp.arange(31), 31), 31)
+
+    got = model.generate(params, prompt, prune=all_of_them, max_new_tokens=5, layer=1)
+    np.testing.assert_array_equal(got.tokens, data["greedy"])
+    assert seen["attn"].shape == seen["groups"].shape == (2, 31)
+    with pytest.raises(ValueError, match="layer=1 needs a prune function"):
+        model.generate(params, prompt, max_new_tokens=1, layer=1)

@@ -245,3 +245,11 @@ def test_gradients_flow_through_merged_rows_only(data):
         one = functools.partial(tokens.prune, keep=1, method=method, **given)
         grad = jax.grad(lambda x, one=one: one(x).merged.sum())(jnp.asarray(x[0]))
         np.testing.assert_allclose(grad, np.full((N, 16), 1 / N), rtol=1e-5)
+
+
+def test_prumerge_divides_scores_that_are_no_weights(data):
+    """What tokens receive from all others adds up to their number, not to 1."""
+    x, keys, attn = data[:3]
+    one = tokens.prumerge(x, keep=6, attn=attn / attn.sum(-1, keepdims=True), keys=keys)
+    many = tokens.prumerge(x, keep=6, attn=256 * attn, keys=keys)
+    np.testing.assert_allclose(many.merged, one.merged, rtol=1e-5, atol=1e-5)
