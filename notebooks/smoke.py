@@ -1,4 +1,4 @@
-"""A model with random weights that stands in for SmolLM2 where notebooks are tested."""
+"""Models with random weights that stand in for real ones where notebooks are tested."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from angeljax.models import DecoderConfig, LanguageModel, LoadedModel, Tokenizer
+from angeljax.models import (
+    DecoderConfig,
+    LanguageModel,
+    LoadedModel,
+    LoadedWhisper,
+    Tokenizer,
+    WhisperConfig,
+    WhisperModel,
+)
 
 
 def load_model(
@@ -55,3 +63,37 @@ def _tokenizer() -> Tokenizer:
             "tokenizer_config.json": json.dumps({"chat_template": template}).encode(),
         }
     )
+
+
+def load_whisper(source: str) -> LoadedWhisper:
+    """As `angeljax.models.load_whisper`, with random weights and letters as tokens.
+
+    Args:
+      source: kept as the name of the model.
+
+    Returns:
+      One layer on each side.
+    """
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models
+
+    letters = {chr(97 + i): i for i in range(26)}
+    backend = Backend(models.WordLevel(letters, unk_token="a"))
+    config = WhisperConfig(
+        vocab_size=26,
+        hidden_size=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_heads=2,
+        decoder_heads=2,
+        encoder_ffn_size=32,
+        decoder_ffn_size=32,
+        max_source_positions=200,
+        max_target_positions=12,
+        start_id=24,
+        eos_id=25,
+        pad_id=25,
+    )
+    model = WhisperModel(config)
+    tokenizer = Tokenizer({"tokenizer.json": backend.to_str().encode()})
+    return LoadedWhisper(model, model.init(jax.random.key(0)), tokenizer, source)

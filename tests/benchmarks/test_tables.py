@@ -294,7 +294,7 @@ def test_tokens_have_a_page_and_three_tables_of_their_guide(tmp_path: Path) -> N
     assert found["Whisper, unpruned and with options"][2:] == [
         "| none | 100% |  | all | float32 | 5.5 |",
         "| none | 100% |  | last 50 | float32 | 6.5 |",
-        "| samp | 50% | threshold 1 | last 50 | float32 | 9.0 |",
+        "| samp | 50% | threshold 0.7 | last 50 | float32 | 9.0 |",
     ]
     assert found["Whisper, kinds of errors"][2:] == [
         "| samp | 50% |  |  | 20.0 |  | 31 |  |"
