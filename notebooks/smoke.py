@@ -96,4 +96,6 @@ def load_whisper(source: str) -> LoadedWhisper:
     )
     model = WhisperModel(config)
     tokenizer = Tokenizer({"tokenizer.json": backend.to_str().encode()})
-    return LoadedWhisper(model, model.init(jax.random.key(0)), tokenizer, source)
+    return LoadedWhisper(
+        model, jax.jit(model.init)(jax.random.key(0)), tokenizer, source
+    )
