@@ -272,7 +272,7 @@ config = LlavaConfig(
         model_type="clip_vision_model",
         hidden_size=32,
         intermediate_size=64,
-        num_layers=1 if SMOKE else 2,
+        num_layers=2,
         num_heads=2,
         image_size=SIDE,
         patch_size=16,
@@ -391,7 +391,11 @@ until = min(count, 200)
 for axis, threshold in zip(axes, THRESHOLDS, strict=True):
     groups = group_adjacent(sound, threshold=threshold, mask=real)
     axis.imshow(
-        mel[:, : 2 * until], origin="lower", aspect="auto", extent=(0, until, 0, 80)
+        mel[:, : 2 * until],
+        origin="lower",
+        aspect="auto",
+        cmap=plt.get_cmap("magma", 12),
+        extent=(0, until, 0, 80),
     )
     starts = np.flatnonzero(np.asarray(groups.starts[:until] & real[:until]))
     axis.vlines(starts, 0, 80, color="white", linewidth=0.6)
@@ -413,14 +417,18 @@ else:
     runs = {"all tokens": None}
     for name in ("samp",) if SMOKE else ("samp", "uniform"):
         more = {"threshold": 0.7} if name == "samp" else {}
-        for keep in (0.5,) if SMOKE else (0.6, 0.4, 0.2):
+        for keep in (0.5,) if SMOKE else (0.4, 0.2, 0.1):
             runs[f"{name}, {keep:.0%}"] = audio_pruner(name, keep=keep, **more)
     for name, pruner in runs.items():
+        read = heard.features
+        if pruner is not None:
+            read, _ = pruner(heard.features, heard.attention, heard.mask)
         (text,) = transcribe(loaded, [samples], prune=pruner, window=WINDOW)
-        print(f"{name:12} {text if not SMOKE else len(text)}")
+        print(f"{name:12} {read.shape[1]:4} tokens: {text if not SMOKE else len(text)}")
 
 # %% [markdown]
-# One clear and slow sentence is no measurement: other recordings need more.
+# The tokens of padding count: Whisper reads 1500 tokens of any recording, and 50 of what is
+# not speech are left here. One clear and slow sentence is no measurement: others need more.
 # [Measured with more](https://github.com/angeljax/angeljax/blob/main/docs/results_tokens.md).
 # Models that answer questions about what they hear bear more; Qwen2-Audio is in the
 # [guide](https://github.com/angeljax/angeljax/blob/main/docs/guides/token_pruning.md).
