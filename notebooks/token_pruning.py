@@ -197,7 +197,7 @@ def show(axis, mask, title):
 across = min(len(rows), 5)
 down = -(-len(rows) // across)
 for share in SHARES:
-    size = {"figsize": (9, 2 * down), "dpi": 50, "layout": "constrained"}
+    size = {"figsize": (9, 2 * down), "dpi": 48, "layout": "constrained"}
     figure, axes = plt.subplots(down, across, squeeze=False, **size)
     for axis in axes.flat:
         axis.axis("off")
@@ -386,8 +386,8 @@ for threshold in tried:
 
 # %%
 THRESHOLDS = (0.7, 0.85)
-figure, axes = plt.subplots(2, 1, figsize=(9, 4), dpi=55, layout="constrained")
-until = min(count, 200)
+figure, axes = plt.subplots(2, 1, figsize=(9, 4), dpi=60, layout="constrained")
+until = min(count, 120)
 for axis, threshold in zip(axes, THRESHOLDS, strict=True):
     groups = group_adjacent(sound, threshold=threshold, mask=real)
     axis.imshow(
@@ -395,6 +395,7 @@ for axis, threshold in zip(axes, THRESHOLDS, strict=True):
         origin="lower",
         aspect="auto",
         cmap=plt.get_cmap("magma", 12),
+        interpolation="nearest",
         extent=(0, until, 0, 80),
     )
     starts = np.flatnonzero(np.asarray(groups.starts[:until] & real[:until]))
@@ -420,11 +421,12 @@ else:
         for keep in (0.5,) if SMOKE else (0.4, 0.2, 0.1):
             runs[f"{name}, {keep:.0%}"] = audio_pruner(name, keep=keep, **more)
     for name, pruner in runs.items():
-        read = heard.features
+        used = jnp.ones(heard.mask.shape, bool)
         if pruner is not None:
-            read, _ = pruner(heard.features, heard.attention, heard.mask)
+            _, used = jax.jit(pruner)(heard.features, heard.attention, heard.mask)
         (text,) = transcribe(loaded, [samples], prune=pruner, window=WINDOW)
-        print(f"{name:12} {read.shape[1]:4} tokens: {text if not SMOKE else len(text)}")
+        shown = len(text) if SMOKE else text
+        print(f"{name:12} {int(used.sum()):4} tokens: {shown}")
 
 # %% [markdown]
 # The tokens of padding count: Whisper reads 1500 tokens of any recording, and 50 of what is
