@@ -21,7 +21,7 @@ from angeljax import ops
 from angeljax.models._qwen2_audio_config import AudioEncoderConfig, Qwen2AudioConfig
 from angeljax.models._whisper_layers import EncoderLayer, LayerNorm
 from angeljax.models.decoder import Decoder
-from angeljax.models.language_model import LanguageModel, _leaves_by_path
+from angeljax.models.language_model import LanguageModel, bind_params
 from angeljax.models.layers import Linear
 from angeljax.models.whisper import Stem, Table
 from angeljax.tokens import (
@@ -185,14 +185,7 @@ class Qwen2AudioModel:
         Raises:
           ValueError: a parameter is missing.
         """
-        graphdef, state = _skeleton(self)
-        values = _leaves_by_path(params)
-        flat = []
-        for path, variable in nnx.to_flat_state(state):
-            if path not in values:
-                raise ValueError(f"no {'/'.join(map(str, path))} in the params")
-            flat.append((path, variable.replace(values[path])))
-        return nnx.merge(graphdef, nnx.from_flat_state(flat))
+        return bind_params(_skeleton(self), params)
 
     def encode(
         self,

@@ -30,7 +30,7 @@ from angeljax.models._whisper_layers import (
     SelfKV,
     sinusoids,
 )
-from angeljax.models.language_model import _leaves_by_path
+from angeljax.models.language_model import bind_params
 
 _INIT = nnx.initializers.normal(0.02)
 
@@ -245,14 +245,7 @@ class WhisperModel:
         Raises:
           ValueError: a parameter is missing.
         """
-        graphdef, state = _skeleton(self)
-        values = _leaves_by_path(params)
-        flat = []
-        for path, variable in nnx.to_flat_state(state):
-            if path not in values:
-                raise ValueError(f"no {'/'.join(map(str, path))} in the params")
-            flat.append((path, variable.replace(values[path])))
-        return nnx.merge(graphdef, nnx.from_flat_state(flat))
+        return bind_params(_skeleton(self), params)
 
     def encode(
         self,

@@ -14,7 +14,7 @@ from angeljax.attention import SparseAttention, attention_report, plots
 from angeljax.attention.telemetry import selected_blocks
 from angeljax.models import DecoderConfig, LanguageModel
 from tests.attention._selectors import Means
-from tests.models._random import random_params
+from tests.models._random_params import random_params
 
 T = 72
 MODEL = LanguageModel(

@@ -3,7 +3,7 @@
 Needs an environment of its own (Python 3.11, no JAX):
 
     pip install torch==2.13.0 transformers==5.24.0
-    python -P tests/models/make_golden_audio.py
+    python tests/models/make_golden_audio.py
 
 A tiny random Qwen2-Audio: its configuration, its weights (values that float16 holds
 exactly), and for two clips, one of them shorter, the encoder's output, the last layer's

@@ -3,7 +3,7 @@
 Needs an environment of its own (Python 3.11, no JAX):
 
     pip install torch==2.13.0 transformers accelerate
-    python -P tests/models/make_vision_goldens.py
+    python tests/models/make_vision_goldens.py
 
 Tiny random models: their configuration, their weights (values that float16 holds
 exactly), an input and what comes out, float32. LLaVA once with CLIP and once with

@@ -3,7 +3,7 @@
 Needs an environment of its own (Python 3.11, no JAX):
 
     pip install torch==2.13.0 transformers
-    python -P tests/models/make_whisper_goldens.py
+    python tests/models/make_whisper_goldens.py
 
 A tiny random Whisper that reads one second: its configuration, its weights (values that
 float16 holds exactly), two clips, and what transformers makes of them: the log-mel

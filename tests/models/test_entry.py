@@ -18,7 +18,7 @@ from angeljax.models import (
 )
 from angeljax.models._entry import Reading
 from angeljax.models.rope import cos_sin, frequencies
-from tests.models._random import random_params
+from tests.models._random_params import random_params
 
 CONFIG = DecoderConfig(
     model_type="qwen3",

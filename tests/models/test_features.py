@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from angeljax.models import DecoderConfig, LanguageModel, stack_layers
-from tests.models._random import random_params
+from tests.models._random_params import random_params
 
 CONFIG = DecoderConfig(
     model_type="llama",

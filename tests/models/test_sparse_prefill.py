@@ -16,7 +16,7 @@ from angeljax.attention.decode import Step
 from angeljax.models import DecoderConfig, LanguageModel, generate, stack_layers
 from angeljax.models.attention import dense_attention
 from tests.attention._selectors import Means
-from tests.models._random import random_params
+from tests.models._random_params import random_params
 
 DENSE = LanguageModel(
     DecoderConfig(

@@ -14,7 +14,7 @@ from flax import nnx
 import angeljax as aj
 from angeljax.models import DecoderConfig, LanguageModel
 from angeljax.qat.lora import Lora, lora_apply, lora_init, lora_merge
-from tests.models._random import random_params
+from tests.models._random_params import random_params
 
 MODEL = LanguageModel(
     DecoderConfig(

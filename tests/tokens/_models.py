@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from angeljax.models import DecoderConfig, LanguageModel
-from tests.models._random import random_params
+from tests.models._random_params import random_params
 
 CONFIG = DecoderConfig(
     model_type="qwen2",

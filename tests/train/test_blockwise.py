@@ -14,7 +14,7 @@ import angeljax as aj
 from angeljax.models import DecoderConfig, LanguageModel, stack_layers
 from angeljax.train._blockwise_run import BlockwiseRun
 from angeljax.train.blockwise import BlockwiseOptions, reconstruct
-from tests.models._random import random_params
+from tests.models._random_params import random_params
 
 CONFIG = DecoderConfig(
     model_type="llama",

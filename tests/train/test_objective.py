@@ -24,7 +24,7 @@ from angeljax.train.losses import (
     next_tokens,
 )
 from angeljax.train.objective import Objective
-from tests.models._random import random_params
+from tests.models._random_params import random_params
 from tests.train import _oracle
 
 CONFIG = DecoderConfig(

@@ -17,7 +17,7 @@ from angeljax.train.generated import generate_tokens
 from angeljax.train.losses import DistillOptions
 from angeljax.train.objective import Objective
 from angeljax.train.teacher import read_teacher, write_teacher
-from tests.models._random import random_params
+from tests.models._random_params import random_params
 
 MODEL = LanguageModel(
     DecoderConfig(

@@ -32,7 +32,7 @@ from angeljax.train import (
     load_tokens,
 )
 from angeljax.train.losses import cross_entropy, distillation
-from tests.models._random import random_params
+from tests.models._random_params import random_params
 from tests.test_cli import tokenizer
 
 RUNNER = CliRunner()
