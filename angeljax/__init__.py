@@ -4,6 +4,7 @@ from angeljax import ops, qat
 from angeljax._partition import combine, partition
 from angeljax._report import CompressionReport, report
 from angeljax.bind import bind
+from angeljax.calibration import Statistics, StatisticsError, calibrate
 from angeljax.compress import compress, plan
 from angeljax.export import load, save
 from angeljax.formats import QTensor, quantize
@@ -19,7 +20,10 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Rule",
+    "Statistics",
+    "StatisticsError",
     "bind",
+    "calibrate",
     "combine",
     "compress",
     "load",

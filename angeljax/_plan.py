@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from angeljax._leaves import Leaf, default_axis
+from angeljax.algorithms import get_algorithm
 from angeljax.formats import QTensor, Spec, make_spec
 from angeljax.recipe import Recipe, RecipeError, Rule
 
@@ -74,9 +75,10 @@ def _assign(leaf: Leaf, recipe: Recipe) -> Assignment:
 
 def _spec(path: str, shape: tuple[int, ...], dtype: str, rule: Rule) -> Spec:
     assert rule.format is not None
+    algorithm = get_algorithm(rule.algorithm)
     if dtype == "object":
         raise ValueError("is not an array")
-    return make_spec(
+    spec = make_spec(
         shape,
         dtype,
         format=rule.format,
@@ -87,8 +89,11 @@ def _spec(path: str, shape: tuple[int, ...], dtype: str, rule: Rule) -> Spec:
         scale_dtype=rule.scale_dtype,
         pad=rule.pad,
         activation=rule.activation,
+        rotation=rule.rotation,
         **rule.format_options(),
     )
+    algorithm.check(rule.options, spec)
+    return spec
 
 
 def _not_by_default(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from typing import Any
 
@@ -10,8 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from angeljax import _leaves
+from angeljax._jobs import Job, apply_transforms, make_jobs
 from angeljax._plan import Assignment, make_plan
-from angeljax.formats import QTensor, Spec, quantize_to
+from angeljax.calibration._statistics import Statistics
+from angeljax.formats import QTensor
 from angeljax.recipe import Recipe
 
 __all__ = ["compress", "plan"]
@@ -38,7 +39,9 @@ def plan(params: Any, recipe: Recipe) -> list[Assignment]:
 def compress(
     params: Any,
     recipe: Recipe,
+    stats: Statistics | None = None,
     *,
+    base: Any = None,
     donate: bool = False,
     progress: bool | None = None,
 ) -> Any:
@@ -57,6 +60,9 @@ def compress(
     Args:
       params: the param tree.
       recipe: see `angeljax.Recipe`.
+      stats: what `angeljax.calibrate` found, for recipes that need it.
+      base: the params before fine-tuning, a tree like `params`, for algorithms that
+        compare with them (DAQ).
       donate: delete the buffer of each leaf as soon as its QTensor is made. The caller
         must not use `params` afterwards. Only on concrete `jax.Array`s.
       progress: show a progress bar on stderr; default: if it is a terminal.
@@ -66,6 +72,7 @@ def compress(
 
     Raises:
       RecipeError: the recipe does not fit the tree; raised before any array work.
+      StatisticsError: statistics that the recipe needs are missing or of another model.
       ValueError: a weight holds NaN or infinity (named by its path).
 
     Example:
@@ -81,57 +88,57 @@ def compress(
         )
     leaves, treedef = _leaves.flatten(params)
     assignments = make_plan(leaves, recipe)
+    leaves, stats = apply_transforms(leaves, assignments, recipe, stats)
+    jobs = make_jobs(leaves, assignments, recipe, stats, base)
     if any(isinstance(leaf.value, jax.core.Tracer) for leaf in leaves):
         values = [
-            leaf.value if a.spec is None else quantize_to(leaf.value, a.spec)
-            for leaf, a in zip(leaves, assignments, strict=True)
+            leaf.value if job is None else job.run(leaf.value)
+            for leaf, job in zip(leaves, jobs, strict=True)
         ]
     else:
-        values = _eager(leaves, assignments, donate, progress)
+        values = _eager(leaves, jobs, donate, progress)
     return _leaves.unflatten(treedef, leaves, values)
 
 
 def _eager(
     leaves: list[_leaves.Leaf],
-    assignments: list[Assignment],
+    jobs: list[Job | None],
     donate: bool,
     progress: bool | None,
 ) -> list[Any]:
     # The last place where each array occurs, so that a tied one is not freed early.
     last_use = {id(leaf.value): i for i, leaf in enumerate(leaves)}
-    done: dict[tuple[int, Spec], QTensor] = {}
+    done: dict[tuple[int, Any], QTensor] = {}
     values: list[Any] = []
     show = sys.stderr.isatty() if progress is None else progress
-    for i, (leaf, a) in enumerate(
-        _track(list(zip(leaves, assignments, strict=True)), show)
-    ):
-        if a.spec is None:
+    for i, (leaf, job) in enumerate(_track(list(zip(leaves, jobs, strict=True)), show)):
+        if job is None:
             values.append(leaf.value)
             continue
-        key = (id(leaf.value), a.spec)
+        key = (id(leaf.value), job.key)
         if key not in done:
             if isinstance(leaf.value, jax.ShapeDtypeStruct):
                 raise TypeError(
-                    f"{a.path} is a ShapeDtypeStruct: use "
+                    f"{leaf.path} is a ShapeDtypeStruct: use "
                     "jax.eval_shape(lambda p: compress(p, recipe), params)"
                 )
-            q, finite = _quantize(leaf.value, a.spec)
             # Waiting here is what bounds memory to one leaf in flight.
-            if not bool(finite):
+            if not bool(_finite(leaf.value)):
                 raise ValueError(
-                    f"{a.path} holds NaN or infinity: repair the weight or leave it "
+                    f"{leaf.path} holds NaN or infinity: repair the weight or leave it "
                     "out with a rule `format: none`"
                 )
-            done[key] = q
+            done[key] = job.run(leaf.value)
         values.append(done[key])
         if donate and last_use[id(leaf.value)] == i and hasattr(leaf.value, "delete"):
+            jax.block_until_ready(done[key])
             leaf.value.delete()
     return values
 
 
-@functools.partial(jax.jit, static_argnames="spec")
-def _quantize(w: jax.Array, spec: Spec) -> tuple[QTensor, jax.Array]:
-    return quantize_to(w, spec), jnp.all(jnp.isfinite(w))
+@jax.jit
+def _finite(w: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(w))
 
 
 def _track(items: list[Any], show: bool) -> Any:

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from angeljax._adapted import AdaptedTensor
+from angeljax._inputs import as_seen, changes_inputs
 from angeljax._transposed import takes_token, token_dot
 from angeljax.formats import QTensor
-from angeljax.formats._activation import fake_quantize_activation
 from angeljax.formats._blocks import GRANULE_PLANES
 from angeljax.prepare import PreparedTensor, has_kernel, kernel_view
 from pallas_kernels import packed_matmul, ragged_matmul
@@ -82,12 +82,12 @@ def dot(
         )
     around = norm is not None or gate is not None or residual is not None
     ready = isinstance(w, PreparedTensor) and w.shards is None and w.ndim == 2
-    if around and ready and not _rounds_activations(w):
+    if around and ready and not changes_inputs(w):
         if _takes(x, w, (((x.ndim - 1,), (0,)), ((), ()))):
             assert isinstance(w, PreparedTensor)
             return packed_matmul(
                 _activation(x, w),
-                w.planes,
+                w.kernel_planes,
                 w.layout,
                 activation=w.activation,
                 bias=bias,
@@ -151,8 +151,8 @@ def dot_general(
         y = dot_general(x, w.base, dimension_numbers, **around)
         more = w.times(_inputs_last(x, dimension_numbers, w.ndim))
         return y + more.reshape(y.shape).astype(y.dtype)
-    if _rounds_activations(w):
-        x = _rounded(x, w, dimension_numbers[0][0])
+    (from_x, from_w), _ = dimension_numbers
+    x, w = as_seen(x, w, list(zip(from_x, from_w, strict=True)))
     if out_sharding is None and _takes(x, w, dimension_numbers):
         assert isinstance(w, QTensor)
         x = _inputs_last(x, dimension_numbers, w.ndim)
@@ -186,12 +186,17 @@ def einsum(
             precision=precision,
             preferred_element_type=preferred_element_type,
         )
-    if _rounds_activations(w):
+    if isinstance(w, QTensor) and changes_inputs(w):
         # A batched product: what one token holds is what this equation sums over.
-        left, _, right = equation.replace(" ", "").split("->")[0].partition(",")
-        out = equation.split("->")[-1]
-        summed = [i for i, c in enumerate(left) if c in right and c not in out]
-        x = _rounded(x, w, [i - len(left) for i in summed])
+        left, right, out = _letters(equation, x, w)
+        summed = [c for c in right if c in left and c not in out]
+        experts = right[: w.ndim - len(w.spec.shape)]
+        x, w = as_seen(
+            x,
+            w,
+            [(left.index(c), right.index(c)) for c in summed],
+            [left.index(c) if c in left else None for c in experts],
+        )
     return jnp.einsum(
         equation,
         x,
@@ -299,8 +304,7 @@ def ragged_dot(
         for name in ("a", "b"):
             x = jax.lax.ragged_dot(x, w.planes[name].astype(x.dtype), group_sizes)
         return y + (w.scaling * x).astype(y.dtype)
-    if _rounds_activations(w):
-        x = _rounded(x, w, [1])
+    x, w = as_seen(x, w, [(1, 1)], [None], group_sizes)
     if not isinstance(w, QTensor) or not _ragged(x, w):
         return jax.lax.ragged_dot(
             x,
@@ -314,7 +318,7 @@ def ragged_dot(
         return ragged_matmul(x, *kernel_view(w), group_sizes, out_dtype=out_dtype)
     return ragged_matmul(
         x,
-        w.planes,
+        w.kernel_planes,
         w.layout,
         group_sizes,
         activation=w.activation,
@@ -359,7 +363,7 @@ def _prepared_dot(x: jax.Array, w: PreparedTensor, out_dtype: Any) -> jax.Array:
         )
 
     if shards is None:
-        return product(x, w.planes, out_dtype)
+        return product(x, w.kernel_planes, out_dtype)
 
     def part(x: jax.Array, planes: Any) -> jax.Array:
         planes = jax.tree.map(lambda p: p[0], planes)
@@ -377,7 +381,7 @@ def _prepared_dot(x: jax.Array, w: PreparedTensor, out_dtype: Any) -> jax.Array:
         in_specs=(split if inputs else P(), P(shards.axis)),
         out_specs=P() if inputs else split,
         check_vma=False,
-    )(x, w.planes)
+    )(x, w.kernel_planes)
 
 
 def _takes(x: jax.Array, w: jax.Array | QTensor, numbers: Any) -> bool:
@@ -403,17 +407,22 @@ def _inputs_last(x: jax.Array, numbers: Any, ndim: int) -> jax.Array:
     return x.reshape(*x.shape[: x.ndim - len(order)], -1)
 
 
-def _as_dot(equation: str, x: jax.Array, w: QTensor) -> Any:
-    """Dimension numbers of an einsum that is a plain product in that order, or None."""
-    left, arrow, out = equation.replace(" ", "").partition("->")
-    names = left.split(",")
-    if not arrow or len(names) != 2:
-        return None
-    a, b = names
+def _letters(equation: str, x: jax.Array, w: QTensor) -> tuple[str, str, str]:
+    """The axes of both operands and of the result, with letters for an ellipsis."""
+    left, _, out = equation.replace(" ", "").partition("->")
+    a, _, b = left.partition(",")
     if a.startswith("...") and out.startswith("..."):
         # Letters that neither side can hold stand for the axes that are not named.
         extra = "".join(chr(0x3B1 + i) for i in range(x.ndim - len(a) + 3))
         a, out = extra + a[3:], extra + out[3:]
+    return a, b, out
+
+
+def _as_dot(equation: str, x: jax.Array, w: QTensor) -> Any:
+    """Dimension numbers of an einsum that is a plain product in that order, or None."""
+    if "->" not in equation or equation.count(",") != 1:
+        return None
+    a, b, out = _letters(equation, x, w)
     if len(a) != x.ndim or len(b) != w.ndim or len(set(a)) + len(set(b)) != len(a + b):
         return None
     both = [c for c in b if c in a]
@@ -427,23 +436,6 @@ def _activation(x: Any, w: jax.Array | QTensor) -> jax.Array:
     x = jnp.asarray(x)
     # In the dtype of integers a weight would be rounded to 0.
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(w.dtype)
-
-
-def _rounds_activations(w: Any) -> bool:
-    """Whether the other operand must be rounded here, and is not by the kernel."""
-    if not isinstance(w, QTensor) or w.spec.activation is None:
-        return False
-    return not isinstance(w, PreparedTensor) or w.activation is None
-
-
-def _rounded(x: jax.Array, w: Any, axes: Any) -> jax.Array:
-    """`x` as the weight's recipe wants it, each token (all but `axes`) by itself."""
-    axes = sorted(a % x.ndim for a in axes)
-    last = tuple(range(-len(axes), 0))
-    moved = jnp.moveaxis(x, axes, last)
-    flat = moved.reshape(*moved.shape[: x.ndim - len(axes)], -1)
-    flat = fake_quantize_activation(flat, w.spec.activation)
-    return jnp.moveaxis(flat.reshape(moved.shape), last, axes)
 
 
 def _dense(w: jax.Array | QTensor, dtype: Any) -> jax.Array:

@@ -84,6 +84,7 @@ class PreparedTensor(QTensor):
             return dict(pallas_kernels.restore(planes, self.layout)[0])
 
         planes = dict(self.planes)
+        static = {n: planes.pop(n) for n in ("input_scale",) if n in planes}
         if self.shards is None:
             n_batch = planes["codes"].ndim - self.code_rank
             planes = _over_batch(one, planes, n_batch)
@@ -95,7 +96,13 @@ class PreparedTensor(QTensor):
                 out_specs=_plane_specs(planes, self.spec, self.shards),
                 check_vma=False,
             )(planes)
-        return QTensor(planes=_from_matrix(planes, self.spec), spec=self.spec)
+        planes = _from_matrix(planes, self.spec)
+        return QTensor(planes={**planes, **static}, spec=self.spec)
+
+    @property
+    def kernel_planes(self) -> Planes:
+        """The planes that kernels take: all but the scale of static activations."""
+        return {n: p for n, p in self.planes.items() if n != "input_scale"}
 
     def dequantize(self, dtype: Any = None) -> jax.Array:
         """The array, `shape`, in `dtype` (default: the logical dtype)."""
@@ -159,7 +166,9 @@ def prepare(
             raise KernelError(f"{_label(leaf.path)} is prepared already: restore it")
         # One tensor in two places (tied weights) stays one.
         if id(q) not in ready:
-            rounds = "int8" if q.spec.activation == "int8" else activation
+            # The kernels take the scale of each token from the token.
+            dynamic = q.spec.activation == "int8" and "input_scale" not in q.planes
+            rounds = "int8" if dynamic else activation
             ready[id(q)] = _prepare_one(q, leaf.path, name, explicit, rounds)
         out.append(ready[id(q)])
     return unflatten(treedef, leaves, out)
@@ -194,6 +203,7 @@ def kernel_view(q: QTensor) -> tuple[Planes, WeightLayout]:
         run=run_length(spec) if spec.format == "t2" else 128,
         group_stride=spec.option("group_stride", 1),
     )
+    planes = {n: p for n, p in planes.items() if n != "input_scale"}
     return {name: _to_matrix(name, p, spec) for name, p in planes.items()}, layout
 
 
@@ -280,11 +290,14 @@ def _prepare_one(
             check_vma=False,
         )(planes)
         n_batch = 1
+    code_rank = ready["codes"].ndim - (0 if shards else n_batch)
+    if "input_scale" in q.planes:
+        ready = {**ready, "input_scale": q.planes["input_scale"]}
     return PreparedTensor(
         planes=ready,
         spec=q.spec,
         layout=found[0],
-        code_rank=ready["codes"].ndim - (0 if shards else n_batch),
+        code_rank=code_rank,
         activation=activation,
         shards=shards,
     )

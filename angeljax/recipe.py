@@ -21,9 +21,12 @@ from angeljax._attention_options import AttentionOptions
 from angeljax._fields import known_fields
 from angeljax._tokens_options import TokensOptions
 from angeljax._train_options import Arenas, QATOptions
-from angeljax.formats._activation import ACTIVATIONS
+from angeljax.algorithms import get_algorithm, input_scale
+from angeljax.formats._activation import ACTIVATIONS, STATIC_ACTIVATIONS
 from angeljax.formats._registry import get_format
 from angeljax.formats._resolve import check_options
+from angeljax.transforms import _base as transforms_base
+from angeljax.transforms._base import Transform
 
 # What a rule without `match` leaves alone: embeddings, heads, norms, routers, biases.
 DEFAULT_SKIP = (
@@ -35,7 +38,6 @@ DEFAULT_SKIP = (
     r"(.*/)?[^/]*lora_[^/]*(/.*)?",
     r"(.*/)?(bias|b|scale|gamma|beta)",
 )
-ALGORITHMS = ("rtn",)
 # Options that only some formats have; None leaves the format's default.
 FORMAT_OPTIONS = (
     "symmetric",
@@ -63,7 +65,9 @@ class Rule:
         more axes that `Recipe.skip` does not name.
       format: a number format (`angeljax.formats.format_names()`), or None to leave the
         leaf as it is ("none" in YAML).
-      algorithm: "rtn", rounding to the nearest code.
+      algorithm: how codes are chosen: "rtn" rounds to the nearest, others look at
+        calibration data; see `angeljax.algorithms.algorithm_names()`.
+      options: of the algorithm; its dataclass of options, or a mapping of its fields.
       granularity: "tensor", "channel", "group" or "block"; default by format.
       group_size: weights along the contraction that share a scale.
       axis: contraction axis or adjacent axes. Default: -2, as in a Flax kernel
@@ -77,6 +81,12 @@ class Rule:
       activation: what the other operand of the layer's product is quantized to on the
         fly, each token by itself: "int8", "int4", "float8_e4m3", "mxfp8", "mxfp4" or
         "nvfp4". Default: it is left as it is.
+      activation_scale: where the scale of the activations comes from: "dynamic", from
+        each token as it comes, or a method that finds one scale by calibration, such as
+        "amax"; see `angeljax.algorithms.input_scale.METHODS`.
+      rotation: a Hadamard matrix mixes the inputs before they are rounded, in blocks of
+        this many ("full": the largest that there are), and the weight is stored for
+        such inputs. The product stays the same but for rounding.
       qat: how the weight is trained; `QATOptions`, or a mapping of its fields. Without
         it `angeljax.qat` uses the defaults.
       symmetric, narrow_range, scale_method, scale_rounding, group_stride, shift:
@@ -89,6 +99,7 @@ class Rule:
     match: str | None = None
     format: str | None = None
     algorithm: str = "rtn"
+    options: Any = None
     granularity: str | None = None
     group_size: int | None = None
     axis: int | tuple[int, ...] | None = None
@@ -103,6 +114,8 @@ class Rule:
     group_stride: int | None = None
     shift: bool | None = None
     activation: str | None = None
+    activation_scale: str = "dynamic"
+    rotation: int | str | None = None
     qat: QATOptions | None = None
 
     def __post_init__(self) -> None:
@@ -110,6 +123,8 @@ class Rule:
             object.__setattr__(self, "axis", tuple(self.axis))
         try:
             object.__setattr__(self, "qat", QATOptions.parse(self.qat))
+            algorithm = get_algorithm(self.algorithm)
+            object.__setattr__(self, "options", algorithm.parse(self.options))
             self._check()
         except ValueError as e:
             raise RecipeError(f"rule {self.label()}: {e}") from None
@@ -123,10 +138,6 @@ class Rule:
             except re.error as e:
                 message = f"match {self.match!r} is no regular expression: {e}"
                 raise ValueError(message) from None
-        if self.algorithm not in ALGORITHMS:
-            raise ValueError(
-                f"unknown algorithm {self.algorithm!r}: use {', '.join(ALGORITHMS)}"
-            )
         for name in ("pad", "optional"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false")
@@ -139,9 +150,11 @@ class Rule:
             raise ValueError(f"batch_axes must be an integer >= 0: {self.batch_axes}")
         if self.format is None:
             more = ("granularity", "group_size", "scale_dtype", "activation", "qat")
-            for name in (*more, *FORMAT_OPTIONS):
+            for name in (*more, "rotation", *FORMAT_OPTIONS):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} needs a format")
+            if self.algorithm != "rtn":
+                raise ValueError(f"algorithm {self.algorithm} needs a format")
             return
         check_options(
             get_format(self.format),
@@ -154,7 +167,29 @@ class Rule:
             raise ValueError(
                 f"activation={self.activation!r}: use {', '.join(ACTIVATIONS)}"
             )
+        get_algorithm(self.algorithm).takes(self.format)
+        self._check_activation_scale()
         self._check_qat()
+
+    def needs(self) -> tuple[str, ...]:
+        """Names of the statistics that the rule's algorithm and activations need."""
+        if self.format is None:
+            return ()
+        of_algorithm = get_algorithm(self.algorithm).needs(self.options)
+        return (*of_algorithm, *input_scale.needs(self.activation_scale))
+
+    def _check_activation_scale(self) -> None:
+        if self.activation_scale not in input_scale.METHODS:
+            raise ValueError(
+                f"activation_scale={self.activation_scale!r}: use "
+                f"{', '.join(input_scale.METHODS)}"
+            )
+        static = self.activation_scale != "dynamic"
+        if static and self.activation not in STATIC_ACTIVATIONS:
+            raise ValueError(
+                f"activation_scale={self.activation_scale!r} needs an activation of "
+                f"{', '.join(STATIC_ACTIVATIONS)}, not {self.activation!r}"
+            )
 
     def _check_qat(self) -> None:
         if self.qat is None or self.format is None:
@@ -197,6 +232,10 @@ class Rule:
             value = getattr(self, field.name)
             if field.name == "format" or value != field.default:
                 out[field.name] = list(value) if isinstance(value, tuple) else value
+        out.pop("options", None)
+        options = _changed(self.options)
+        if options:
+            out["options"] = options
         if self.qat is not None:
             out["qat"] = _train_options.to_dict(self.qat)
         out["format"] = self.format or "none"
@@ -222,6 +261,17 @@ class Rule:
         return cls(**{**data, "format": fmt})
 
 
+def _changed(options: Any) -> dict[str, Any]:
+    """The fields of a dataclass that differ from their defaults."""
+    values = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
+    defaults = {f.name: f.default for f in dataclasses.fields(options)}
+    return {
+        k: list(v) if isinstance(v, tuple) else v
+        for k, v in values.items()
+        if v != defaults[k]
+    }
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """An ordered list of rules and the name under which it is known.
@@ -235,6 +285,9 @@ class Recipe:
         {"model_type": "llama"}; checked where the configuration is known.
       arenas: the annealed residual that `angeljax.qat` trains with; in YAML the entry
         `arenas` of the section `train`. None trains without.
+      transforms: what is done to the tree before weights are quantized, in order, that
+        leaves the function of the model as it is (smoothing, rotations); objects of
+        `angeljax.transforms`, or mappings with a `name` and their fields.
       attention: how the model reads long prompts; `AttentionOptions`, or a mapping of
         its fields. It changes no weight: `attention.attention_fn()` goes into a
         `LanguageModel`, and the command line does so by itself. None is dense.
@@ -256,6 +309,7 @@ class Recipe:
     # Not part of the hash, so that a recipe has one: `jit` may close over it.
     requires: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     arenas: Arenas | None = None
+    transforms: Sequence[Transform] = ()
     attention: AttentionOptions | None = None
     tokens: TokensOptions | None = None
 
@@ -281,10 +335,12 @@ class Recipe:
         except ValueError as e:
             raise RecipeError(f"train: {e}") from None
         try:
+            transforms = tuple(transforms_base.parse(t) for t in self.transforms)
             options = AttentionOptions.parse(self.attention)
             tokens = TokensOptions.parse(self.tokens)
         except ValueError as e:
             raise RecipeError(str(e)) from None
+        object.__setattr__(self, "transforms", transforms)
         object.__setattr__(self, "attention", options)
         object.__setattr__(self, "tokens", tokens)
 
@@ -302,6 +358,8 @@ class Recipe:
         out["rules"] = [rule.to_dict() for rule in self.rules]
         if self.arenas is not None:
             out["train"] = {"arenas": _train_options.to_dict(self.arenas)}
+        if self.transforms:
+            out["transforms"] = [t.to_dict() for t in self.transforms]
         if self.attention is not None:
             out["attention"] = self.attention.to_dict()
         if self.tokens is not None:

@@ -222,18 +222,18 @@ def test_report_of_different_models_names_the_leaf():
 @pytest.mark.parametrize("donate", [True, False])
 def test_peak_memory(donate, monkeypatch):
     """Weights and codes that exist at once, after each leaf."""
-    module = importlib.import_module("angeljax.compress")
+    job = importlib.import_module("angeljax._jobs").Job
     weights = [jnp.full((256, 64), i, jnp.float32) for i in range(1, 9)]
-    made, sizes, quantize = [], [], module._quantize
+    made, sizes, run = [], [], job.run
 
-    def watched(w, spec):
-        out = quantize(w, spec)
-        made.extend(jax.tree.leaves(out[0]))
+    def watched(self, w):
+        out = run(self, w)
+        made.extend(jax.tree.leaves(out))
         alive = [x.nbytes for x in (*weights, *made) if not x.is_deleted()]
         sizes.append(sum(alive))
         return out
 
-    monkeypatch.setattr(module, "_quantize", watched)
+    monkeypatch.setattr(job, "run", watched)
     params = {str(i): {"kernel": w} for i, w in enumerate(weights)}
     c = aj.compress(params, aj.Recipe(rules=[aj.Rule(format="int8")]), donate=donate)
     leaf, packed = weights[0].nbytes, c["0"]["kernel"].nbytes

@@ -10,8 +10,11 @@ import jax.numpy as jnp
 from angeljax.formats import _blocks
 from angeljax.formats._registry import get_format
 from angeljax.formats._resolve import make_spec
+from angeljax.formats.microscaling import nv_block_scales
 
 ACTIVATIONS = ("int8", "int4", "float8_e4m3", "mxfp8", "mxfp4", "nvfp4")
+# Those that can have one scale for all tokens, found by calibration.
+STATIC_ACTIVATIONS = ("int8", "int4", "float8_e4m3", "nvfp4")
 
 
 @jax.custom_jvp
@@ -26,7 +29,9 @@ def _tangent(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     return _straight_through(*primals), tangents[0]
 
 
-def fake_quantize_activation(x: jax.Array, kind: str) -> jax.Array:
+def fake_quantize_activation(
+    x: jax.Array, kind: str, scale: jax.Array | None = None
+) -> jax.Array:
     """`x` rounded to the numbers of a format, scales taken from each token.
 
     int8, int4 and float8_e4m3 have one scale for each token (the last axis); mxfp8 and
@@ -36,6 +41,9 @@ def fake_quantize_activation(x: jax.Array, kind: str) -> jax.Array:
     Args:
       x: float `[..., K]`.
       kind: one of `ACTIVATIONS`.
+      scale: a scalar that takes the place of the scales of the tokens (static
+        quantization; int8, int4, float8_e4m3), or of the scale of the whole array
+        (nvfp4). What lies outside of its range is clipped.
 
     Returns:
       An array of the shape and dtype of `x`.
@@ -65,10 +73,15 @@ def fake_quantize_activation(x: jax.Array, kind: str) -> jax.Array:
         **narrow,
     )
     blocks = _blocks.to_blocks(jax.lax.stop_gradient(rows), spec)
-    if fmt.snap is None:
-        blocks = fmt.decode(fmt.encode(blocks, spec), spec)
-    else:
-        levels, granules = fmt.snap(blocks, spec, None)
-        blocks = levels * granules["scale"].astype(jnp.float32)
+    assert fmt.scales and fmt.nearest and fmt.values
+    granules = fmt.scales(blocks, spec)
+    if scale is not None:
+        scale = jnp.asarray(scale, jnp.float32).reshape(())
+        if kind == "nvfp4":
+            amax = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True)
+            granules = nv_block_scales(amax, jnp.full((1, 1, 1), scale))
+        else:
+            granules = {"scale": jnp.full_like(granules["scale"], scale)}
+    blocks = fmt.values(fmt.nearest(blocks, granules, spec), granules, spec)
     y = _blocks.from_blocks(blocks, spec).reshape(x.shape).astype(x.dtype)
     return _straight_through(x, y)

@@ -17,10 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from angeljax.formats._rotation import rotate
 from angeljax.formats._spec import Spec
 
-# Planes that hold one entry per granule; every other plane holds packed codes.
-GRANULE_PLANES = frozenset({"scale", "scale2", "zero", "shift"})
+# Planes that hold one entry per granule; every other plane holds packed codes. The
+# scale of static activations is one for all of them.
+GRANULE_PLANES = frozenset({"scale", "scale2", "zero", "shift", "input_scale"})
 
 
 def rounded(x: jax.Array, dtype: Any) -> jax.Array:
@@ -34,10 +36,15 @@ def rounded(x: jax.Array, dtype: Any) -> jax.Array:
 
 
 def to_blocks(w: jax.Array, spec: Spec) -> jax.Array:
-    """`[*batch, *core]` -> float32 `[*batch, *out, G, g]`, zero-padded along K."""
+    """`[*batch, *core]` -> float32 `[*batch, *out, G, g]`, zero-padded along K.
+
+    With a rotation the weight for rotated inputs: x W = (x H) (H' W).
+    """
     batch = w.shape[: w.ndim - len(spec.shape)]
     x = w.astype(jnp.float32).reshape(*batch, *spec.merged_shape)
     x = jnp.moveaxis(x, spec.k_position, -1)
+    if spec.rotation:
+        x = rotate(x, spec.rotation)
     if spec.k_padded != spec.k:
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, spec.k_padded - spec.k)])
     return x.reshape(*x.shape[:-1], spec.groups, spec.group_size)
@@ -46,6 +53,8 @@ def to_blocks(w: jax.Array, spec: Spec) -> jax.Array:
 def from_blocks(x: jax.Array, spec: Spec) -> jax.Array:
     """Inverse of `to_blocks`, padding cut off; dtype unchanged."""
     x = x.reshape(*x.shape[:-2], spec.k_padded)[..., : spec.k]
+    if spec.rotation:
+        x = rotate(x, spec.rotation, inverse=True)
     x = jnp.moveaxis(x, -1, spec.k_position)
     return x.reshape(*x.shape[: x.ndim - spec.rank], *spec.shape)
 

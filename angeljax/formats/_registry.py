@@ -39,6 +39,13 @@ class Format:
       clip: spec -> lowest and highest level before rounding, beyond which a weight is
         clipped; with `snap` only.
       level_depends_on_scale: whether another scale chooses other levels.
+      scales: blocks, spec -> granule planes from the data. Together with `nearest`,
+        `values` and `pack` it takes a format apart, for algorithms that choose scales
+        and levels by themselves.
+      nearest: blocks, granule planes, spec -> levels; any blocks whose granule axes
+        agree, such as one column of a group with the scales of the group.
+      values: levels, granule planes, spec -> float32 weights, as `decode` gives them.
+      pointwise: whether `nearest` looks at each weight by itself.
     """
 
     name: str
@@ -57,6 +64,10 @@ class Format:
     pack: Callable[[jax.Array, Planes, Spec], Planes] | None = None
     clip: Callable[[Spec], tuple[float, float]] | None = None
     level_depends_on_scale: bool = True
+    scales: Callable[[jax.Array, Spec], Planes] | None = None
+    nearest: Callable[[jax.Array, Planes, Spec], jax.Array] | None = None
+    values: Callable[[jax.Array, Planes, Spec], jax.Array] | None = None
+    pointwise: bool = True
 
     def tail_unit(self, spec: Spec) -> int:
         """Weights in the smallest part of a group that can be stored by itself."""

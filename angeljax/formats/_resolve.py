@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from angeljax.formats._registry import Format, get_format
+from angeljax.formats._rotation import resolve_rotation
 from angeljax.formats._spec import Spec
 
 SCALE_DTYPES = ("float32", "bfloat16", "float16")
@@ -111,6 +112,7 @@ def make_spec(
     scale_dtype: str | None = None,
     pad: bool = True,
     activation: str | None = None,
+    rotation: int | str | None = None,
     **options: Any,
 ) -> Spec:
     """Resolves options against an array's shape. Touches no data.
@@ -127,6 +129,8 @@ def make_spec(
       scale_dtype: default bfloat16 for groups, else float32.
       pad: whether a last short group may be padded inside.
       activation: what products quantize their other operand to.
+      rotation: size of the blocks in which a Hadamard matrix mixes the inputs, or
+        "full" for the largest that there is.
       **options: of the format.
 
     Returns:
@@ -197,4 +201,5 @@ def make_spec(
         scale_dtype=scale_dtype,
         options=tuple(sorted(full.items())),
         activation=activation,
+        rotation=resolve_rotation(rotation, k),
     )

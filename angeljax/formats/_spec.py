@@ -6,6 +6,9 @@ import dataclasses
 import math
 from typing import Any, Literal
 
+# Fields that a stored spec may lack.
+_LATER = ("activation", "rotation")
+
 Granularity = Literal["tensor", "channel", "group", "block"]
 
 
@@ -33,6 +36,10 @@ class Spec:
     options: tuple[tuple[str, Any], ...] = ()
     # What products quantize their other operand to, each token by itself.
     activation: str | None = None
+    # Inputs that a Hadamard matrix mixes before the product, in blocks of this many; 0
+    # for none. What is stored is the weight for such inputs; the array that it stands
+    # for is the original.
+    rotation: int = 0
 
     @property
     def k(self) -> int:
@@ -83,8 +90,8 @@ class Spec:
             "axis": list(self.axis),
             "options": dict(self.options),
         }
-        # Left out where there is none: older versions did not know it.
-        return out if self.activation else {k: out[k] for k in out if k != "activation"}
+        # Left out where there is none: older versions did not know them.
+        return {k: v for k, v in out.items() if k not in _LATER or v}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Spec:
@@ -94,8 +101,8 @@ class Spec:
           ValueError: a field is missing or unknown.
         """
         names = {f.name for f in dataclasses.fields(cls)}
-        if {*data, "activation"} != names:
-            odd = sorted({*data, "activation"} ^ names)
+        if {*data, *_LATER} != names:
+            odd = sorted({*data, *_LATER} ^ names)
             raise ValueError(f"spec has missing or unknown fields: {', '.join(odd)}")
         return cls(
             **{

@@ -14,6 +14,7 @@ from angeljax.formats._blocks import Granules
 from angeljax.formats._packing import pack_bits, unpack_bits
 from angeljax.formats._registry import Format, Planes, Snapped, register
 from angeljax.formats._spec import Spec
+from angeljax.formats.integer import values
 from angeljax.formats.ternary import mean_scale
 
 
@@ -57,5 +58,8 @@ register(
         pack=pack,
         clip=lambda spec: (-1.0, 1.0),
         level_depends_on_scale=False,
+        scales=lambda w, spec: snap(w, spec)[1],
+        nearest=lambda w, planes, spec: jnp.where(w < 0, -1.0, 1.0),
+        values=values,
     )
 )

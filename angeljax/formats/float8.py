@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from angeljax.formats._blocks import Granules, rounded
 from angeljax.formats._registry import Format, Planes, Snapped, register
 from angeljax.formats._spec import Spec
-from angeljax.formats.integer import inverse, to_scale
+from angeljax.formats.integer import inverse, to_scale, values
 
 E4M3 = jnp.float8_e4m3fn
 E5M2 = jnp.float8_e5m2
@@ -44,12 +44,23 @@ def snap(
     w: jax.Array, spec: Spec, scale: jax.Array | None = None, *, dtype: Any
 ) -> Snapped:
     """Elements (as float32) and scales of blocks `[*lead, G, g]`."""
-    granules = Granules(spec)
     if scale is None:
-        scale = granules.max(jnp.abs(w)) * inverse(float(jnp.finfo(dtype).max))
-    scale = to_scale(scale, spec)
-    levels = cast(granules.divide(w, scale), dtype).astype(jnp.float32)
-    return levels, {"scale": scale}
+        planes = scales(w, spec, dtype=dtype)
+    else:
+        planes = {"scale": to_scale(scale, spec)}
+    return nearest(w, planes, spec, dtype=dtype), planes
+
+
+def scales(w: jax.Array, spec: Spec, *, dtype: Any) -> Planes:
+    """Scales that hold every weight of blocks `[*lead, G, g]`."""
+    scale = Granules(spec).max(jnp.abs(w)) * inverse(float(jnp.finfo(dtype).max))
+    return {"scale": to_scale(scale, spec)}
+
+
+def nearest(w: jax.Array, planes: Planes, spec: Spec, *, dtype: Any) -> jax.Array:
+    """Elements (as float32) for given scales."""
+    x = Granules(spec).divide(w, planes["scale"])
+    return cast(x, dtype).astype(jnp.float32)
 
 
 def clip_range(spec: Spec, *, dtype: Any) -> tuple[float, float]:
@@ -76,5 +87,8 @@ for _name, _dtype in (("float8_e4m3", E4M3), ("float8_e5m2", E5M2)):
             snap=functools.partial(snap, dtype=_dtype),
             pack=functools.partial(pack, dtype=_dtype),
             clip=functools.partial(clip_range, dtype=_dtype),
+            scales=functools.partial(scales, dtype=_dtype),
+            nearest=functools.partial(nearest, dtype=_dtype),
+            values=values,
         )
     )

@@ -48,38 +48,52 @@ def snap(
     w: jax.Array, spec: Spec, scale: jax.Array | None = None, *, bits: int
 ) -> Snapped:
     """Integer levels (less the zero point) and scales of blocks `[*lead, G, g]`."""
-    if not spec.option("symmetric"):
-        return _snap_asymmetric(w, spec, bits, scale)
+    if scale is None:
+        planes = scales(w, spec, bits=bits)
+    else:
+        assert spec.option("symmetric"), "a zero point follows from the data"
+        planes = {"scale": to_scale(scale, spec)}
+    return nearest(w, planes, spec, bits=bits), planes
+
+
+def scales(w: jax.Array, spec: Spec, *, bits: int) -> Planes:
+    """Scales (and zero points) that hold every weight of blocks `[*lead, G, g]`."""
+    granules = Granules(spec)
+    if spec.option("symmetric"):
+        low, high = clip_range(spec, bits=bits)
+        top = granules.max(jnp.abs(w))
+        top = top * inverse(high if low == -high else high + 0.5)
+        return {"scale": to_scale(top, spec)}
+    lowest = -(2 ** (bits - 1))
+    # The zero padding of the last group never widens a range that holds 0.
+    least, most = jnp.minimum(granules.min(w), 0), jnp.maximum(granules.max(w), 0)
+    scale = to_scale((most - least) * inverse(2**bits - 1), spec)
+    zero = jnp.round(lowest - least / scale.astype(jnp.float32))
+    zero = jnp.clip(zero, lowest, -lowest - 1)
+    return {"scale": scale, "zero": (zero - lowest).astype(jnp.uint8)}
+
+
+def nearest(w: jax.Array, planes: Planes, spec: Spec, *, bits: int) -> jax.Array:
+    """Integer levels (less the zero point) for given scales."""
     granules = Granules(spec)
     low, high = clip_range(spec, bits=bits)
-    if scale is None:
-        scale = granules.max(jnp.abs(w)) * inverse(high if low == -high else high + 0.5)
-    scale = to_scale(scale, spec)
-    return jnp.clip(jnp.round(granules.divide(w, scale)), low, high), {"scale": scale}
+    x = granules.divide(w, planes["scale"])
+    if "zero" not in planes:
+        return jnp.clip(jnp.round(x), low, high)
+    lowest = -(2.0 ** (bits - 1))
+    zero = granules.expand(planes["zero"].astype(jnp.float32) + lowest)
+    return jnp.clip(jnp.round(x + zero), lowest, -lowest - 1) - zero
+
+
+def values(levels: jax.Array, planes: Planes, spec: Spec) -> jax.Array:
+    """Weights of levels: each times its scale. Other formats share this."""
+    return levels * Granules(spec).expand(planes["scale"].astype(jnp.float32))
 
 
 def clip_range(spec: Spec, *, bits: int) -> tuple[float, float]:
     """Lowest and highest level of the symmetric code."""
     top = 2.0 ** (bits - 1) - 1
     return (-top if narrow_range(spec, bits) else -top - 1), top
-
-
-def _snap_asymmetric(
-    w: jax.Array, spec: Spec, bits: int, scale: jax.Array | None
-) -> Snapped:
-    assert scale is None, "a zero point follows from the data, and so does its scale"
-    granules = Granules(spec)
-    lowest = -(2 ** (bits - 1))
-    # The zero padding of the last group never widens a range that holds 0.
-    low, high = jnp.minimum(granules.min(w), 0), jnp.maximum(granules.max(w), 0)
-    scale = (high - low) * inverse(2**bits - 1)
-    scale = to_scale(scale, spec)
-    s = scale.astype(jnp.float32)
-    zero = jnp.clip(jnp.round(lowest - low / s), lowest, -lowest - 1)
-    q = jnp.round(granules.divide(w, s) + granules.expand(zero))
-    q = jnp.clip(q, lowest, -lowest - 1)
-    granule = {"scale": scale, "zero": (zero - lowest).astype(jnp.uint8)}
-    return q - granules.expand(zero), granule
 
 
 def pack(levels: jax.Array, granules: Planes, spec: Spec, *, bits: int) -> Planes:
@@ -144,5 +158,8 @@ for _bits in (8, 4, 3, 2):
             snap=functools.partial(snap, bits=_bits),
             pack=functools.partial(pack, bits=_bits),
             clip=functools.partial(clip_range, bits=_bits),
+            scales=functools.partial(scales, bits=_bits),
+            nearest=functools.partial(nearest, bits=_bits),
+            values=values,
         )
     )

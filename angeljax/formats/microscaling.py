@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,91 +86,145 @@ def _mx_scale(w: jax.Array, spec: Spec, element_max: float) -> jax.Array:
     return e8m0_encode(amax * inverse(largest), "floor")
 
 
-def mxfp4_encode(w: jax.Array, spec: Spec) -> Planes:
-    """Codes and E8M0 scales of blocks `[*lead, G, 32]`."""
-    scale = _mx_scale(w, spec, E2M1_MAX)
-    return {
-        "codes": pack_bits(e2m1_encode(w * (1.0 / e8m0_decode(scale))), 4),
-        "scale": scale,
-    }
+def e2m1_round(x: jax.Array) -> jax.Array:
+    """The nearest E2M1 values, as float32."""
+    return e2m1_decode(e2m1_encode(x))
 
 
-def mxfp4_decode(planes: Planes, spec: Spec) -> jax.Array:
-    """Float32 blocks `[*lead, G, 32]`."""
-    del spec
-    return e2m1_decode(unpack_bits(planes["codes"], 4)) * e8m0_decode(planes["scale"])
+def e4m3_round(x: jax.Array) -> jax.Array:
+    """The nearest E4M3 values, as float32."""
+    return cast(x, E4M3).astype(jnp.float32)
 
 
-def mxfp8_encode(w: jax.Array, spec: Spec) -> Planes:
-    """E4M3 elements and E8M0 scales of blocks `[*lead, G, 32]`."""
-    scale = _mx_scale(w, spec, E4M3_MAX)
-    return {"codes": cast(w * (1.0 / e8m0_decode(scale)), E4M3), "scale": scale}
+def mx_scales(w: jax.Array, spec: Spec, *, element_max: float) -> Planes:
+    """E8M0 scales of blocks `[*lead, G, 32]`."""
+    return {"scale": _mx_scale(w, spec, element_max)}
 
 
-def mxfp8_decode(planes: Planes, spec: Spec) -> jax.Array:
-    """Float32 blocks `[*lead, G, 32]`."""
-    del spec
-    return planes["codes"].astype(jnp.float32) * e8m0_decode(planes["scale"])
-
-
-def nvfp4_encode(w: jax.Array, spec: Spec) -> Planes:
-    """Codes, E4M3 block scales and the tensor scale of blocks `[*lead, G, 16]`."""
+def nv_scales(w: jax.Array, spec: Spec) -> Planes:
+    """E4M3 block scales and the tensor scale of blocks `[*lead, G, 16]`."""
     amax = jnp.max(jnp.abs(w), axis=-1, keepdims=True)
     # One scale2 for each batch entry: over the outputs and all groups.
     n_out = spec.rank - 1
     axes = tuple(range(amax.ndim - 2 - n_out, amax.ndim))
     scale2 = jnp.max(amax, axis=axes, keepdims=True) * inverse(E2M1_MAX * E4M3_MAX)
-    scale2 = jnp.where(scale2 < TINY, 1.0, scale2)
+    return nv_block_scales(amax, jnp.where(scale2 < TINY, 1.0, scale2))
+
+
+def nv_block_scales(amax: jax.Array, scale2: jax.Array) -> Planes:
+    """E4M3 scales for block maxima `[*lead, G, 1]` under a given tensor scale."""
     smallest = float(jnp.finfo(E4M3).smallest_subnormal)
     scale = amax * inverse(E2M1_MAX) * (1.0 / scale2)
     scale = jnp.clip(scale, smallest, E4M3_MAX)
     scale = cast(jnp.where(amax == 0, 1.0, scale), E4M3)
-    codes = e2m1_encode(w * (1.0 / (scale.astype(jnp.float32) * scale2)))
-    return {"codes": pack_bits(codes, 4), "scale": scale, "scale2": scale2}
+    return {"scale": scale, "scale2": scale2}
 
 
-def nvfp4_decode(planes: Planes, spec: Spec) -> jax.Array:
-    """Float32 blocks `[*lead, G, 16]`."""
+def block_scale(planes: Planes) -> jax.Array:
+    """The float32 factor of each block."""
+    if "scale2" in planes:
+        return planes["scale"].astype(jnp.float32) * planes["scale2"]
+    return e8m0_decode(planes["scale"])
+
+
+def nearest(
+    w: jax.Array, planes: Planes, spec: Spec, *, rounding: Callable[..., jax.Array]
+) -> jax.Array:
+    """Elements (as float32) for given scales."""
     del spec
-    scale = planes["scale"].astype(jnp.float32) * planes["scale2"]
-    return e2m1_decode(unpack_bits(planes["codes"], 4)) * scale
+    return rounding(w * (1.0 / block_scale(planes)))
 
 
-_block_format = functools.partial(Format, granularities=("group",), fixed_group=True)
-register(
-    _block_format(
-        name="nvfp4",
-        payload_bits=4,
-        encode=nvfp4_encode,
-        decode=nvfp4_decode,
-        unit=2,
-        group_size=16,
-        fixed_scale_dtype="float8_e4m3fn",
-        summary="E2M1 in blocks of 16 with E4M3 scales under a tensor scale",
+def values(levels: jax.Array, planes: Planes, spec: Spec) -> jax.Array:
+    """Float32 weights of elements."""
+    del spec
+    return levels * block_scale(planes)
+
+
+def pack_e2m1(levels: jax.Array, planes: Planes, spec: Spec) -> Planes:
+    """All planes of E2M1 elements."""
+    del spec
+    return {"codes": pack_bits(e2m1_encode(levels), 4), **planes}
+
+
+def pack_e4m3(levels: jax.Array, planes: Planes, spec: Spec) -> Planes:
+    """All planes of E4M3 elements."""
+    del spec
+    return {"codes": cast(levels, E4M3), **planes}
+
+
+def e2m1_blocks(planes: Planes, spec: Spec) -> jax.Array:
+    """Float32 blocks `[*lead, G, g]` of packed E2M1."""
+    return values(e2m1_decode(unpack_bits(planes["codes"], 4)), planes, spec)
+
+
+def e4m3_blocks(planes: Planes, spec: Spec) -> jax.Array:
+    """Float32 blocks `[*lead, G, g]` of E4M3."""
+    return values(planes["codes"].astype(jnp.float32), planes, spec)
+
+
+def _format(
+    scales: Callable[..., Planes],
+    rounding: Callable[..., jax.Array],
+    pack: Callable[..., Planes],
+    decode: Callable[..., jax.Array],
+    **fields: Any,
+) -> None:
+    near = functools.partial(nearest, rounding=rounding)
+
+    def encode(w: jax.Array, spec: Spec) -> Planes:
+        planes = scales(w, spec)
+        return pack(near(w, planes, spec), planes, spec)
+
+    register(
+        Format(
+            encode=encode,
+            decode=decode,
+            granularities=("group",),
+            fixed_group=True,
+            scales=scales,
+            nearest=near,
+            values=values,
+            pack=pack,
+            **fields,
+        )
     )
+
+
+_format(
+    nv_scales,
+    e2m1_round,
+    pack_e2m1,
+    e2m1_blocks,
+    name="nvfp4",
+    payload_bits=4,
+    unit=2,
+    group_size=16,
+    fixed_scale_dtype="float8_e4m3fn",
+    summary="E2M1 in blocks of 16 with E4M3 scales under a tensor scale",
 )
-register(
-    _block_format(
-        name="mxfp4",
-        payload_bits=4,
-        encode=mxfp4_encode,
-        decode=mxfp4_decode,
-        unit=2,
-        group_size=32,
-        fixed_scale_dtype="uint8",
-        options={"scale_rounding": ("ceil", "floor")},
-        summary="E2M1 in blocks of 32 with power-of-two scales",
-    )
+_format(
+    functools.partial(mx_scales, element_max=E2M1_MAX),
+    e2m1_round,
+    pack_e2m1,
+    e2m1_blocks,
+    name="mxfp4",
+    payload_bits=4,
+    unit=2,
+    group_size=32,
+    fixed_scale_dtype="uint8",
+    options={"scale_rounding": ("ceil", "floor")},
+    summary="E2M1 in blocks of 32 with power-of-two scales",
 )
-register(
-    _block_format(
-        name="mxfp8",
-        payload_bits=8,
-        encode=mxfp8_encode,
-        decode=mxfp8_decode,
-        group_size=32,
-        fixed_scale_dtype="uint8",
-        options={"scale_rounding": ("ceil", "floor")},
-        summary="E4M3 in blocks of 32 with power-of-two scales",
-    )
+_format(
+    functools.partial(mx_scales, element_max=E4M3_MAX),
+    e4m3_round,
+    pack_e4m3,
+    e4m3_blocks,
+    name="mxfp8",
+    payload_bits=8,
+    group_size=32,
+    fixed_scale_dtype="uint8",
+    options={"scale_rounding": ("ceil", "floor")},
+    summary="E4M3 in blocks of 32 with power-of-two scales",
 )

@@ -13,7 +13,7 @@ from angeljax.formats._blocks import Granules
 from angeljax.formats._packing import pack_bits, unpack_bits
 from angeljax.formats._registry import Format, Planes, register
 from angeljax.formats._spec import Spec
-from angeljax.formats.integer import to_scale
+from angeljax.formats.integer import to_scale, values
 
 LEVELS = (
     -1.0,
@@ -35,16 +35,36 @@ LEVELS = (
 )
 
 
-def encode(w: jax.Array, spec: Spec) -> Planes:
-    """Codes and scales of blocks `[*lead, G, g]`."""
-    granules = Granules(spec)
-    scale = to_scale(granules.max(jnp.abs(w)), spec)
-    x = granules.divide(w, scale)
+def scales(w: jax.Array, spec: Spec) -> Planes:
+    """Scales that hold every weight of blocks `[*lead, G, g]`."""
+    return {"scale": to_scale(Granules(spec).max(jnp.abs(w)), spec)}
+
+
+def _codes(x: jax.Array) -> jax.Array:
     levels = np.asarray(LEVELS, np.float32)
     codes = jnp.zeros(x.shape, jnp.uint8)
     for middle in (levels[1:] + levels[:-1]) / 2:
         codes += (x > middle).astype(jnp.uint8)
-    return {"codes": pack_bits(codes, 4), "scale": scale}
+    return codes
+
+
+def nearest(w: jax.Array, planes: Planes, spec: Spec) -> jax.Array:
+    """The nearest levels, as float32, for given scales."""
+    codes = _codes(Granules(spec).divide(w, planes["scale"]))
+    return jnp.take(jnp.asarray(LEVELS, jnp.float32), codes, mode="clip")
+
+
+def pack(levels: jax.Array, planes: Planes, spec: Spec) -> Planes:
+    """All planes of levels that `nearest` gave."""
+    del spec
+    return {"codes": pack_bits(_codes(levels), 4), **planes}
+
+
+def encode(w: jax.Array, spec: Spec) -> Planes:
+    """Codes and scales of blocks `[*lead, G, g]`."""
+    planes = scales(w, spec)
+    codes = _codes(Granules(spec).divide(w, planes["scale"]))
+    return {"codes": pack_bits(codes, 4), **planes}
 
 
 def decode(planes: Planes, spec: Spec) -> jax.Array:
@@ -63,6 +83,10 @@ register(
         unit=2,
         granularities=("group", "channel", "tensor"),
         group_size=64,
+        scales=scales,
+        nearest=nearest,
+        values=values,
+        pack=pack,
         summary="4-bit levels at normal quantiles",
     )
 )

@@ -22,7 +22,7 @@ from angeljax.formats._blocks import Granules
 from angeljax.formats._packing import pack_bits, unpack_bits
 from angeljax.formats._registry import Format, Planes, Snapped, register
 from angeljax.formats._spec import Spec
-from angeljax.formats.integer import TINY
+from angeljax.formats.integer import TINY, values
 from angeljax.formats.ternary import mean_scale
 
 _ROUNDS = 10
@@ -43,6 +43,16 @@ def _nearest(w: jax.Array, granules: Granules, scale: jax.Array) -> jax.Array:
     scale = jnp.maximum(scale.astype(jnp.float32), TINY)
     x = jnp.clip(granules.divide(w, scale), -CLIP, CLIP)
     return jnp.round(x - 0.5) + 0.5
+
+
+def scales(w: jax.Array, spec: Spec) -> Planes:
+    """Scales of blocks `[*lead, G, g]`."""
+    return {"scale": mean_scale(jnp.maximum(_from_data(w, spec), 0.0), spec)}
+
+
+def nearest(w: jax.Array, planes: Planes, spec: Spec) -> jax.Array:
+    """The nearest levels for given scales."""
+    return _nearest(w, Granules(spec), planes["scale"])
 
 
 def _from_data(w: jax.Array, spec: Spec) -> jax.Array:
@@ -91,5 +101,8 @@ register(
         snap=snap,
         pack=pack,
         clip=lambda spec: (-CLIP, CLIP),
+        scales=scales,
+        nearest=nearest,
+        values=values,
     )
 )

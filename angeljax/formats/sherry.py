@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from angeljax.formats._blocks import Granules
 from angeljax.formats._registry import Format, Planes, Snapped, register
 from angeljax.formats._spec import Spec
+from angeljax.formats.integer import values
 from angeljax.formats.ternary import mean_scale
 
 
@@ -148,5 +149,9 @@ register(
         pack=pack,
         clip=lambda spec: (-1.0, 1.0),
         level_depends_on_scale=False,
+        scales=lambda w, spec: snap(w, spec)[1],
+        nearest=lambda w, planes, spec: _levels(w, spec.option("group_stride"))[0],
+        values=values,
+        pointwise=False,
     )
 )

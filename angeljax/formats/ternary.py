@@ -18,6 +18,7 @@ the codes are chosen; the scale of a granule of zeros is 0.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +62,20 @@ def snap(w: jax.Array, spec: Spec, scale: jax.Array | None = None) -> Snapped:
         mean = granules.sum(rest * inside) / granules.sum(inside)
         planes["shift"] = rounded(mean, spec.scale_dtype)
     return levels, planes
+
+
+def scales(w: jax.Array, spec: Spec) -> Planes:
+    """Scales (and shifts) of blocks `[*lead, G, g]`."""
+    return snap(w, spec)[1]
+
+
+def nearest(w: jax.Array, planes: Planes, spec: Spec) -> jax.Array:
+    """The nearest of -1, 0, 1 for given scales, and shifts if there are any."""
+    granules = Granules(spec)
+    if "shift" in planes:
+        w = w - granules.expand(planes["shift"].astype(jnp.float32))
+    scale = jnp.maximum(planes["scale"].astype(jnp.float32), TINY)
+    return jnp.clip(jnp.round(granules.divide(w, scale)), -1, 1)
 
 
 def _from_data(w: jax.Array, spec: Spec) -> tuple[jax.Array, jax.Array]:
@@ -139,6 +154,7 @@ def t1_6_decode(planes: Planes, spec: Spec) -> jax.Array:
     return decoded(t, planes, spec)
 
 
+_PARTS: dict[str, Any] = {"scales": scales, "nearest": nearest, "values": decoded}
 _OPTIONS = {"scale_method": ("absmean", "twn", "lstsq"), "shift": (False, True)}
 register(
     Format(
@@ -154,6 +170,7 @@ register(
         snap=snap,
         pack=t2_pack,
         clip=lambda spec: (-1.0, 1.0),
+        **_PARTS,
     )
 )
 register(
@@ -169,5 +186,6 @@ register(
         snap=snap,
         pack=t1_6_pack,
         clip=lambda spec: (-1.0, 1.0),
+        **_PARTS,
     )
 )

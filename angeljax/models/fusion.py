@@ -7,6 +7,7 @@ so that one product serves them. Outputs are joined along the last axis, biases 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -189,6 +190,13 @@ def _join_packed(parts: list[QTensor], name: str) -> QTensor:
             one, other = first.label(), part.spec.label()
             how = f"{one} and {other}" if one != other else f"{one} of two kinds"
             raise ValueError(f"{name}: cannot join {how}; compress them alike")
+    # The scale of the inputs, which are the same for all parts.
+    scales = [p.planes["input_scale"] for p in parts if "input_scale" in p.planes]
+    if len(scales) not in (0, len(parts)):
+        raise ValueError(
+            f"{name}: cannot join static and dynamic activations; compress them alike"
+        )
+    parts = [_without(part, "input_scale") for part in parts]
     for part in parts:
         shared = [n for n, p in part.planes.items() if _shared(n, p, part)]
         if shared:
@@ -202,6 +210,8 @@ def _join_packed(parts: list[QTensor], name: str) -> QTensor:
         plane: jnp.concatenate([part.planes[plane] for part in parts], axis=-1)
         for plane in parts[0].planes
     }
+    if scales:
+        planes["input_scale"] = functools.reduce(jnp.maximum, scales)
     return QTensor(planes=planes, spec=spec)
 
 
@@ -255,7 +265,14 @@ def _shared(name: str, plane: jax.Array, part: QTensor) -> bool:
     """Whether a plane has one entry for all outputs."""
     if name not in GRANULE_PLANES:
         return False
+    if name == "input_scale":
+        return True
     return part.spec.out_block == 0 or (name == "scale2" and plane.shape[-1] == 1)
+
+
+def _without(part: QTensor, plane: str) -> QTensor:
+    planes = {n: p for n, p in part.planes.items() if n != plane}
+    return QTensor(planes=planes, spec=part.spec)
 
 
 def _per_channel(part: QTensor) -> QTensor:
@@ -265,7 +282,7 @@ def _per_channel(part: QTensor) -> QTensor:
     codes = part.planes["codes"].shape
     planes = {
         name: jnp.broadcast_to(plane, (*codes[:-2], plane.shape[-2], codes[-1]))
-        if name in GRANULE_PLANES
+        if name in GRANULE_PLANES and name != "input_scale"
         else plane
         for name, plane in part.planes.items()
     }

@@ -1,0 +1,172 @@
+"""What is to be done to each weight: its algorithm, its statistics, its options."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from angeljax._leaves import Leaf, flatten
+from angeljax._plan import Assignment
+from angeljax.algorithms import get_algorithm
+from angeljax.algorithms.input_scale import input_scale
+from angeljax.calibration._statistics import Statistics, StatisticsError, for_weight
+from angeljax.formats import QTensor, Spec
+from angeljax.recipe import Recipe, RecipeError, Rule
+
+# What a rule needs that is no statistic of inputs.
+BASE = "base"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """One weight: how it is quantized, and from what.
+
+    Attributes:
+      path: of the weight.
+      spec: of the result.
+      rule: which algorithm, with which options.
+      found: its statistics; for DAQ also `base`.
+    """
+
+    path: str
+    spec: Spec
+    rule: Rule
+    found: Mapping[str, jax.Array]
+
+    @property
+    def key(self) -> Any:
+        """Equal for two jobs that give the same result for the same weight."""
+        # Tied weights see other inputs in each place: with statistics they differ.
+        place = self.path if self.found else ""
+        rule = self.rule
+        return self.spec, rule.algorithm, rule.options, rule.activation_scale, place
+
+    def run(self, w: jax.Array) -> QTensor:
+        """The weight, quantized.
+
+        Raises:
+          ValueError: the algorithm cannot; names the weight.
+        """
+        rule = self.rule
+        try:
+            return _run(
+                w,
+                dict(self.found),
+                self.spec,
+                rule.algorithm,
+                rule.options,
+                rule.activation_scale,
+            )
+        except ValueError as e:
+            raise ValueError(f"{self.path}: {e}") from None
+
+
+@functools.partial(
+    jax.jit, static_argnames=("spec", "algorithm", "options", "activation_scale")
+)
+def _run(
+    w: jax.Array,
+    found: dict[str, jax.Array],
+    spec: Spec,
+    algorithm: str,
+    options: Any,
+    activation_scale: str,
+) -> QTensor:
+    q = get_algorithm(algorithm).quantize(w, spec, found, options)
+    if activation_scale == "dynamic":
+        return q
+    scale = input_scale(found, spec, activation_scale)
+    return QTensor(planes={**q.planes, "input_scale": scale}, spec=spec)
+
+
+def apply_transforms(
+    leaves: list[Leaf],
+    plan: list[Assignment],
+    recipe: Recipe,
+    stats: Statistics | None,
+) -> tuple[list[Leaf], Statistics | None]:
+    """The leaves, and their statistics, after the transforms of a recipe.
+
+    Raises:
+      StatisticsError: one needs statistics and there are none.
+      RecipeError: the tree does not have what one needs.
+    """
+    if not recipe.transforms:
+        return leaves, stats
+    specs = {a.path: a.spec for a in plan if a.spec is not None}
+    values = {leaf.path: leaf.value for leaf in leaves}
+    for transform in recipe.transforms:
+        if transform.needs() and stats is None:
+            raise StatisticsError(
+                f"transform {transform.to_dict()['name']} needs calibration: pass what "
+                "angeljax.calibrate(model, params, batches, recipe) returns"
+            )
+        try:
+            changed, stats = transform.apply(values, stats, specs)
+        except ValueError as e:
+            name = transform.to_dict()["name"]
+            raise RecipeError(f"transform {name}: {e}") from None
+        values = {**values, **changed}
+    new = [dataclasses.replace(leaf, value=values[leaf.path]) for leaf in leaves]
+    return new, stats
+
+
+def make_jobs(
+    leaves: list[Leaf],
+    plan: list[Assignment],
+    recipe: Recipe,
+    stats: Statistics | None,
+    base: Any = None,
+) -> list[Job | None]:
+    """A job for each leaf that a rule takes, None for the others.
+
+    Raises:
+      StatisticsError: statistics are missing, or of another model.
+      ValueError: the base model is missing, or has other shapes.
+    """
+    before = {} if base is None else {x.path: x.value for x in flatten(base)[0]}
+    jobs: list[Job | None] = []
+    for leaf, a in zip(leaves, plan, strict=True):
+        if a.spec is None or a.rule is None:
+            jobs.append(None)
+            continue
+        rule = recipe.rules[a.rule]
+        needs = tuple(k for k in rule.needs() if k != BASE)
+        found: dict[str, jax.Array] = {}
+        if needs and stats is None:
+            raise StatisticsError(
+                f"{a.path}: algorithm {rule.algorithm} with activation_scale "
+                f"{rule.activation_scale} needs calibration: pass what "
+                "angeljax.calibrate(model, params, batches, recipe) returns"
+            )
+        if needs and stats is not None:
+            batch = a.shape[: len(a.shape) - len(a.spec.shape)]
+            norm = _norm(leaf.value, n_batch=len(batch)) if stats.norms else None
+            found = for_weight(stats, a.path, a.spec.k, batch, needs, norm)
+            found = {k: v for k, v in found.items() if k in (*needs, "count")}
+        if BASE in rule.needs():
+            found[BASE] = _base_weight(before, base, a)
+        jobs.append(Job(a.path, a.spec, rule, found))
+    return jobs
+
+
+def _base_weight(before: Mapping[str, Any], base: Any, a: Assignment) -> jax.Array:
+    if base is None:
+        raise ValueError(
+            f"{a.path}: this algorithm compares with the model before fine-tuning: "
+            "pass its params as base="
+        )
+    if a.path not in before or tuple(before[a.path].shape) != a.shape:
+        raise ValueError(f"{a.path}: the base model has no such weight of its shape")
+    return before[a.path]
+
+
+@functools.partial(jax.jit, static_argnames="n_batch")
+def _norm(w: jax.Array, n_batch: int) -> jax.Array:
+    axes = tuple(range(n_batch, w.ndim))
+    return jnp.sqrt(jnp.sum(jnp.square(w.astype(jnp.float32)), axis=axes))

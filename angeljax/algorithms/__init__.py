@@ -1,0 +1,6 @@
+"""Algorithms: one weight and its statistics in, a QTensor out."""
+
+from angeljax.algorithms._base import Algorithm, algorithm_names, get_algorithm
+from angeljax.algorithms.rtn import RTNOptions, rtn
+
+__all__ = ["Algorithm", "RTNOptions", "algorithm_names", "get_algorithm", "rtn"]
