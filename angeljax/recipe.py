@@ -79,11 +79,12 @@ class Rule:
       pad: whether a group size that does not divide may be padded inside.
       optional: do not complain if the rule matches nothing.
       activation: what the other operand of the layer's product is quantized to on the
-        fly, each token by itself: "int8", "int4", "float8_e4m3", "mxfp8", "mxfp4" or
-        "nvfp4". Default: it is left as it is.
+        fly, each token by itself: "int8", "int4", "float8_e4m3",
+        "float8_e4m3_block128" (a scale for 128 features), "mxfp8", "mxfp4" or "nvfp4".
+        Default: it is left as it is.
       activation_scale: where the scale of the activations comes from: "dynamic", from
-        each token as it comes, or a method that finds one scale by calibration, such as
-        "amax"; see `angeljax.algorithms.input_scale.METHODS`.
+        each token as it comes, or a method that finds one scale by calibration: "amax",
+        "ema", "percentile", "mse" or "lepto"; see `angeljax.algorithms.input_scale`.
       rotation: a Hadamard matrix mixes the inputs before they are rounded, in blocks of
         this many ("full": the largest that there are), and the weight is stored for
         such inputs. The product stays the same but for rounding.
@@ -190,6 +191,7 @@ class Rule:
                 f"activation_scale={self.activation_scale!r} needs an activation of "
                 f"{', '.join(STATIC_ACTIVATIONS)}, not {self.activation!r}"
             )
+        input_scale.check(self.activation_scale, self.activation)
 
     def _check_qat(self) -> None:
         if self.qat is None or self.format is None:

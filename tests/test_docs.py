@@ -344,6 +344,8 @@ CASES = [
     ("int4", {}),
     ("int4", {"group_size": 32, "symmetric": False, "scale_dtype": "float16"}),
     ("int4", {"granularity": "channel", "narrow_range": "yes"}),
+    ("int4_fp8", {}),
+    ("int4_fp8", {"granularity": "channel"}),
     ("int3", {}),
     ("int3", {"symmetric": False}),
     ("int3", {"granularity": "tensor"}),

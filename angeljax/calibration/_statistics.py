@@ -222,7 +222,9 @@ def _shared_with_unseen(found: dict[str, Any], n_batch: int) -> dict[str, Any]:
     unseen = found["count"] == 0
     out = {}
     for kind, value in found.items():
-        pooled = value.max if kind in _measure.MAXIMA else value.sum
+        # Moving averages of maxima, over equally many batches.
+        largest = kind in (*_measure.MAXIMA, "ema", "batches")
+        pooled = value.max if largest else value.sum
         together = pooled(axis=n_batch - 1, keepdims=True)
         hidden = unseen.reshape(*unseen.shape, *(1,) * (value.ndim - n_batch))
         out[kind] = jnp.where(hidden, together, value)

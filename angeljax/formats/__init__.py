@@ -3,6 +3,7 @@
 | module | formats |
 | --- | --- |
 | `integer` | int8, int4, int3, int2 |
+| `int4_fp8` | int4_fp8 (values on a grid of FP8) |
 | `float8` | float8_e4m3, float8_e5m2 |
 | `microscaling` | nvfp4, mxfp4, mxfp8 |
 | `nf4` | nf4 |
@@ -15,6 +16,7 @@
 from angeljax.formats import (  # noqa: F401  (registers the formats)
     binary,
     float8,
+    int4_fp8,
     integer,
     microscaling,
     nf4,

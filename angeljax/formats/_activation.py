@@ -12,7 +12,21 @@ from angeljax.formats._registry import get_format
 from angeljax.formats._resolve import make_spec
 from angeljax.formats.microscaling import nv_block_scales
 
-ACTIVATIONS = ("int8", "int4", "float8_e4m3", "mxfp8", "mxfp4", "nvfp4")
+# What is rounded to: a format, and how it shares its scales.
+_KINDS: dict[str, dict[str, Any]] = {
+    "int8": {"granularity": "channel"},
+    "int4": {"granularity": "channel", "narrow_range": "yes"},
+    "float8_e4m3": {"granularity": "channel"},
+    "float8_e4m3_block128": {
+        "format": "float8_e4m3",
+        "group_size": 128,
+        "scale_dtype": "float32",
+    },
+    "mxfp8": {},
+    "mxfp4": {},
+    "nvfp4": {},
+}
+ACTIVATIONS = tuple(_KINDS)
 # Those that can have one scale for all tokens, found by calibration.
 STATIC_ACTIVATIONS = ("int8", "int4", "float8_e4m3", "nvfp4")
 
@@ -34,9 +48,10 @@ def fake_quantize_activation(
 ) -> jax.Array:
     """`x` rounded to the numbers of a format, scales taken from each token.
 
-    int8, int4 and float8_e4m3 have one scale for each token (the last axis); mxfp8 and
-    mxfp4 one for 32 features, nvfp4 one for 16 under one for the whole array. The
-    derivative is that of `x` itself: no value lies outside its own range.
+    int8, int4 and float8_e4m3 have one scale for each token (the last axis);
+    float8_e4m3_block128 one for 128 features of it (DeepSeek-V3, arXiv 2412.19437,
+    section 3.3), mxfp8 and mxfp4 one for 32, nvfp4 one for 16 under one for the whole
+    array. The derivative is that of `x` itself: no value lies outside its own range.
 
     Args:
       x: float `[..., K]`.
@@ -59,19 +74,11 @@ def fake_quantize_activation(
     """
     if kind not in ACTIVATIONS:
         raise ValueError(f"activation {kind!r}: use {', '.join(ACTIVATIONS)}")
-    fmt = get_format(kind)
-    narrow: dict[str, Any] = {"narrow_range": "yes"} if kind == "int4" else {}
     # One token is one column of a "weight" whose contraction is the last axis.
     rows = x.reshape(-1, x.shape[-1])
-    spec = make_spec(
-        rows.shape,
-        jnp.float32,
-        format=kind,
-        granularity="channel" if not fmt.fixed_group else None,
-        axis=-1,
-        scale_dtype=fmt.fixed_scale_dtype,
-        **narrow,
-    )
+    options = {"format": kind, **_KINDS[kind]}
+    spec = make_spec(rows.shape, jnp.float32, axis=-1, **options)
+    fmt = get_format(spec.format)
     blocks = _blocks.to_blocks(jax.lax.stop_gradient(rows), spec)
     assert fmt.scales and fmt.nearest and fmt.values
     granules = fmt.scales(blocks, spec)

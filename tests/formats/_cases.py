@@ -40,6 +40,7 @@ OPTIMIZED = {
 ERROR = {
     "int8": 0.012,
     "int4": 0.17,
+    "int4_fp8": 0.17,
     "int3": 0.36,
     "int2": 0.8,
     "float8_e4m3": 0.03,

@@ -71,6 +71,12 @@ def nvfp4(w, s2):
     return to(np.clip(w / s, -6, 6), E2M1) * s
 
 
+def int4_fp8(w, s2, scale):
+    s = scale(np.abs(w).max() / 7.5) or 1.0
+    values = to(np.clip(np.arange(-8, 8) * s / s2, -448, 448), E4M3) * s2
+    return values[np.abs(w[..., None] - values).argmin(-1)]
+
+
 def nf4(w, scale):
     s = scale(np.abs(w).max()) or 1.0
     return NF4[np.abs(w[..., None] / s - NF4).argmin(-1)] * s
@@ -131,7 +137,10 @@ def reference(w, spec):
     out = np.empty_like(w)
     for tile in granules(*w.shape, spec.granularity, spec.group_size):
         x = w[tile]
-        if name.startswith("int"):
+        if name == "int4_fp8":
+            s2 = to(np.abs(w).max() / 448, np.float32)
+            y = int4_fp8(x, s2, scale)
+        elif name.startswith("int"):
             y = integer(x, int(name[3:]), scale, **o)
         elif name.startswith("float8"):
             y = float8(x, {"4": E4M3, "5": E5M2}[name[8]], scale)

@@ -189,7 +189,9 @@ def test_zeros_and_outliers_stay_finite(name, options):
     assert not np.isnan(d).any()
 
 
-@pytest.mark.parametrize("name", format_names())
+# int4_fp8 is left out: the cast moves the largest weight of a group, and with it the
+# scale that is taken again (see `test_int4_fp8_codes_are_nearest_after_the_cast`).
+@pytest.mark.parametrize("name", sorted({*format_names()} - {"int4_fp8"}))
 def test_quantizing_what_was_quantized_changes_nothing(name):
     # Ranges that leave room beside the largest weight, and means over zeros, move when
     # they are taken again; these options do not.

@@ -11,7 +11,7 @@ import pytest
 import qwix
 
 import angeljax as aj
-from angeljax.formats import microscaling
+from angeljax.formats import get_format, microscaling
 from angeljax.formats._packing import (
     pack_base3,
     pack_bits,
@@ -385,3 +385,35 @@ def test_every_float_value_round_trips():
     np.testing.assert_array_equal(aj.quantize(x, format="mxfp4").dequantize(), x)
     np.testing.assert_array_equal(aj.quantize(x, format="nvfp4").dequantize(), x)
     assert jax.tree.leaves(aj.quantize(x, format="nvfp4"))
+
+
+# --- int4_fp8
+
+
+def test_int4_fp8_codes_are_nearest_after_the_cast(rng):
+    """Every weight has the nearest of 16 values; what they stand for comes back."""
+    w = rng.standard_t(4, (128, 6)).astype(np.float32)
+    w[64:] *= 2.0**-12  # steps near the subnormal numbers of E4M3
+    w[0, 0] = -np.abs(w).max()
+    q = aj.quantize(jnp.asarray(w), format="int4_fp8", group_size=32)
+    s2 = np.float32(np.abs(w).max() / 448)
+    np.testing.assert_allclose(q.planes["scale2"], [[s2]], rtol=1e-6)
+    s2 = np.asarray(q.planes["scale2"])[0, 0]
+    got = np.asarray(q.dequantize())
+    scale = np.asarray(q.planes["scale"], np.float32)
+    codes = unpack_lsb(q.planes["codes"], 4)
+    codes = np.where(codes > 7, codes - 16, codes)
+    for i, j in np.ndindex(w.shape):
+        step = np.float32(scale[i // 32, j] * np.float32(1 / s2))
+        grid = np.clip(np.float32(range(-8, 8)) * step, -448, 448)
+        grid = grid.astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * s2
+        assert got[i, j] == grid[codes[i, j] + 8]
+        assert abs(got[i, j] - w[i, j]) <= np.abs(grid - w[i, j]).min() * (1 + 1e-5)
+    # The largest weight saturates instead of overflowing, with either sign.
+    assert got[0, 0] == pytest.approx(w[0, 0], rel=1e-6) and np.isfinite(got).all()
+    # What was encoded stays where it is under the same scales.
+    fmt = get_format("int4_fp8")
+    granules = {n: q.planes[n].T[..., None] for n in ("scale", "scale2")}
+    blocks = jnp.asarray(got).T.reshape(6, 4, 32)
+    levels = fmt.nearest(blocks, granules, q.spec)
+    np.testing.assert_array_equal(fmt.values(levels, granules, q.spec), blocks)

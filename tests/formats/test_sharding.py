@@ -49,7 +49,7 @@ def collectives(compiled):
 
 def expected(name):
     # The scale of the whole tensor is a maximum over it; nothing else may be sent.
-    return {"all-reduce"} if name == "nvfp4" else set()
+    return {"all-reduce"} if name in ("nvfp4", "int4_fp8") else set()
 
 
 def compile_on(sharding, shape, name, options):
