@@ -96,14 +96,13 @@ def sweep(
             at = i * unit
             group = group_of[start + at]
             if refresh is not None:
-                rest = lambda: (
-                    dynamic_slice_in_dim(here, at, g)
-                    if g <= block
-                    else dynamic_slice_in_dim(x, start, g)
-                )
+                # A group that is longer than a block begins with one.
+                source, first = (here, at) if g <= block else (x, start)
                 planes = jax.lax.cond(
                     (start + at) % g == 0,
-                    lambda: refresh(rest(), group, planes),
+                    lambda: refresh(
+                        dynamic_slice_in_dim(source, first, g), group, planes
+                    ),
                     lambda: planes,
                 )
             w = dynamic_slice_in_dim(here, at, unit)
