@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from angeljax.algorithms._base import Algorithm, Found, register, require
 from angeljax.algorithms._blocks import as_matrix, from_matrix, padded, to_matrix
@@ -209,13 +210,13 @@ def _matrix(
     x = blocks.reshape(blocks.shape[0], -1).T
     mean = mean_diagonal(h)
     h = h / mean
-    order = jnp.asarray(natural_order(spec))
+    order: Any = natural_order(spec)
     if options.act_order:
-        order = _by_activation(order, jnp.diagonal(h), unit_of(spec))
+        order = _by_activation(jnp.asarray(order), jnp.diagonal(h), unit_of(spec))
     planes = search_scales(blocks, spec, options, weights)
     dynamic = spec.granularity == "group" and not options.static_groups
     factored = factor(_permuted(h, order), options.damping, options.damping_tries)
-    x = x[order]
+    x = _taken(x, order)
     if mismatch is not None:
         p = _mismatch_update(_permuted(mismatch / mean, order), factored.upper)
         x = x + jnp.matmul(p.T, x, precision=HIGHEST)
@@ -223,12 +224,12 @@ def _matrix(
         x,
         factored.upper,
         planes,
-        order // spec.group_size,
+        jnp.asarray(order // spec.group_size),
         spec,
         block_size=options.block_size,
         refresh=_refresh(spec, options, weights) if dynamic else None,
     )
-    levels = levels[jnp.argsort(order)].T.reshape(blocks.shape)
+    levels = _taken(levels, _inverse(order)).T.reshape(blocks.shape)
     planes = {
         name: jnp.where(factored.ok, p, jnp.nan).astype(p.dtype)
         if jnp.issubdtype(p.dtype, jnp.floating)
@@ -238,8 +239,19 @@ def _matrix(
     return levels, planes, factored.ok
 
 
-def _permuted(h: jax.Array, order: jax.Array) -> jax.Array:
-    return h[order][:, order]
+def _taken(x: jax.Array, order: Any, axis: int = 0) -> jax.Array:
+    """Entries in another order; nothing to do for one that is known to be their own."""
+    if isinstance(order, np.ndarray) and np.array_equal(order, np.arange(order.size)):
+        return x
+    return jnp.take(x, order, axis=axis)
+
+
+def _inverse(order: Any) -> Any:
+    return np.argsort(order) if isinstance(order, np.ndarray) else jnp.argsort(order)
+
+
+def _permuted(h: jax.Array, order: Any) -> jax.Array:
+    return _taken(_taken(h, order), order, axis=1)
 
 
 def _by_activation(order: jax.Array, diagonal: jax.Array, unit: int) -> jax.Array:
