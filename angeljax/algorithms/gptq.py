@@ -13,6 +13,7 @@ import numpy as np
 from angeljax.algorithms._base import Algorithm, Found, register, require
 from angeljax.algorithms._blocks import as_matrix, from_matrix, padded, to_matrix
 from angeljax.algorithms._hessian import GROWTH, HIGHEST, factor, mean_diagonal
+from angeljax.algorithms._refit import check_refit, refit_scales
 from angeljax.algorithms._scales import ScaleOptions, scale_weights, search_scales
 from angeljax.algorithms._sweep import (
     Planes,
@@ -45,6 +46,8 @@ class GPTQOptions(ScaleOptions):
       static_groups: scales of groups from the original weights. Otherwise from the
         weights that the sweep finds when it reaches a group. Scales of other granules
         are from the original weights always.
+      refit_scales: set the scales anew for the codes that were chosen, by least
+        squares of the output's error.
       block_size: columns whose errors are put onto later blocks together. It changes
         speed, not the result.
 
@@ -56,6 +59,7 @@ class GPTQOptions(ScaleOptions):
     damping_tries: int = 5
     act_order: bool = False
     static_groups: bool = False
+    refit_scales: bool = False
     block_size: int = 128
 
     def __post_init__(self) -> None:
@@ -66,7 +70,7 @@ class GPTQOptions(ScaleOptions):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name}={value!r}: use a positive integer")
-        for name in ("act_order", "static_groups"):
+        for name in ("act_order", "static_groups", "refit_scales"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false")
         if self.act_order and not self.static_groups:
@@ -176,6 +180,11 @@ def gptaq(
     return _quantize(w, spec, stats, options.alpha * stats["mismatch"], options)
 
 
+def _check(options: GPTQOptions, spec: Spec) -> None:
+    if options.refit_scales:
+        check_refit(spec)
+
+
 def _quantize(
     w: jax.Array,
     spec: Spec,
@@ -183,6 +192,7 @@ def _quantize(
     mismatch: jax.Array | None,
     options: GPTQOptions,
 ) -> QTensor:
+    _check(options, spec)
     blocks = to_matrix(w, spec)
     h = padded(stats["hessian"].astype(jnp.float32), spec, (-2, -1))
     if mismatch is not None:
@@ -229,7 +239,12 @@ def _matrix(
         block_size=options.block_size,
         refresh=_refresh(spec, options, weights) if dynamic else None,
     )
-    levels = _taken(levels, _inverse(order)).T.reshape(blocks.shape)
+    levels = _taken(levels, _inverse(order)).T
+    if options.refit_scales:
+        damped = h + options.damping * jnp.eye(len(h), dtype=jnp.float32)
+        w = blocks.reshape(levels.shape)
+        planes = refit_scales(w, levels, planes, damped, spec)
+    levels = levels.reshape(blocks.shape)
     planes = {
         name: jnp.where(factored.ok, p, jnp.nan).astype(p.dtype)
         if jnp.issubdtype(p.dtype, jnp.floating)
@@ -307,6 +322,7 @@ register(
         quantize=gptq,
         options=GPTQOptions,
         needs=lambda options: ("hessian",),
+        check=_check,
         summary="rounds column by column, later columns make up for errors",
     )
 )
@@ -316,6 +332,7 @@ register(
         quantize=gptaq,
         options=GPTAQOptions,
         needs=lambda options: ("hessian", "mismatch"),
+        check=_check,
         summary="GPTQ that also makes up for inputs that quantization has changed",
     )
 )
