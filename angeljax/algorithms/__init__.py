@@ -3,15 +3,23 @@
 from angeljax.algorithms._base import Algorithm, algorithm_names, get_algorithm
 from angeljax.algorithms._scales import ScaleOptions
 from angeljax.algorithms.daq import DAQOptions, daq
+from angeljax.algorithms.gptq import GPTAQOptions, GPTQOptions, gptaq, gptq
+from angeljax.algorithms.lstsq34 import Lstsq34Options, lstsq34
 from angeljax.algorithms.rtn import RTNOptions, rtn
 
 __all__ = [
     "Algorithm",
     "DAQOptions",
+    "GPTAQOptions",
+    "GPTQOptions",
+    "Lstsq34Options",
     "RTNOptions",
     "ScaleOptions",
     "algorithm_names",
     "daq",
     "get_algorithm",
+    "gptaq",
+    "gptq",
+    "lstsq34",
     "rtn",
 ]
