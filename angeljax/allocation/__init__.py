@@ -2,7 +2,7 @@
 
 from angeljax.allocation._latency import measure_latency
 from angeljax.allocation._table import Allocation, AllocationError, Group, Option
-from angeljax.allocation.allocate import allocate, needs
+from angeljax.allocation.allocate import allocate, calibrate_for
 
 __all__ = [
     "Allocation",
@@ -10,6 +10,6 @@ __all__ = [
     "Group",
     "Option",
     "allocate",
+    "calibrate_for",
     "measure_latency",
-    "needs",
 ]

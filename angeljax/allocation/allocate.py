@@ -13,8 +13,8 @@ from angeljax.allocation._divergence import Divergence
 from angeljax.allocation._measure import Work, measured
 from angeljax.allocation._table import Allocation, AllocationError
 from angeljax.calibration._statistics import Statistics
-from angeljax.calibration.calibrate import own_params
-from angeljax.recipe import DEFAULT_SKIP
+from angeljax.calibration.calibrate import calibrate, own_params
+from angeljax.recipe import DEFAULT_SKIP, Recipe
 
 MEASURES = ("kl", "linear", "error")
 
@@ -150,23 +150,53 @@ def allocate(
     )
 
 
-def needs(formats: Sequence[Any]) -> tuple[str, ...]:
-    """Names of the statistics that candidates need, for `calibrate(statistics=)`.
+def calibrate_for(
+    model: Any,
+    params: Any,
+    batches: Iterable[Any],
+    formats: Sequence[Any],
+    *,
+    statistics: tuple[str, ...] = (),
+    skip: Sequence[str] = DEFAULT_SKIP,
+    progress: bool | None = None,
+) -> Statistics | None:
+    """Statistics that serve every candidate, by `calibrate`.
 
     Args:
-      formats: as in `allocate`.
+      model, params, batches: as in `calibrate`.
+      formats, skip: as in `allocate`. Rotations of candidates must agree.
+      statistics: more that is to be measured: "hessian" lets `measure="error"` look at
+        outputs instead of weights.
+      progress: show a progress bar on stderr; default: if it is a terminal.
 
     Returns:
-      Names of `angeljax.calibration.Statistics`.
+      `Statistics`, or None if no candidate needs any and none are asked for.
 
     Raises:
-      RecipeError: a candidate is wrong.
+      RecipeError, StatisticsError, ValueError: as `calibrate`.
 
     Example:
-      >>> from angeljax.allocation import needs
-      >>> needs(["int4:64", "int8"])
-      ()
+      >>> import jax.numpy as jnp, angeljax as aj
+      >>> from angeljax.allocation import calibrate_for
+      >>> params, x = {"kernel": jnp.ones((64, 8))}, jnp.ones((4, 64))
+      >>> stats = calibrate_for(
+      ...     lambda p, x: aj.ops.dot(x, p["kernel"]), params, [x],
+      ...     ["int4:64", "int8"], statistics=("hessian",),
+      ... )
+      >>> stats["kernel"]["hessian"].shape
+      (64, 64)
     """
     rules = [c.rule for c in _candidates.parse(formats) if c.rule is not None]
     kinds = [kind for rule in rules for kind in rule.needs() if kind != BASE]
-    return tuple(dict.fromkeys(kinds))
+    kinds = list(dict.fromkeys([*kinds, *statistics]))
+    if not kinds:
+        return None
+    # The first rule that takes a leaf decides on its rotation; the kinds are of all.
+    return calibrate(
+        model,
+        params,
+        batches,
+        Recipe(rules=rules, skip=skip),
+        statistics=tuple(kinds),
+        progress=progress,
+    )
