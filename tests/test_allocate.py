@@ -22,7 +22,6 @@ from angeljax.allocation import (
 )
 from angeljax.allocation._candidates import group_leaves, group_name
 from angeljax.allocation._patterns import patterns
-from angeljax.evaluation import Windows, evaluate
 from angeljax.models import (
     DecoderConfig,
     LanguageModel,
@@ -32,7 +31,7 @@ from angeljax.models import (
 
 FORMATS = ["int3:32", "int4:32", "int8"]
 CONFIG = DecoderConfig(
-    model_type="llama", vocab_size=64, hidden_size=32, num_layers=3,
+    model_type="llama", vocab_size=64, hidden_size=32, num_layers=2,
     intermediate_size=64, num_heads=2, num_kv_heads=1, head_dim=16,
 )  # fmt: skip
 MODEL = LanguageModel(CONFIG)
@@ -41,15 +40,15 @@ HELD_OUT = jax.random.randint(jax.random.key(8), (4, 24), 0, 64)
 
 
 def make_params() -> dict:
-    """A decoder whose layer 1 writes eight times as much as the others."""
+    """A decoder whose layer 1 writes eight times as much as layer 0."""
     params = MODEL.init(jax.random.key(0))
-    for module, name in (("attn", "o_proj"), ("mlp", "down_proj")):
-        layer = params["layers"][1][module][name]
-        layer["kernel"] = 8 * layer["kernel"]
+    layer = params["layers"][1]["attn"]["o_proj"]
+    layer["kernel"] = 8 * layer["kernel"]
     return params
 
 
 PARAMS = make_params()
+LOGITS = jax.jit(MODEL.logits)
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +77,12 @@ def brute_force(losses, costs, limits):
 
 def measure_by_hand(recipe: aj.Recipe, tokens: jax.Array) -> float:
     """Mean KL(full || compressed) in float64 over every position."""
-    full = np.asarray(MODEL.logits(PARAMS, tokens), np.float64)
-    small = np.asarray(MODEL.logits(aj.compress(PARAMS, recipe), tokens), np.float64)
+    small = jax.tree.map(
+        lambda x: x.dequantize() if isinstance(x, aj.QTensor) else x,
+        aj.compress(PARAMS, recipe),
+        is_leaf=lambda x: isinstance(x, aj.QTensor),
+    )
+    full, small = (np.asarray(LOGITS(p, tokens), np.float64) for p in (PARAMS, small))
     logs = []
     for x in (full, small):
         x = x - x.max(-1, keepdims=True)
@@ -90,14 +93,13 @@ def measure_by_hand(recipe: aj.Recipe, tokens: jax.Array) -> float:
 @pytest.mark.parametrize("resources", [1, 2])
 def test_solver_equals_brute_force(rng: np.random.Generator, resources: int) -> None:
     infeasible = 0
-    for trial in range(30):
+    for trial in range(16):
         # Losses over many orders of magnitude, sizes with and without a common unit.
         unit = 1 if trial % 2 else 5184
         sizes = [int(rng.integers(1, 5)) for _ in range(6)]
         losses = [list(10 ** rng.uniform(-7, 1, n)) for n in sizes]
         costs = [
-            [tuple(int(x) for x in rng.integers(1, 60, resources) * unit)] * 0
-            + [
+            [
                 tuple(int(x) * unit for x in rng.integers(1, 60, resources))
                 for _ in range(n)
             ]
@@ -115,7 +117,7 @@ def test_solver_equals_brute_force(rng: np.random.Generator, resources: int) -> 
         assert total == pytest.approx(want, rel=1e-9)
         for r, limit in enumerate(limits):
             assert sum(costs[g][o][r] for g, o in enumerate(got)) <= limit
-    assert infeasible < 25
+    assert infeasible < 14
 
 
 def test_solver_is_exact_at_the_limit() -> None:
@@ -161,8 +163,10 @@ def test_allocation_beats_uniform_at_the_same_size(measured: aj.Allocation) -> N
     for tokens in (TOKENS, HELD_OUT):
         mixed = measure_by_hand(measured.recipe, tokens)
         assert mixed < 0.8 * measure_by_hand(uniform, tokens)
-    bits = {g.name: 8 * g.choice.nbytes / g.weights for g in measured.groups}
-    assert bits["layers/1/mlp/down_proj/kernel"] > bits["layers/0/attn/o_proj/kernel"]
+    by_name = {g.name: g for g in measured.groups}
+    before, heavy = (by_name[f"layers/{i}/attn/o_proj/kernel"] for i in (0, 1))
+    assert heavy.choice.name == "int8"
+    assert heavy.options[0].loss > 2 * before.options[0].loss
 
 
 def test_losses_are_those_of_each_group_alone(measured: aj.Allocation) -> None:
@@ -188,8 +192,7 @@ def test_sizes_are_those_of_compress_and_the_budget_is_met(
 ) -> None:
     total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(PARAMS))
     smallest, largest = (
-        sum(f(o.nbytes for o in g.options) - 0 for g in measured.groups)
-        for f in (min, max)
+        sum(f(o.nbytes for o in g.options) for g in measured.groups) for f in (min, max)
     )
     for share in (0.0, 0.37, 0.8, 1.0):
         limit = measured.other_nbytes + smallest + share * (largest - smallest)
@@ -248,9 +251,7 @@ def test_scanned_stack_has_one_choice_for_each_leaf() -> None:
     assert found.passes == len(found.groups) + 1
     cparams = aj.compress(params, found.recipe)
     assert aj.report(params, cparams).nbytes == found.nbytes
-    windows = Windows(np.asarray(TOKENS), np.ones(TOKENS.shape, bool))
-    windows.score_mask[:, 0] = False
-    assert evaluate(model.logits, cparams, windows, reference=params).kl < 0.5
+    assert found.loss == pytest.approx(found.kl, rel=0.5)
 
 
 def test_errors_are_those_of_outputs(rng: np.random.Generator) -> None:
@@ -362,16 +363,16 @@ def test_budget_of_time(measured: aj.Allocation) -> None:
     shapes = [(32, 32), (32, 16), (32, 64), (64, 32)]
     each = {"int3:32": 3.0, "int4:32": 1.0, "int8": 2.0}
     found = aj.allocate(
-        MODEL, PARAMS, formats=FORMATS, measure="error", budget_ms=30, budget_bits=6,
+        MODEL, PARAMS, formats=FORMATS, measure="error", budget_ms=20, budget_bits=6,
         latency=dict.fromkeys(shapes, each),
     )  # fmt: skip
-    # 21 products: 9 of them may be int8, and the bits allow about half.
-    assert found.ms <= 30 and found.bits_per_weight <= 6
+    # 14 products: 6 of them may be int8, and the bits allow about half.
+    assert found.ms <= 20 and found.bits_per_weight <= 6
     names = [g.choice.name for g in found.groups for _ in g.paths]
     assert set(names) == {"int4:32", "int8"}
     assert found.ms == sum(each[n] for n in names)
-    with pytest.raises(AllocationError, match=r"least is .* 21.000000 ms"):
-        found.at(budget_ms=20)
+    with pytest.raises(AllocationError, match=r"least is .* 14.000000 ms"):
+        found.at(budget_ms=13)
     with pytest.raises(AllocationError, match="pass latency="):
         measured.at(budget_ms=1)
 
@@ -381,7 +382,10 @@ def test_measured_latency(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(_timing, "rotation", lambda nbytes: 2)
     monkeypatch.setattr(_timing, "microseconds", lambda loop: loop.run(1) * 1e6)
-    params = {"a": {"kernel": jnp.ones((2, 64, 32))}, "b": {"kernel": jnp.ones((32, 64))}}
+    params = {
+        "a": {"kernel": jnp.ones((2, 64, 32))},
+        "b": {"kernel": jnp.ones((32, 64))},
+    }
     times = aj.measure_latency(params, ["int4:32", None], progress=False)
     assert set(times) == {(64, 32), (32, 64)}
     for one in times.values():
