@@ -3,6 +3,7 @@
 from angeljax import ops, qat
 from angeljax._partition import combine, partition
 from angeljax._report import CompressionReport, report
+from angeljax.allocation import Allocation, allocate, measure_latency
 from angeljax.bind import bind
 from angeljax.calibration import Statistics, StatisticsError, calibrate
 from angeljax.compress import compress, plan
@@ -14,6 +15,7 @@ from angeljax.recipe import Recipe, RecipeError, Rule
 __version__ = "0.1.0"
 
 __all__ = [
+    "Allocation",
     "CompressionReport",
     "PreparedTensor",
     "QTensor",
@@ -22,11 +24,13 @@ __all__ = [
     "Rule",
     "Statistics",
     "StatisticsError",
+    "allocate",
     "bind",
     "calibrate",
     "combine",
     "compress",
     "load",
+    "measure_latency",
     "ops",
     "partition",
     "plan",

@@ -18,6 +18,7 @@ from angeljax._cli import (
 )
 from angeljax._cli import print_json as _print_json
 from angeljax._cli import print_rich as _print
+from angeljax._cli.allocate import allocate
 from angeljax._cli.attention import app as attention_app
 from angeljax._cli.train_data import app as train_data_app
 from angeljax._cli.transcribe import transcribe
@@ -35,6 +36,7 @@ app.add_typer(recipe_app, name="recipe")
 app.add_typer(attention_app, name="attention")
 app.add_typer(train_data_app, name="train-data")
 app.command()(transcribe)
+app.command()(allocate)
 Attention = Annotated[
     str | None,
     typer.Option(

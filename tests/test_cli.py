@@ -106,6 +106,25 @@ def test_compress_inspect_eval_generate(checkpoint, tmp_path):
     assert sampled.exit_code == 0
 
 
+def test_allocate(checkpoint, tmp_path):
+    out, text = tmp_path / "mixed.yaml", tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 4)
+    args = ("allocate", "-m", checkpoint, "-o", out, "--text", text, "--length", 32)
+    args = (*args, "--formats", "int3:64,int8", "--measure", "linear")
+    data = json.loads(run(*args, "--budget-bits", 5, "--json").stdout)
+    assert data["bits_per_weight"] <= 5 and data["kl"] > 0
+    recipe = aj.Recipe.load(out)
+    opened = _workflow.open_checkpoint(checkpoint)
+    cparams = aj.compress(opened.params, recipe)
+    assert aj.report(opened.params, cparams).nbytes == data["bytes"]
+    failed = run(*args, "--budget-bits", 5, code=1)
+    assert "pass --overwrite" in failed.output
+    failed = run(*args, "--overwrite", "--budget-bits", 1, code=1)
+    assert "the least is 3.25" in failed.output
+    shown = run(*args, "--overwrite", "--measure", "error", "--budget-mb", 1).output
+    assert "all int8: 8." in shown and "layers/0/mlp/down_proj/kernel" in shown
+
+
 def test_eval_tasks(checkpoint, tmp_path):
     (tmp_path / "tasks").mkdir()
     line = json.dumps({"context": "2+2=", "choices": [" 4", " 5"], "label": 0})
