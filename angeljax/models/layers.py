@@ -14,7 +14,7 @@ from angeljax import ops
 from angeljax.attention.decode import Step
 from angeljax.attention.prefill import Prefill
 from angeljax.attention.quest import update_pages
-from angeljax.models.cache import Store, write
+from angeljax.models.cache import Store, kept, write
 from angeljax.models.config import DecoderConfig
 from angeljax.models.rope import rotate
 from pallas_kernels._fused import before
@@ -133,7 +133,7 @@ class Attention(nnx.Module):
         b, t, _ = x.shape
         q, k, v = self.project(x, rotation, norm)
         if cache is not None:
-            own = k.astype(cache.k.dtype), v.astype(cache.v.dtype)
+            own = kept(cache.k, k, cache.layer), kept(cache.v, v, cache.layer)
             pages = cache.pages
             if pages is not None:
                 pages = update_pages(

@@ -360,5 +360,10 @@ def _check(
             "pruning behind a layer needs the dense attention_fn: sparse attention "
             "counts layers and tokens of the whole model"
         )
+    if model.kv_cache is not None:
+        raise ValueError(
+            "pruning behind a layer looks at the keys as they are: use a model with "
+            "kv_cache=None"
+        )
     if prompt.embeds.ndim != 3:
         raise ValueError(f"Prompt.embeds must be [B, L, D], not {prompt.embeds.shape}")
