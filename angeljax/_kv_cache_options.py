@@ -44,7 +44,11 @@ class KVFormat:
         choice("kv_cache.format", self.format, FORMATS)
         flag("kv_cache.symmetric", self.symmetric)
         if self.format == "none":
-            if (self.granularity, self.group_size, self.symmetric) != (None, None, True):
+            if (self.granularity, self.group_size, self.symmetric) != (
+                None,
+                None,
+                True,
+            ):
                 raise ValueError(
                     "kv_cache.format none has no granularity, group_size or symmetric"
                 )

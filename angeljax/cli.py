@@ -418,9 +418,7 @@ def recipe_check(
     _print(table)
 
 
-def _open(
-    model: str, dtype: str, attention: str | None, kv_cache: str | None
-) -> Any:
+def _open(model: str, dtype: str, attention: str | None, kv_cache: str | None) -> Any:
     """A model that reads its prompts, and stores what it read, as recipes say."""
     from angeljax import _workflow
     from angeljax.recipe import Recipe

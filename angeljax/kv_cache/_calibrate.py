@@ -191,7 +191,9 @@ def calibrate_kv(
     scales = {}
     for side in options.static:
         fmt = options.of(side)
-        scales[side] = static_scale(jnp.asarray(statistics.magnitude(side, fmt, q)), fmt)
+        scales[side] = static_scale(
+            jnp.asarray(statistics.magnitude(side, fmt, q)), fmt
+        )
     if options.scale_method != "mse":
         return scales
     if not batches:
@@ -234,9 +236,7 @@ def _sides(
     qkv = model.features(params, tokens, mask=mask, relations=layers).qkv
     real = mask[:, :, None, None]
     return {
-        side: jnp.stack(
-            [jnp.where(real, x[n].astype(jnp.float32), 0) for x in qkv]
-        )
+        side: jnp.stack([jnp.where(real, x[n].astype(jnp.float32), 0) for x in qkv])
         for side, n in (("k", 1), ("v", 2))
     }
 

@@ -55,9 +55,7 @@ class QuantizedKV:
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales and offsets."""
-        return sum(
-            math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(self)
-        )
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(self))
 
     def dequantize(self, dtype: Any = None) -> jax.Array:
         """The values `[..., head_dim]`; in `dtype`, default that of what was stored."""
@@ -264,10 +262,15 @@ def update_kv(
     rank = len(cache.shape)
     at = axis % rank
     fits = new.ndim == rank and at != rank - 1
-    if not fits or any(
-        n != c for i, (n, c) in enumerate(zip(new.shape, cache.shape, strict=True))
-        if i != at
-    ) or new.shape[at] > cache.shape[at]:
+    if (
+        not fits
+        or any(
+            n != c
+            for i, (n, c) in enumerate(zip(new.shape, cache.shape, strict=True))
+            if i != at
+        )
+        or new.shape[at] > cache.shape[at]
+    ):
         raise ValueError(
             f"new {list(new.shape)} does not fit a cache of {list(cache.shape)} with "
             f"slots along axis {axis}"
