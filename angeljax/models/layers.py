@@ -148,7 +148,8 @@ class Attention(nnx.Module):
         if isinstance(mask, Step):
             assert cache is not None, "only a cache has pages"
             dense = functools.partial(attention_fn, q, k, v, mask.mask)
-            y = mask.attend(q, cache.k, cache.v, cache.pages, cache.layer, dense)
+            stores: Any = cache.k, cache.v  # arrays: a quantized cache has no pages
+            y = mask.attend(q, *stores, cache.pages, cache.layer, dense)
         else:
             y = attention_fn(q, k, v, mask)
         return self.o_proj(y.reshape(b, t, -1), residual=residual), cache

@@ -8,7 +8,7 @@ import numpy as np
 
 
 def _e4m3_values() -> np.ndarray:
-    """All finite magnitudes: 4 bits of exponent (bias 7), 3 of mantissa, no infinity."""
+    """All finite magnitudes: 4 bits of exponent, bias 7, and 3 of mantissa."""
     found = []
     for code in range(127):  # 127 is NaN
         exponent, mantissa = code >> 3, code & 7
