@@ -103,7 +103,7 @@ def open_checkpoint(path: str | Path) -> Opened:
     )
     model = LanguageModel(config, jnp.dtype(compute_dtype()), scan_layers)
     opened = Opened(model, params, tokenizer, str(path), recipe)
-    return read_sparsely(opened, recipe)
+    return cached_as(read_sparsely(opened, recipe), recipe)
 
 
 def read_sparsely(opened: Opened, recipe: Recipe | None) -> Opened:
@@ -113,6 +113,65 @@ def read_sparsely(opened: Opened, recipe: Recipe | None) -> Opened:
     fn = recipe.attention.attention_fn()
     model = dataclasses.replace(opened.model, attention_fn=fn)
     return dataclasses.replace(opened, model=model)
+
+
+def cached_as(opened: Opened, recipe: Recipe | None) -> Opened:
+    """The same with the KV cache of a recipe, if it has such a section.
+
+    Static scales that the params do not hold are calibrated on the default text.
+
+    Raises:
+      ValueError: as `kv_scaled`.
+    """
+    if recipe is None or recipe.kv_cache is None:
+        return opened
+    params = kv_scaled(opened, opened.params, recipe)
+    model = dataclasses.replace(opened.model, kv_cache=recipe.kv_cache)
+    return dataclasses.replace(opened, model=model, params=params)
+
+
+def kv_scaled(
+    opened: Opened,
+    params: Any,
+    recipe: Recipe,
+    text: str | None = None,
+    length: int = 512,
+    max_tokens: int = 4096,
+) -> Any:
+    """The params with the static scales that the recipe's KV cache needs, if any.
+
+    Args:
+      opened: the model.
+      params: of it, compressed or not.
+      recipe: with a section `kv_cache` or without.
+      text: as `load_text` takes it, what is read to find the scales.
+      length: tokens that are read at once.
+      max_tokens: how much of the text is read.
+
+    Returns:
+      The params; as they were if they need no scales, or have fitting ones.
+
+    Raises:
+      ValueError: there is no tokenizer, or no text.
+    """
+    from angeljax.kv_cache import attach_kv_scales, calibrate_kv, kv_scales
+
+    options, config = recipe.kv_cache, opened.model.config
+    if options is None or not options.static:
+        return params
+    try:
+        kv_scales(params, options, config.num_layers, config.num_kv_heads)
+    except ValueError:
+        from angeljax.evaluation import load_text
+
+        ids = opened.need_tokenizer().encode(load_text(text))[:max_tokens]
+        length = min(length, len(ids))  # whole windows: padding is no text
+        starts = range(0, len(ids) - length + 1, max(length, 1))
+        tokens = [jnp.asarray([ids[i : i + length]], jnp.int32) for i in starts]
+        model = dataclasses.replace(opened.model, kv_cache=None)
+        scales = calibrate_kv(model, params, tokens, options)
+        return attach_kv_scales(params, scales)
+    return params
 
 
 def abstract_params(source: str) -> tuple[dict[str, Any], Any]:
@@ -164,6 +223,7 @@ def compress_timed(
     recipe.check_model(opened.config_dict)
     start = time.perf_counter()
     params = compress(opened.params, recipe, progress=progress or None)
+    params = kv_scaled(opened, params, recipe)
     jax.block_until_ready(params)
     return params, time.perf_counter() - start
 

@@ -44,6 +44,13 @@ Attention = Annotated[
         "Default: that of the checkpoint, if it has one."
     ),
 ]
+KVCache = Annotated[
+    str | None,
+    typer.Option(
+        help="A recipe whose section `kv_cache` says how keys and values are stored. "
+        "Default: that of the checkpoint, if it has one."
+    ),
+]
 
 
 @app.command()
@@ -149,6 +156,7 @@ def evaluate(
         int | None, typer.Option(help="At most so many examples of a task.")
     ] = None,
     attention: Attention = None,
+    kv_cache: KVCache = None,
     dtype: Dtype = "bfloat16",
     as_json: AsJson = False,
 ) -> None:
@@ -161,7 +169,7 @@ def evaluate(
         if text is not None or reference is not None:
             raise ValueError("--tasks goes with neither --text nor --reference")
         examples = _workflow.load_tasks(tasks, limit)
-        loaded = _open(model, dtype, attention)
+        loaded = _open(model, dtype, attention, kv_cache)
         results = _workflow.evaluate_tasks(
             loaded, loaded.params, examples, progress=False if as_json else None
         )
@@ -172,7 +180,7 @@ def evaluate(
         return
     if limit is not None:
         raise ValueError("--limit goes with --tasks; --tokens limits a text")
-    loaded = _open(model, dtype, attention)
+    loaded = _open(model, dtype, attention, kv_cache)
     base = None if reference is None else _workflow.open_model(reference, dtype=dtype)
     windows = _workflow.text_windows(loaded, text, length, stride, tokens)
     result = _workflow.evaluate(
@@ -209,13 +217,14 @@ def generate(
         bool, typer.Option("--raw", help="Do not wrap the prompt as a chat turn.")
     ] = False,
     attention: Attention = None,
+    kv_cache: KVCache = None,
     dtype: Dtype = "bfloat16",
     as_json: AsJson = False,
 ) -> None:
     """Generate text with a model or a compressed checkpoint."""
     from angeljax import _workflow
 
-    loaded = _open(model, dtype, attention)
+    loaded = _open(model, dtype, attention, kv_cache)
     start = time.perf_counter()
     text = _workflow.generate(
         loaded,
@@ -411,18 +420,24 @@ def recipe_check(
     _print(table)
 
 
-def _open(model: str, dtype: str, attention: str | None) -> Any:
-    """A model that reads its prompts as a recipe says."""
+def _open(model: str, dtype: str, attention: str | None, kv_cache: str | None) -> Any:
+    """A model that reads its prompts, and stores what it read, as recipes say."""
     from angeljax import _workflow
     from angeljax.recipe import Recipe
 
-    what = None if attention is None else Recipe.load(attention)
-    if what is not None and what.attention is None:
-        raise ValueError(f"recipe {what.name} has no section `attention`")
-    loaded = _workflow.open_model(model, dtype=dtype)
-    if what is not None:
-        what.check_model(loaded.config_dict)
-    return _workflow.read_sparsely(loaded, what)
+    loaded = None
+    for name, section, apply in (
+        (attention, "attention", _workflow.read_sparsely),
+        (kv_cache, "kv_cache", _workflow.cached_as),
+    ):
+        what = None if name is None else Recipe.load(name)
+        if what is not None and getattr(what, section) is None:
+            raise ValueError(f"recipe {what.name} has no section `{section}`")
+        loaded = loaded or _workflow.open_model(model, dtype=dtype)
+        if what is not None:
+            what.check_model(loaded.config_dict)
+        loaded = apply(loaded, what)
+    return loaded
 
 
 if __name__ == "__main__":

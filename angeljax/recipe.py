@@ -19,6 +19,7 @@ import yaml
 from angeljax import _train_options
 from angeljax._attention_options import AttentionOptions
 from angeljax._fields import known_fields
+from angeljax._kv_cache_options import KVCacheOptions
 from angeljax._tokens_options import TokensOptions
 from angeljax._train_options import Arenas, QATOptions
 from angeljax.algorithms import get_algorithm, input_scale
@@ -47,8 +48,10 @@ FORMAT_OPTIONS = (
     "group_stride",
     "shift",
 )
+# Parts beside the rules, one of which is enough for a recipe.
+SECTIONS = ("attention", "tokens", "kv_cache")
 # Parts of the schema that hold no options yet; a recipe that fills one is refused.
-RESERVED_SECTIONS = ("activations", "kv_cache", "draft")
+RESERVED_SECTIONS = ("activations", "draft")
 
 
 class RecipeError(ValueError):
@@ -280,7 +283,7 @@ class Recipe:
 
     Attributes:
       rules: the first rule that matches a leaf decides; a leaf that none matches stays.
-        There may be none if there is a section `attention` or `tokens`.
+        There may be none if there is a section `attention`, `tokens` or `kv_cache`.
       name, description: for people.
       skip: regular expressions of paths that rules without `match` leave alone.
       requires: fields of a model's configuration that this recipe was made for, such as
@@ -296,6 +299,9 @@ class Recipe:
       tokens: which tokens of images or sound are read; `TokensOptions`, or a mapping of
         its fields. `tokens.prune_fn()` goes into the models that have any. None reads
         all of them.
+      kv_cache: how a decoder's cache is stored; `KVCacheOptions`, or a mapping of its
+        fields. It goes into a `LanguageModel`, and the command line does so by itself.
+        None stores keys and values in the dtype of the model.
 
     Example:
       >>> import angeljax as aj
@@ -314,13 +320,14 @@ class Recipe:
     transforms: Sequence[Transform] = ()
     attention: AttentionOptions | None = None
     tokens: TokensOptions | None = None
+    kv_cache: KVCacheOptions | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
         if isinstance(self.skip, str):
             raise RecipeError("skip must be a list of regular expressions")
         object.__setattr__(self, "skip", tuple(self.skip))
-        if not self.rules and self.attention is None and self.tokens is None:
+        if not self.rules and all(getattr(self, s) is None for s in SECTIONS):
             raise RecipeError("a recipe needs at least one rule")
         for rule in self.rules:
             if not isinstance(rule, Rule):
@@ -340,11 +347,13 @@ class Recipe:
             transforms = tuple(transforms_base.parse(t) for t in self.transforms)
             options = AttentionOptions.parse(self.attention)
             tokens = TokensOptions.parse(self.tokens)
+            kv_cache = KVCacheOptions.parse(self.kv_cache)
         except ValueError as e:
             raise RecipeError(str(e)) from None
         object.__setattr__(self, "transforms", transforms)
         object.__setattr__(self, "attention", options)
         object.__setattr__(self, "tokens", tokens)
+        object.__setattr__(self, "kv_cache", kv_cache)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain YAML / JSON values; `from_dict` restores an equal recipe."""
@@ -366,6 +375,8 @@ class Recipe:
             out["attention"] = self.attention.to_dict()
         if self.tokens is not None:
             out["tokens"] = self.tokens.to_dict()
+        if self.kv_cache is not None:
+            out["kv_cache"] = self.kv_cache.to_dict()
         return out
 
     @classmethod
@@ -386,7 +397,7 @@ class Recipe:
                     f"section {section!r} has no options in this version: remove it "
                     "(weights are described under `rules`)"
                 )
-        alone = any(data.get(name) is not None for name in ("attention", "tokens"))
+        alone = any(data.get(name) is not None for name in SECTIONS)
         rules = data.get("rules", [] if alone else None)
         if not isinstance(rules, Sequence) or isinstance(rules, str):
             raise RecipeError("a recipe needs a list `rules`")

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from angeljax._kv_cache_options import KVCacheOptions
 from angeljax.attention.quest import KeyPages, init_pages
+from angeljax.kv_cache._quantized import QuantizedKV, empty
 from angeljax.models.config import DecoderConfig
 
-# One array for each layer, or one for all of them with a leading layer axis.
-Layers = jax.Array | tuple[jax.Array, ...]
+# Keys, or values, as they are or as codes and scales.
+Stored = jax.Array | QuantizedKV
+# One for each layer, or one for all of them with a leading layer axis.
+Layers = Stored | tuple[Stored, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -27,7 +32,9 @@ class KVCache:
       k, v: a tuple with `[B, num_kv_heads, slots, head_dim]` for each layer, or one
         array `[layers, B, num_kv_heads, slots, head_dim]`; keys after rotation. The
         decoder takes both and gives back what it took. Unrolled layers are fastest with
-        the tuple, scanned ones with the array.
+        the tuple, scanned ones with the array. Or each a `QuantizedKV` of that shape:
+        attention then sees the values that it stands for, those of the new tokens too,
+        so that a prompt gives the same read at once, in chunks or token by token.
       positions: int32 `[B, slots]`, how many tokens of the row precede that of each
         slot, -1 for padding and for slots that are not filled.
       length: int32 scalar, slots that are filled.
@@ -59,15 +66,16 @@ class Store(NamedTuple):
     """The part of a cache that one layer is given.
 
     Attributes:
-      k, v: `[B, num_kv_heads, slots, head_dim]`, or with a leading layer axis.
+      k, v: `[B, num_kv_heads, slots, head_dim]`, or with a leading layer axis; arrays,
+        or `QuantizedKV` of that shape.
       pages: bounds of the keys, likewise; None without.
       slot: int32 scalar, where the first of the new tokens goes.
       layer: index of the layer if `k` and `v` hold all of them.
       real: bool `[B, T]`, which of the new tokens are no padding; None if all are.
     """
 
-    k: jax.Array
-    v: jax.Array
+    k: Stored
+    v: Stored
     pages: Any
     slot: jax.Array
     layer: Any = None
@@ -82,6 +90,8 @@ def init_cache(
     *,
     stacked: bool = False,
     page_size: int | None = None,
+    kv_cache: KVCacheOptions | None = None,
+    scales: Mapping[str, jax.Array] | None = None,
 ) -> KVCache:
     """An empty cache.
 
@@ -93,12 +103,16 @@ def init_cache(
       stacked: one array for all layers, for `scan_layers`.
       page_size: slots of a page, for sparse decoding, which divides `slots`; None for
         a cache without pages.
+      kv_cache: how keys and values are stored; None for `dtype`.
+      scales: the static ones that `kv_cache` needs, "k" and "v", as
+        `angeljax.kv_cache.kv_scales` gives them.
 
     Returns:
       A `KVCache` of zeros, length 0.
 
     Raises:
-      ValueError: slots that are no whole pages.
+      ValueError: slots that are no whole pages, or a format that the model's heads, the
+        form of the cache or its pages do not go with.
 
     Example:
       >>> from angeljax.models import DecoderConfig, init_cache
@@ -116,18 +130,47 @@ def init_cache(
     # axes, which needs no transposed copy of the whole cache.
     shape = (batch, config.num_kv_heads, slots, config.head_dim)
 
-    def empty() -> Layers:
-        if stacked:
-            return jnp.zeros((config.num_layers, *shape), dtype)
-        return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
+    count = config.num_layers
+    skipped = frozenset() if kv_cache is None else kv_cache.skips(count)
+    if kv_cache is not None and page_size is not None:
+        raise ValueError(
+            "sparse decoding reads keys and values as they are: leave out the decode "
+            "option of attention, or kv_cache"
+        )
+    if skipped and stacked:
+        raise ValueError(
+            "kv_cache.skip_layers needs layers of their own: use a model with "
+            "scan_layers=False (unstack_layers), or leave it out"
+        )
 
-    k = empty()
+    def layers(side: str) -> Layers:
+        fmt = None if kv_cache is None else kv_cache.of(side)
+        if fmt is not None and fmt.format != "none":
+            fmt.check(config.head_dim)
+            scale = (scales or {}).get(side) if fmt.static else None
+            if fmt.static and scale is None:
+                raise ValueError(
+                    f"kv_cache granularity {fmt.granularity} needs scales[{side!r}]"
+                )
+            if stacked:
+                return empty((count, *shape), fmt, dtype, scale)
+            return tuple(
+                jnp.zeros(shape, dtype)
+                if i in skipped
+                else empty(shape, fmt, dtype, None if scale is None else scale[i])
+                for i in range(count)
+            )
+        if stacked:
+            return jnp.zeros((count, *shape), dtype)
+        return tuple(jnp.zeros(shape, dtype) for _ in range(count))
+
+    k = layers("k")
     pages = None
     if page_size is not None:
         pages = jax.tree.map(lambda x: init_pages(x, page_size=page_size), k)
     return KVCache(
         k=k,
-        v=empty(),
+        v=layers("v"),
         positions=jnp.full((batch, slots), -1, jnp.int32),
         length=jnp.zeros((), jnp.int32),
         pages=pages,
@@ -136,8 +179,8 @@ def init_cache(
 
 
 def write(
-    store: jax.Array, new: jax.Array, slot: jax.Array, layer: Any = None
-) -> tuple[jax.Array, jax.Array]:
+    store: Stored, new: jax.Array, slot: jax.Array, layer: Any = None
+) -> tuple[Stored, jax.Array]:
     """Writes the keys (or values) of new tokens.
 
     Args:
@@ -150,11 +193,26 @@ def write(
       The store, and what the layer now attends to, `[B, slots, num_kv_heads,
       head_dim]`.
     """
-    new = jnp.swapaxes(new, 1, 2).astype(store.dtype)
+    at = (0, 0, slot, 0) if layer is None else (layer, 0, 0, slot, 0)
+    new = jnp.swapaxes(new, 1, 2)
+    seen: Any
+    if isinstance(store, QuantizedKV):
+        part = store if layer is None else store.at(layer)
+        store = store.put(part.encode(new), at)
+        seen = (store if layer is None else store.at(layer)).dequantize()
+        return store, jnp.swapaxes(seen, 1, 2)
+    new = new.astype(store.dtype)
     if layer is None:
-        store = seen = jax.lax.dynamic_update_slice(store, new, (0, 0, slot, 0))
+        store = seen = jax.lax.dynamic_update_slice(store, new, at)
     else:
-        at = (layer, 0, 0, slot, 0)
         store = jax.lax.dynamic_update_slice(store, new[None], at)
         seen = jax.lax.dynamic_index_in_dim(store, layer, keepdims=False)
     return store, jnp.swapaxes(seen, 1, 2)
+
+
+def kept(store: Stored, new: jax.Array, layer: Any = None) -> jax.Array:
+    """What a store would give back of new tokens `[B, T, num_kv_heads, head_dim]`."""
+    if not isinstance(store, QuantizedKV):
+        return new.astype(store.dtype)
+    part = store if layer is None else store.at(layer)
+    return jnp.swapaxes(part.encode(jnp.swapaxes(new, 1, 2)).dequantize(), 1, 2)

@@ -50,7 +50,7 @@ def _generate(
     logits, cache = model.apply(
         params,
         **prompt,
-        cache=model.init_cache(batch, length + max_new_tokens),
+        cache=model.init_cache(batch, length + max_new_tokens, params),
         last_only=True,
         start=0,
         total=length,

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from angeljax._kv_cache_options import KVCacheOptions
 from angeljax.attention.prefill import SparseAttention
+from angeljax.kv_cache._scales import kv_scales
 from angeljax.models.attention import dense_attention
 from angeljax.models.cache import KVCache, init_cache
 from angeljax.models.config import DecoderConfig
@@ -35,6 +37,8 @@ class LanguageModel:
       attention_fn: see `Decoder`.
       fused: whether the params have one kernel for q, k and v and one for gate and up;
         see `fuse_projections`.
+      kv_cache: how `init_cache` stores keys and values; None for `dtype`. `logits` then
+        are those of tokens read through such a cache.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -54,6 +58,7 @@ class LanguageModel:
     scan_layers: bool = False
     attention_fn: AttentionFn = dense_attention
     fused: bool = False
+    kv_cache: KVCacheOptions | None = None
 
     def module(self, rngs: nnx.Rngs, param_dtype: Any = jnp.float32) -> Decoder:
         """A `Decoder` with fresh parameters."""
@@ -108,23 +113,41 @@ class LanguageModel:
             )
         return f"no {name} in the params"
 
-    def init_cache(self, batch: int, slots: int) -> KVCache:
-        """An empty cache in the form that suits the layers, in `dtype`.
+    def init_cache(
+        self, batch: int, slots: int, params: dict[str, Any] | None = None
+    ) -> KVCache:
+        """An empty cache in the form that suits the layers, in `dtype` or `kv_cache`.
 
         With sparse decoding it has pages, and slots that fill them.
+
+        Args:
+          batch: rows.
+          slots: tokens that a row can hold, prompt and padding included.
+          params: the param tree, which holds the static scales of `kv_cache`, if it has
+            any; see `angeljax.kv_cache.calibrate_kv`.
+
+        Raises:
+          ValueError: scales that are needed are missing, or `kv_cache` does not go with
+            the model or with sparse decoding.
         """
-        fn, size = self.attention_fn, None
+        config, fn, size = self.config, self.attention_fn, None
         decode = fn.decode if isinstance(fn, SparseAttention) else None
         if decode is not None and decode.helps(slots):
             size = decode.page_size
             slots += -slots % size
+        scales = None
+        if (options := self.kv_cache) is not None:
+            layers, heads = config.num_layers, config.num_kv_heads
+            scales = kv_scales(params, options, layers, heads)
         return init_cache(
-            self.config,
+            config,
             batch,
             slots,
             self.dtype,
             stacked=self.scan_layers,
             page_size=size,
+            kv_cache=options,
+            scales=scales,
         )
 
     def apply(
@@ -175,8 +198,16 @@ class LanguageModel:
         return self.bind(params).embed(tokens)
 
     def logits(self, params: dict[str, Any], tokens: jax.Array) -> jax.Array:
-        """float32 next-token logits `[B, T, V]` of int32 tokens `[B, T]`."""
-        return self.apply(params, tokens)[0]
+        """float32 next-token logits `[B, T, V]` of int32 tokens `[B, T]`.
+
+        With `kv_cache` the tokens go through a cache, so that they attend to the keys
+        and values that it would hold: what decoding gives, in one parallel pass.
+        """
+        if self.kv_cache is None:
+            return self.apply(params, tokens)[0]
+        batch, length = tokens.shape
+        cache = self.init_cache(batch, length, params)
+        return self.apply(params, tokens, cache=cache, start=0, total=length)[0]
 
     def features(
         self,

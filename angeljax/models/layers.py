@@ -14,7 +14,7 @@ from angeljax import ops
 from angeljax.attention.decode import Step
 from angeljax.attention.prefill import Prefill
 from angeljax.attention.quest import update_pages
-from angeljax.models.cache import Store, write
+from angeljax.models.cache import Store, kept, write
 from angeljax.models.config import DecoderConfig
 from angeljax.models.rope import rotate
 from pallas_kernels._fused import before
@@ -133,7 +133,7 @@ class Attention(nnx.Module):
         b, t, _ = x.shape
         q, k, v = self.project(x, rotation, norm)
         if cache is not None:
-            own = k.astype(cache.k.dtype), v.astype(cache.v.dtype)
+            own = kept(cache.k, k, cache.layer), kept(cache.v, v, cache.layer)
             pages = cache.pages
             if pages is not None:
                 pages = update_pages(
@@ -148,7 +148,8 @@ class Attention(nnx.Module):
         if isinstance(mask, Step):
             assert cache is not None, "only a cache has pages"
             dense = functools.partial(attention_fn, q, k, v, mask.mask)
-            y = mask.attend(q, cache.k, cache.v, cache.pages, cache.layer, dense)
+            stores: Any = cache.k, cache.v  # arrays: a quantized cache has no pages
+            y = mask.attend(q, *stores, cache.pages, cache.layer, dense)
         else:
             y = attention_fn(q, k, v, mask)
         return self.o_proj(y.reshape(b, t, -1), residual=residual), cache

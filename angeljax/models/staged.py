@@ -265,7 +265,8 @@ class _Run:
         block = self.model.bind_block(tree)
         rotation = cos_sin(config, positions)
         q, _, _ = block.attn.project(_take(x, last), rotation, block.attn_norm)
-        k = jnp.swapaxes(cache.k[0], 1, 2)  # of one layer, whichever form the cache has
+        layers: Any = cache.k  # of one layer, whichever form the cache has
+        k = jnp.swapaxes(layers[0], 1, 2)
         there = _take(prompt.real(), at)
         return last_token_attention(q[:, 0], _take(k, at), mask=there)
 
@@ -316,7 +317,8 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
 def _keys(cache: KVCache | None, at: jax.Array) -> jax.Array:
     """Keys `[B, N, Hkv * head_dim]` of the only layer of a cache."""
     assert cache is not None, "the layer has run"
-    k = _take(jnp.swapaxes(cache.k[0], 1, 2), at)
+    layers: Any = cache.k
+    k = _take(jnp.swapaxes(layers[0], 1, 2), at)
     return k.reshape(*at.shape, -1)
 
 
@@ -359,6 +361,11 @@ def _check(
         raise ValueError(
             "pruning behind a layer needs the dense attention_fn: sparse attention "
             "counts layers and tokens of the whole model"
+        )
+    if model.kv_cache is not None:
+        raise ValueError(
+            "pruning behind a layer looks at the keys as they are: use a model with "
+            "kv_cache=None"
         )
     if prompt.embeds.ndim != 3:
         raise ValueError(f"Prompt.embeds must be [B, L, D], not {prompt.embeds.shape}")

@@ -57,9 +57,9 @@ def prune_cache(cache: Any, slots: jax.Array, length: int) -> Any:
         return jnp.take_along_axis(x, at, axis=-2, mode="fill", fill_value=0)
 
     def layers(x: Any) -> Any:
-        if isinstance(x, tuple):
-            return tuple(map(gather, x))
-        return jax.vmap(gather)(x)
+        take = gather if isinstance(x, tuple) else jax.vmap(gather)
+        # A quantized cache has several arrays; static scales are not of any slot.
+        return jax.tree.map(lambda a: take(a) if a.shape[-2] == total else a, x)
 
     kept = jnp.take_along_axis(
         cache.positions, index, axis=-1, mode="fill", fill_value=-1
