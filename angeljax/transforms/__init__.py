@@ -1,7 +1,7 @@
 """Transforms: changes of weights that leave the function of the model as it is."""
 
-from angeljax.transforms._base import Transform
+from angeljax.transforms._base import Transform, apply_transforms
 from angeljax.transforms._graph import Pair
 from angeljax.transforms.smoothquant import SmoothQuant
 
-__all__ = ["Pair", "SmoothQuant", "Transform"]
+__all__ = ["Pair", "SmoothQuant", "Transform", "apply_transforms"]
