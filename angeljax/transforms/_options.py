@@ -10,7 +10,7 @@ from angeljax.transforms._graph import DEFAULTS, PARTS, Link, Pair, parse_pairs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ScaleOptions:
+class PairOptions:
     """Producers and readers; see the transforms."""
 
     name: ClassVar[str]

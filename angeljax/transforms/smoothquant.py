@@ -14,7 +14,7 @@ from angeljax.calibration._statistics import Statistics
 from angeljax.formats import Spec
 from angeljax.transforms._base import register
 from angeljax.transforms._graph import Link, Pair, check_readers, find_links
-from angeljax.transforms._options import ScaleOptions
+from angeljax.transforms._options import PairOptions
 from angeljax.transforms._rescale import (
     check_number,
     check_stats,
@@ -32,7 +32,7 @@ _LEAST, _MOST = 1e-5, 1e5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SmoothQuant(ScaleOptions):
+class SmoothQuant(PairOptions):
     """Divides features by s and multiplies the weights that read them by s.
 
     s_j = max|x_j|^alpha / max|w_j|^(1 - alpha), the maxima over all tokens and over all

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import flax.linen as nn
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -164,20 +165,14 @@ def test_search_by_loops() -> None:
     assert 0 < np.argmin(losses) < 7
 
 
-class Experts(nn.Module):
+def experts(params, x):
     """A norm with a bias, a router, experts of their own and one that all share."""
-
-    @nn.compact
-    def __call__(self, x):
-        h = nn.LayerNorm(
-            name="norm", bias_init=nn.initializers.normal(0.3),
-            scale_init=nn.initializers.normal(1.0),
-        )(x)  # fmt: skip
-        gate = jax.nn.softmax(nn.Dense(3, name="router", use_bias=False)(h))
-        shape = nn.initializers.normal(0.3), (3, 32, 16)
-        experts = self.param("experts", *shape)
-        y = aj.ops.einsum("td,edf->tef", h, experts)
-        return jnp.einsum("tef,te->tf", y, gate) + nn.Dense(16, name="shared")(h)
+    p = params["block"]
+    h = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
+    h = h * p["norm"]["scale"] + p["norm"]["bias"]
+    gate = jax.nn.softmax(aj.ops.dot(h, p["router"]["kernel"]))
+    y = aj.ops.einsum("TK,EKN->ETN", h, p["experts"])
+    return jnp.einsum("ETN,TE->TN", y, gate) + aj.ops.dot(h, p["shared"]["kernel"])
 
 
 PAIR = {
@@ -188,28 +183,34 @@ PAIR = {
 
 @pytest.fixture(scope="module")
 def moe():
-    x = jax.random.normal(jax.random.key(0), (20, 32)) * jnp.linspace(0.1, 4, 32)
-    model = Experts()
-    variables = model.init(jax.random.key(1), x)
-    rules = [aj.Rule(match=r".*/(experts|shared/kernel)", format="int8")]
-    plain = aj.Recipe(rules=rules)
-    stats = aj.calibrate(model, variables, [x], plain, statistics=KINDS)
-    return model, variables, x, rules, stats
+    rng = np.random.default_rng(5)
+    shapes = {
+        "experts": (3, 32, 16), "norm": {"bias": (32,), "scale": (32,)},
+        "router": {"kernel": (32, 3)}, "shared": {"kernel": (32, 16)},
+    }  # fmt: skip
+    params = jax.tree.map(
+        lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32),
+        {"block": shapes}, is_leaf=lambda x: isinstance(x, tuple),
+    )  # fmt: skip
+    x = jnp.asarray(rng.normal(size=(20, 32)), jnp.float32)
+    plain = aj.Recipe(
+        rules=[aj.Rule(match=r".*/(experts|shared/kernel)", format="int8")]
+    )
+    return params, x, plain, aj.calibrate(experts, params, [x], plain, statistics=KINDS)
 
 
 def test_router_experts_and_bias_of_the_norm(moe) -> None:
-    model, variables, x, rules, stats = moe
+    params, x, plain, stats = moe
     for alpha in (0.5, "search"):
-        transform = SmoothQuant(alpha=alpha, pairs=[PAIR])
-        new, after = apply_transforms(
-            variables, aj.Recipe(rules=rules, transforms=[transform]), stats
+        how = dataclasses.replace(
+            plain, transforms=[SmoothQuant(alpha=alpha, pairs=[PAIR])]
         )
-        assert not np.allclose(new["params"]["experts"], variables["params"]["experts"])
-        want = model.apply(variables, x)
-        np.testing.assert_allclose(model.apply(new, x), want, atol=1e-5)
-        again = aj.calibrate(
-            model, new, [x], aj.Recipe(rules=rules), statistics=KINDS
-        )
+        new, after = apply_transforms(params, how, stats)
+        moved = new["block"]["experts"] / params["block"]["experts"]
+        assert float(jnp.std(moved)) > 0.05
+        want = experts(params, x)
+        np.testing.assert_allclose(experts(new, x), want, atol=5e-5)
+        again = aj.calibrate(experts, new, [x], plain, statistics=KINDS)
         same_statistics(after, again)
 
 
@@ -217,24 +218,25 @@ def test_router_experts_and_bias_of_the_norm(moe) -> None:
     ("pairs", "message"),
     [
         ([{"from": "(.*)/nrom/scale", "to": [r"\1/router/kernel"]}],
-         r"matches no leaf; the closest paths are params/norm/scale"),
+         r"matches no leaf; the closest paths are block/norm/scale"),
         ([{**PAIR, "to": [r"\1/rooter/kernel"]}],
-         r"norm/scale has no reader .*closest paths are params/router/kernel"),
-        ([{**PAIR, "to": [r"\1/shared/bias"]}], r"shared/bias"),
-        ([{**PAIR, "to": PAIR["to"][:2]}],
-         r"shared/kernel has the same inputs as params/experts"),
+         r"norm/scale has no reader .*closest paths are block/router/kernel"),
+        ([{**PAIR, "to": [r"\1/norm/bias"]}], r"norm/bias"),
         ([PAIR, PAIR], r"named by two pairs"),
         ([{**PAIR, "to": [r"\1/router/kernel"]}], r"no reader .* is quantized"),
     ],
 )  # fmt: skip
 def test_pairs_that_do_not_fit(moe, pairs, message) -> None:
-    _, variables, _, rules, stats = moe
-    # An expert axis in front hides that two weights read the same: as one here.
-    shared = {"params/experts": stats["params/shared/kernel"]}
-    found = aj.Statistics({**stats.layers, **shared} if "same" in message else stats)
+    params, _, plain, stats = moe
     with pytest.raises(aj.RecipeError, match=message):
-        how = aj.Recipe(rules=rules, transforms=[SmoothQuant(pairs=pairs)])
-        apply_transforms(variables, how, found)
+        how = dataclasses.replace(plain, transforms=[SmoothQuant(pairs=pairs)])
+        apply_transforms(params, how, stats)
+
+
+def test_a_reader_that_no_pair_names(params, stats) -> None:
+    pairs = [{"from": "(.*)/attn_norm/scale", "to": [r"\1/attn/[qk]_proj/kernel"]}]
+    with pytest.raises(aj.RecipeError, match="layers/0/attn/v_proj/kernel has the same"):
+        apply_transforms(params, recipe(pairs=pairs), stats)
 
 
 def test_needs(params, stats) -> None:
