@@ -31,9 +31,7 @@ _PRODUCTS = ("kernel", "embedding")
 
 def _expand(text: str, groups: Sequence[str | None]) -> str:
     """`\\1` in a pattern replaced by the text that a group matched."""
-    return re.sub(
-        r"\\([1-9])", lambda m: re.escape(groups[int(m[1]) - 1] or ""), text
-    )
+    return re.sub(r"\\([1-9])", lambda m: re.escape(groups[int(m[1]) - 1] or ""), text)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -315,7 +313,9 @@ def _check_tied(links: list[Link], leaves: Mapping[str, Any]) -> None:
                 )
 
 
-def check_readers(link: Link, stats: Statistics | None, plan: Mapping[str, Any]) -> None:
+def check_readers(
+    link: Link, stats: Statistics | None, plan: Mapping[str, Any]
+) -> None:
     """Refuses a norm that another weight reads too, as far as statistics tell.
 
     Two weights with the same statistics have the same inputs. Readers without

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from angeljax.algorithms import _blocks
-from angeljax.calibration._statistics import Statistics, StatisticsError, for_weight
+from angeljax.calibration._statistics import Statistics, for_weight
 from angeljax.formats import Spec, quantize_to
 from angeljax.transforms._graph import Link, geometry
 
@@ -221,19 +221,6 @@ def _scaled(
         if kind in found:
             out[kind] = found[kind] / s[..., :, None] / s[..., None, :]
     return out
-
-
-def check_stats(stats: Statistics | None) -> Statistics:
-    """Statistics that must be there.
-
-    Raises:
-      StatisticsError: they are not.
-    """
-    if stats is None:
-        raise StatisticsError(
-            "needs calibration: pass what angeljax.calibrate returns"
-        )
-    return stats
 
 
 def check_number(name: str, value: Any, low: float, high: float) -> None:

@@ -13,16 +13,12 @@ import numpy as np
 from angeljax.calibration._statistics import Statistics
 from angeljax.formats import Spec
 from angeljax.transforms._base import register
-from angeljax.transforms._graph import Link, Pair, check_readers, find_links
+from angeljax.transforms._graph import Link
 from angeljax.transforms._options import PairOptions
 from angeljax.transforms._rescale import (
     check_number,
-    check_stats,
-    found_of,
     geometry,
-    output_error,
     over_experts,
-    rescale,
     weight_amax,
 )
 
@@ -95,31 +91,16 @@ class SmoothQuant(PairOptions):
         plan: Mapping[str, Spec],
     ) -> tuple[dict[str, Any], Statistics | None]:
         """See `Transform`."""
-        stats = check_stats(stats)
-        links = find_links(self.all_pairs(), leaves, plan, self.head_dim)
-        for link in links:
-            check_readers(link, stats, plan)
-        now, changed = dict(leaves), {}
-        for link in links:
-            found = found_of(link, now, stats, plan, self.needs())
-            if not found:
-                self.check_unused(link)
-                continue
-            s = self._scales(link, now, found, plan)
-            new, after = rescale(link, s, now, stats, plan)
-            stats = check_stats(after)
-            now.update(new)
-            changed.update(new)
-        return changed, stats
+        return self.rescale_all(leaves, stats, plan)
 
-    def _scales(
+    def scales(
         self,
         link: Link,
         leaves: Mapping[str, Any],
         found: Mapping[str, dict[str, jax.Array]],
         plan: Mapping[str, Spec],
     ) -> jax.Array:
-        """`[*lead, width]`."""
+        """See `PairOptions`."""
         tops = [
             over_experts(f["amax_channel"], link.lead, "max") for f in found.values()
         ]
@@ -132,16 +113,7 @@ class SmoothQuant(PairOptions):
         if self.alpha != "search":
             return smoothing_scales(x, w, float(self.alpha))
         tried = jnp.stack([smoothing_scales(x, w, float(a)) for a in _GRID])
-        inputs = link.expand(tried)
-        error = sum(
-            output_error(
-                leaves[path], f, inputs,
-                spec=plan[path], lead=link.lead, activations=True,
-            )
-            for path, f in found.items()
-        )  # fmt: skip
-        best = jnp.argmin(jnp.asarray(error), axis=0)
-        return jnp.take_along_axis(tried, best[None, ..., None], axis=0)[0]
+        return self.best_of(tried, link, leaves, found, plan, activations=True)
 
 
 def smoothing_scales(x: jax.Array, w: jax.Array, alpha: float) -> jax.Array:
@@ -151,5 +123,3 @@ def smoothing_scales(x: jax.Array, w: jax.Array, alpha: float) -> jax.Array:
 
 
 register(SmoothQuant.name, SmoothQuant)
-
-__all__ = ["Pair", "SmoothQuant"]

@@ -8,6 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+import angeljax as aj
+from angeljax.models import fuse_projections, stack_layers
+from angeljax.transforms import SmoothQuant, apply_transforms
+from angeljax.transforms._rescale import output_error
 from tests.transforms._models import (
     CONFIG,
     MODEL,
@@ -16,11 +21,6 @@ from tests.transforms._models import (
     make_params,
     same_logits,
 )
-
-import angeljax as aj
-from angeljax.models import fuse_projections, stack_layers
-from angeljax.transforms import SmoothQuant, apply_transforms
-from angeljax.transforms._rescale import output_error
 
 KINDS = ("hessian", "abs_sum", "amax_channel")
 W8A8 = aj.Rule(format="int8", activation="int8")
@@ -235,7 +235,9 @@ def test_pairs_that_do_not_fit(moe, pairs, message) -> None:
 
 def test_a_reader_that_no_pair_names(params, stats) -> None:
     pairs = [{"from": "(.*)/attn_norm/scale", "to": [r"\1/attn/[qk]_proj/kernel"]}]
-    with pytest.raises(aj.RecipeError, match="layers/0/attn/v_proj/kernel has the same"):
+    with pytest.raises(
+        aj.RecipeError, match="layers/0/attn/v_proj/kernel has the same"
+    ):
         apply_transforms(params, recipe(pairs=pairs), stats)
 
 
