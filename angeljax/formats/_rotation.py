@@ -58,14 +58,16 @@ def _factors(size: int) -> tuple[int, ...]:
     if sizes is None:
         hadamard_matrix(size)  # says what would work
         raise AssertionError
-    parts: list[int] = []
+    small: list[int] = []
     for n in sizes:
-        if n & (n - 1) == 0:
-            while n > _WIDEST:
-                parts.append(min(n // _WIDEST, _WIDEST))
-                n //= parts[-1]
-        # One pass over the data for two small ones.
-        if parts and parts[-1] * n <= _WIDEST:
+        while n & (n - 1) == 0 and n > _WIDEST:
+            small.append(min(n // _WIDEST, _WIDEST))
+            n //= small[-1]
+        small.append(n)
+    # One pass over the data for two small ones.
+    parts = small[:1]
+    for n in small[1:]:
+        if parts[-1] * n <= _WIDEST:
             parts[-1] *= n
         else:
             parts.append(n)

@@ -214,7 +214,7 @@ def find_links(
         ]
         if not producers and not pair.optional:
             raise ValueError(
-                f"pair from {pair.source!r} matches no leaf{_near(pair.source, leaves)}"
+                f"pair from {pair.source!r} matches no leaf{near_misses(pair.source, leaves)}"
             )
         for path, match in producers:
             texts = [_expand(text, match.groups()) for text in pair.to]
@@ -224,7 +224,7 @@ def find_links(
             for text, paths in zip(texts, readers, strict=True):
                 if not paths:
                     raise ValueError(
-                        f"{path} has no reader {text!r}{_near(text, leaves)}"
+                        f"{path} has no reader {text!r}{near_misses(text, leaves)}"
                     )
             if path in found:
                 raise ValueError(
@@ -235,7 +235,7 @@ def find_links(
     if not found:
         raise ValueError(
             "no norm or product with known readers: say which in pairs: "
-            "[{from: ..., to: [...]}]" + _near("norm/scale", leaves)
+            "[{from: ..., to: [...]}]" + near_misses("norm/scale", leaves)
         )
     _check_tied(list(found.values()), leaves)
     return list(found.values())
@@ -348,7 +348,8 @@ def check_readers(
             )
 
 
-def _near(pattern: str, leaves: Mapping[str, Any]) -> str:
+def near_misses(pattern: str, leaves: Mapping[str, Any]) -> str:
+    """The end of a message about a pattern that matches nothing."""
     plain = re.sub(r"[^\w/]+", " ", re.sub(r"\\(.)", r"\1", pattern)).strip()
     near = difflib.get_close_matches(plain, list(leaves), n=3, cutoff=0.3)
     return f"; the closest paths are {', '.join(near or list(leaves)[:3])}"

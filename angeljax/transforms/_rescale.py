@@ -179,16 +179,16 @@ def rescale(
         outer = value.shape[value.ndim + axes[-1] + 1 :]
         ones = (1,) * (value.ndim - link.lead - len(outer))
         by = s.reshape(*s.shape[:-1], *ones, *outer)
-    changed[link.producer] = _times(value, 1 / by)
+    changed[link.producer] = times(value, 1 / by)
     if link.bias is not None:
-        changed[link.bias] = _times(
+        changed[link.bias] = times(
             leaves[link.bias], 1 / s.reshape(leaves[link.bias].shape)
         )
     inputs = link.expand(s)
     for path in link.consumers:
         _, axes = geometry(path, leaves[path], plan)
         by = along(inputs, leaves[path], link.lead, axes)
-        changed[path] = _times(leaves[path], by)
+        changed[path] = times(leaves[path], by)
     if stats is None:
         return changed, None
     layers, norms = dict(stats.layers), dict(stats.norms)
@@ -201,7 +201,8 @@ def rescale(
     return changed, Statistics(layers, norms)
 
 
-def _times(w: jax.Array, by: jax.Array) -> jax.Array:
+def times(w: jax.Array, by: jax.Array) -> jax.Array:
+    """A product in float32, in the dtype of the weight."""
     return (w.astype(jnp.float32) * by).astype(w.dtype)
 
 

@@ -59,7 +59,8 @@ class SmoothQuant(PairOptions):
       ...     intermediate_size=64, num_heads=2, num_kv_heads=1, head_dim=16))
       >>> params = model.init(jax.random.key(0))
       >>> recipe = aj.Recipe(
-      ...     rules=[aj.Rule(format="int8", activation="int8", activation_scale="amax")],
+      ...     rules=[
+      ...         aj.Rule(format="int8", activation="int8", activation_scale="amax")],
       ...     transforms=[{"name": "smoothquant", "alpha": 0.5}])
       >>> tokens = jax.numpy.arange(16).reshape(2, 8)
       >>> stats = aj.calibrate(model, params, [tokens], recipe)
