@@ -8,6 +8,7 @@ from angeljax.algorithms.lstsq34 import Lstsq34Options, lstsq34
 from angeljax.algorithms.rtn import RTNOptions, rtn
 
 __all__ = [
+    "AWQClipOptions",
     "Algorithm",
     "DAQOptions",
     "GPTAQOptions",
@@ -16,6 +17,7 @@ __all__ = [
     "RTNOptions",
     "ScaleOptions",
     "algorithm_names",
+    "awq_clip",
     "daq",
     "get_algorithm",
     "gptaq",
