@@ -43,9 +43,9 @@ _ROUNDS = 10
 # The largest level as a fraction of the largest weight, and b / a.
 _STARTS = ((1.0, 0.35), (1.0, 0.65), (0.8, 0.65), (0.6, 0.65))
 _TIED_STARTS = (1.0, 0.85, 0.7, 0.55)
-# Ridge, relative to the trace of the Gram matrix of the planes; the larger one where
-# its determinant is less than this part of what it is for orthogonal planes.
-_RIDGE, _RAISED_RIDGE, _SINGULAR = 1e-7, 1e-3, 1e-4
+# A ridge, relative to the trace of the Gram matrix of the planes, where its determinant
+# is less than this part of what it is for orthogonal planes.
+_RIDGE, _SINGULAR = 1e-3, 1e-4
 
 
 def scales(w: jax.Array, spec: Spec) -> Planes:
@@ -66,7 +66,7 @@ def _free(x: jax.Array, granules: Granules, top: jax.Array) -> Planes:
         hl = granules.sum(high * low)
         trace, determinant = hh + ll, hh * ll - hl * hl
         singular = determinant < _SINGULAR * trace * trace / 4
-        ridge = trace * jnp.where(singular, _RAISED_RIDGE, _RIDGE) + TINY
+        ridge = jnp.where(singular, _RIDGE * trace, 0.0) + TINY
         hh, ll = hh + ridge, ll + ridge
         xh, xl = granules.sum(x * high), granules.sum(x * low)
         inverse = 1.0 / jnp.maximum(hh * ll - hl * hl, TINY)

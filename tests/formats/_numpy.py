@@ -110,18 +110,14 @@ def two_planes(w, scale, tied):
     if top == 0:
         return np.zeros_like(w)
     pairs = [(t, u) for t in (-1, 0, 1) for u in (-1, 0, 1)]
-    pairs.sort(key=lambda p: p != (0, 0))  # at a tie no weight that is 0 moves
+    pairs = np.array(sorted(pairs, key=lambda p: p != (0, 0)))  # a tie is 0 for 0
 
     def choose(a, b):
-        found = np.empty((*w.shape, 2))
-        for at in np.ndindex(w.shape):
-            far = [abs(w[at] - (a * t + b * u)) for t, u in pairs]
-            found[at] = pairs[int(np.argmin(far))]
-        return found
+        return pairs[np.abs(w[..., None] - pairs @ [a, b]).argmin(-1)]
 
     best = (np.inf, 0.0, 0.0)
     starts = [(1, 0.35), (1, 0.65), (0.8, 0.65), (0.6, 0.65)]
-    for f, r in [(1, 1 / 3), (0.85, 1 / 3), (0.7, 1 / 3), (0.55, 1 / 3)] if tied else starts:
+    for f, r in [(f, 1 / 3) for f in (1, 0.85, 0.7, 0.55)] if tied else starts:
         a, b = f * top / (1 + r), f * top * r / (1 + r)
         for _ in range(10):
             t = choose(a, b).reshape(-1, 2)
