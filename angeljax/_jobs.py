@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from angeljax._leaves import Leaf, flatten
 from angeljax._plan import Assignment
 from angeljax.algorithms import get_algorithm
+from angeljax.algorithms._base import requirements
 from angeljax.algorithms.input_scale import input_scale
 from angeljax.calibration._statistics import Statistics, StatisticsError, for_weight
 from angeljax.formats import QTensor, Spec
@@ -54,7 +55,7 @@ class Job:
         """
         rule = self.rule
         try:
-            return _run(
+            q, required = _run(
                 w,
                 dict(self.found),
                 self.spec,
@@ -62,8 +63,12 @@ class Job:
                 rule.options,
                 rule.activation_scale,
             )
+            for otherwise, ok in required.items():
+                if not isinstance(ok, jax.core.Tracer) and not bool(ok):
+                    raise ValueError(otherwise)
         except ValueError as e:
             raise ValueError(f"{self.path}: {e}") from None
+        return q
 
 
 @functools.partial(
@@ -76,12 +81,13 @@ def _run(
     algorithm: str,
     options: Any,
     activation_scale: str,
-) -> QTensor:
-    q = get_algorithm(algorithm).quantize(w, spec, found, options)
-    if activation_scale == "dynamic":
-        return q
-    scale = input_scale(found, spec, activation_scale)
-    return QTensor(planes={**q.planes, "input_scale": scale}, spec=spec)
+) -> tuple[QTensor, dict[str, jax.Array]]:
+    with requirements() as required:
+        q = get_algorithm(algorithm).quantize(w, spec, found, options)
+    if activation_scale != "dynamic":
+        scale = input_scale(found, spec, activation_scale)
+        q = QTensor(planes={**q.planes, "input_scale": scale}, spec=spec)
+    return q, required
 
 
 def apply_transforms(
