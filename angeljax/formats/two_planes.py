@@ -61,7 +61,7 @@ def scales(w: jax.Array, spec: Spec) -> Planes:
 
 def _free(x: jax.Array, granules: Granules, top: jax.Array) -> Planes:
     def round_(_: int, ab: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        high, low = _trits(_index(x, *map(granules.expand, ab)))
+        high, low = trits(_index(x, *map(granules.expand, ab)))
         hh, ll = granules.sum(high * high), granules.sum(low * low)
         hl = granules.sum(high * low)
         trace, determinant = hh + ll, hh * ll - hl * hl
@@ -122,14 +122,14 @@ def _index(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
     return index
 
 
-def _trits(levels: jax.Array) -> tuple[jax.Array, jax.Array]:
+def trits(levels: jax.Array) -> tuple[jax.Array, jax.Array]:
     """T and U of levels 3 T + U."""
     high = jnp.round(levels * np.float32(1 / 3))
     return high, levels - 3 * high
 
 
 def _magnitude(levels: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    high, low = _trits(levels)
+    high, low = trits(levels)
     return a * high + b * low
 
 
@@ -158,7 +158,7 @@ def pack(levels: jax.Array, granules: Planes, spec: Spec) -> Planes:
     """All planes of levels that `nearest` gave."""
     run = run_length(spec)
     high, low = (
-        pack_planar2((t + 1).astype(jnp.uint8), run) for t in _trits(levels)
+        pack_planar2((t + 1).astype(jnp.uint8), run) for t in trits(levels)
     )
     return {"codes": high, "codes_low": low, **granules}
 
