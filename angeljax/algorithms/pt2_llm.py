@@ -50,7 +50,9 @@ class PT2LLMOptions:
         for name, known, none in (("levels", Levels, False), ("metric", Metric, True)):
             value = getattr(self, name)
             if value not in get_args(known) and not (none and value is None):
-                raise ValueError(f"{name}={value!r}: use {' or '.join(get_args(known))}")
+                raise ValueError(
+                    f"{name}={value!r}: use {' or '.join(get_args(known))}"
+                )
         number = isinstance(self.damping, int | float)
         if not number or isinstance(self.damping, bool) or not self.damping > 0:
             raise ValueError(f"damping={self.damping!r}: use a positive number")

@@ -30,7 +30,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-
 from angeljax.formats._blocks import Granules
 from angeljax.formats._packing import pack_planar2, unpack_planar2
 from angeljax.formats._qtensor import QTensor
@@ -157,9 +156,7 @@ def values(levels: jax.Array, planes: Planes, spec: Spec) -> jax.Array:
 def pack(levels: jax.Array, granules: Planes, spec: Spec) -> Planes:
     """All planes of levels that `nearest` gave."""
     run = run_length(spec)
-    high, low = (
-        pack_planar2((t + 1).astype(jnp.uint8), run) for t in trits(levels)
-    )
+    high, low = (pack_planar2((t + 1).astype(jnp.uint8), run) for t in trits(levels))
     return {"codes": high, "codes_low": low, **granules}
 
 

@@ -105,7 +105,7 @@ def seq2(w, scale, method):
 
 
 def two_planes(w, scale, tied):
-    """Pairs and scales by turns, from several starts; all nine pairs for each weight."""
+    """Pairs and scales by turns, from several starts; nine pairs for each weight."""
     top = np.abs(w).max()
     if top == 0:
         return np.zeros_like(w)
