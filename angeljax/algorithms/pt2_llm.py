@@ -16,9 +16,10 @@ from angeljax.algorithms._blocks import as_matrix, from_matrix, padded, to_matri
 from angeljax.algorithms._hessian import HIGHEST, factor, mean_diagonal
 from angeljax.algorithms._sweep import natural_order, sweep, with_group
 from angeljax.formats import QTensor, Spec, get_format
+from angeljax.formats._blocks import rounded
+from angeljax.formats.ternary import mean_scale
 
 Planes = dict[str, jax.Array]
-Metric = Literal["inputs", "remaining"]
 Levels = Literal["group", "column"]
 
 
@@ -31,9 +32,6 @@ class PT2LLMOptions:
       levels: "group" keeps the levels of that fit and puts the error of the whole group
         onto the groups to come, as the paper; "column" keeps only its scales and
         chooses levels column by column as GPTQ does.
-      metric: in what error the scales are fitted once more, for fixed levels. "inputs":
-        that of the product of this group with its inputs, as the paper; "remaining":
-        what is left of it when all later groups have made up for it. None: not at all.
       damping, damping_tries: of the Hessian, as in `GPTQOptions`.
 
     Raises:
@@ -42,17 +40,13 @@ class PT2LLMOptions:
 
     iterations: int = 10
     levels: Levels = "column"
-    metric: Metric | None = "remaining"
     damping: float = 0.01
     damping_tries: int = 5
 
     def __post_init__(self) -> None:
-        for name, known, none in (("levels", Levels, False), ("metric", Metric, True)):
-            value = getattr(self, name)
-            if value not in get_args(known) and not (none and value is None):
-                raise ValueError(
-                    f"{name}={value!r}: use {' or '.join(get_args(known))}"
-                )
+        if self.levels not in get_args(Levels):
+            known = " or ".join(get_args(Levels))
+            raise ValueError(f"levels={self.levels!r}: use {known}")
         number = isinstance(self.damping, int | float)
         if not number or isinstance(self.damping, bool) or not self.damping > 0:
             raise ValueError(f"damping={self.damping!r}: use a positive number")
@@ -75,11 +69,10 @@ def pt2_llm(
        error of the product with the calibrated inputs.
     3. As in GPTQ, the groups to come make up for the error of this one.
 
-    The paper keeps T from there on and takes the covariance of the inputs in step 2.
-    With the defaults here step 2 counts only what step 3 cannot make up for, and T is
-    chosen column by column in step 3, which is clearly better; `levels` and `metric`
-    give the paper's. Its reordering of columns is left out: groups would no longer
-    be runs of K, and the product would have to gather its inputs.
+    The paper keeps T from there on (`levels="group"`). Here T is chosen column by
+    column in step 3, with the (a, b) of step 2, which loses about a third less. Its
+    reordering of columns is left out: groups would no longer be runs of K, and the
+    product would have to gather its inputs.
 
     The same is done for the other formats of few levels: `seq2` (2 bits), `sherry` and
     the two planes of `ptqtp`.
@@ -160,15 +153,7 @@ def _matrix(
     def fit(rows: jax.Array, group: jax.Array) -> tuple[jax.Array, Planes]:
         """Levels and planes of rows `[g, N]`, in the order of the sweep."""
         start = group * g
-        metric = None
-        if options.metric == "inputs":
-            metric = _square(h, start, g)
-        elif options.metric == "remaining":
-            square = _square(factored.upper, start, g)
-            inverse = solve_triangular(square, jnp.eye(g), lower=False)
-            metric = jnp.matmul(inverse, inverse.T, precision=HIGHEST)
-        if metric is not None:
-            metric = metric[back][:, back]
+        metric = _square(h, start, g)[back][:, back]
         inside = jnp.arange(g) + start < spec.k
         levels, planes = fit_group(
             rows[back].T, inside, spec, options.iterations, metric
@@ -217,7 +202,7 @@ def fit_group(
     inside: jax.Array,
     spec: Spec,
     iterations: int,
-    metric: jax.Array | None = None,
+    metric: jax.Array,
 ) -> tuple[jax.Array, Planes]:
     """Levels `[N, g]` and planes `[N, 1, 1]` of one group, fitted to each other.
 
@@ -235,26 +220,29 @@ def fit_group(
 
     planes = fori_loop(0, iterations, step, planes)
     levels = _nearest(w, planes, spec)
-    if metric is not None:
-        planes = _fit.refit(w, levels, planes, inside, spec, metric)
-    return levels, planes
+    return levels, _fit.refit(w, levels, planes, inside, spec, metric)
 
 
 def _start(w: jax.Array, inside: jax.Array, spec: Spec) -> Planes:
     """Scales of the format; those of Ternary Weight Networks for ternary levels."""
-    fmt = get_format(spec.format)
-    assert fmt.scales is not None
-    one = dataclasses.replace(spec, shape=(spec.group_size, spec.shape[-1]))
     if spec.format not in ("t2", "t1_6"):
-        return fmt.scales(w[:, None, :], one)
-    options = dict(one.options) | {"scale_method": "twn", "shift": False}
-    one = dataclasses.replace(one, options=tuple(sorted(options.items())))
-    if not spec.option("shift"):
-        return fmt.scales(w[:, None, :], one)
-    mean = jnp.sum(w, axis=-1, keepdims=True) / jnp.maximum(jnp.sum(inside), 1)
-    rest = jnp.where(inside, w - mean, 0.0)
-    shift = mean[..., None].astype(spec.scale_dtype)
-    return {**fmt.scales(rest[:, None, :], one), "shift": shift}
+        scales = get_format(spec.format).scales
+        assert scales is not None
+        one = dataclasses.replace(spec, shape=(spec.group_size, spec.shape[-1]))
+        return scales(w[:, None, :], one)
+    count = jnp.sum(inside)
+    mean = jnp.zeros((w.shape[0], 1), jnp.float32)
+    if spec.option("shift"):
+        mean = jnp.sum(w, axis=-1, keepdims=True) / count
+    size = jnp.where(inside, jnp.abs(w - mean), 0.0)
+    threshold = 0.75 * jnp.sum(size, axis=-1, keepdims=True) / count
+    kept = inside & (size >= threshold)
+    scale = jnp.sum(jnp.where(kept, size, 0.0), axis=-1, keepdims=True)
+    scale = scale / jnp.sum(kept, axis=-1, keepdims=True)
+    planes = {"scale": mean_scale(scale[..., None], spec)}
+    if spec.option("shift"):
+        planes["shift"] = rounded(mean[..., None], spec.scale_dtype)
+    return planes
 
 
 def _nearest(w: jax.Array, planes: Planes, spec: Spec) -> jax.Array:
