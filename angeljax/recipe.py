@@ -47,6 +47,7 @@ FORMAT_OPTIONS = (
     "scale_rounding",
     "group_stride",
     "shift",
+    "tied",
 )
 # Parts beside the rules, one of which is enough for a recipe.
 SECTIONS = ("attention", "tokens", "kv_cache")
@@ -93,7 +94,7 @@ class Rule:
         such inputs. The product stays the same but for rounding.
       qat: how the weight is trained; `QATOptions`, or a mapping of its fields. Without
         it `angeljax.qat` uses the defaults.
-      symmetric, narrow_range, scale_method, scale_rounding, group_stride, shift:
+      symmetric, narrow_range, scale_method, scale_rounding, group_stride, shift, tied:
         options of the format; see `angeljax.formats`.
 
     Raises:
@@ -117,6 +118,7 @@ class Rule:
     scale_rounding: str | None = None
     group_stride: int | None = None
     shift: bool | None = None
+    tied: bool | None = None
     activation: str | None = None
     activation_scale: str = "dynamic"
     rotation: int | str | None = None

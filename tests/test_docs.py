@@ -372,6 +372,9 @@ CASES = [
     ("seq2", {}),
     ("seq2", {"group_size": 32, "scale_method": "amax"}),
     ("binary", {}),
+    ("ptqtp", {}),
+    ("ptqtp", {"granularity": "channel"}),
+    ("ptqtp", {"tied": True, "group_size": 32}),
     ("t2", {"granularity": "channel", "shift": True}),
     ("t1_6", {"shift": True}),
 ]

@@ -2,9 +2,11 @@
 
 from angeljax.algorithms._base import Algorithm, algorithm_names, get_algorithm
 from angeljax.algorithms._scales import ScaleOptions
+from angeljax.algorithms.awq_clip import AWQClipOptions, awq_clip
 from angeljax.algorithms.daq import DAQOptions, daq
 from angeljax.algorithms.gptq import GPTAQOptions, GPTQOptions, gptaq, gptq
 from angeljax.algorithms.lstsq34 import Lstsq34Options, lstsq34
+from angeljax.algorithms.pt2_llm import PT2LLMOptions, pt2_llm
 from angeljax.algorithms.rtn import RTNOptions, rtn
 
 __all__ = [
@@ -14,6 +16,7 @@ __all__ = [
     "GPTAQOptions",
     "GPTQOptions",
     "Lstsq34Options",
+    "PT2LLMOptions",
     "RTNOptions",
     "ScaleOptions",
     "algorithm_names",
@@ -23,5 +26,6 @@ __all__ = [
     "gptaq",
     "gptq",
     "lstsq34",
+    "pt2_llm",
     "rtn",
 ]

@@ -10,6 +10,7 @@
 | `ternary` | t2 (2 bits), t1_6 (base 3) |
 | `sherry` | sherry (1.25 bits) |
 | `seq2` | seq2 (2 bits, no zero) |
+| `two_planes` | ptqtp (two ternary planes) |
 | `binary` | binary (1 bit) |
 """
 
@@ -23,12 +24,14 @@ from angeljax.formats import (  # noqa: F401  (registers the formats)
     seq2,
     sherry,
     ternary,
+    two_planes,
 )
 from angeljax.formats._qtensor import QTensor
 from angeljax.formats._quantize import quantize, quantize_to
 from angeljax.formats._registry import Format, format_names, get_format
 from angeljax.formats._resolve import make_spec
 from angeljax.formats._spec import Spec
+from angeljax.formats.two_planes import split_planes
 
 __all__ = [
     "Format",
@@ -39,4 +42,5 @@ __all__ = [
     "make_spec",
     "quantize",
     "quantize_to",
+    "split_planes",
 ]

@@ -22,7 +22,9 @@ from angeljax.formats._spec import Spec
 
 # Planes that hold one entry per granule; every other plane holds packed codes. The
 # scale of static activations is one for all of them.
-GRANULE_PLANES = frozenset({"scale", "scale2", "zero", "shift", "input_scale"})
+GRANULE_PLANES = frozenset(
+    {"scale", "scale2", "scale_low", "zero", "shift", "input_scale"}
+)
 
 
 def rounded(x: jax.Array, dtype: Any) -> jax.Array:

@@ -24,6 +24,7 @@ CASES += [
     ("t1_6", {"scale_method": "lstsq", "group_size": 64}),
     ("t2", {"shift": True, "group_size": 64}),
     ("seq2", {"scale_method": "amax", "group_size": 64}),
+    ("ptqtp", {"tied": True, "group_size": 64}),
     ("sherry", {"group_stride": 16, "group_size": 64}),
     ("sherry", {"group_size": 32, "scale_dtype": "float32"}),
 ]
@@ -54,6 +55,7 @@ ERROR = {
     "sherry": 0.55,
     "seq2": 0.37,
     "binary": 0.63,
+    "ptqtp": 0.2,
 }
 
 

@@ -110,6 +110,40 @@ def seq2(w, scale, method):
     return nearest(w, s) * s
 
 
+def two_planes(w, scale, tied):
+    """Pairs and scales by turns, from several starts; nine pairs for each weight."""
+    top = np.abs(w).max()
+    if top == 0:
+        return np.zeros_like(w)
+    pairs = [(t, u) for t in (-1, 0, 1) for u in (-1, 0, 1)]
+    pairs = np.array(sorted(pairs, key=lambda p: p != (0, 0)))  # a tie is 0 for 0
+
+    def choose(a, b):
+        return pairs[np.abs(w[..., None] - pairs @ [a, b]).argmin(-1)]
+
+    best = (np.inf, 0.0, 0.0)
+    starts = [(1, 0.35), (1, 0.65), (0.8, 0.65), (0.6, 0.65)]
+    for f, r in [(f, 1 / 3) for f in (1, 0.85, 0.7, 0.55)] if tied else starts:
+        a, b = f * top / (1 + r), f * top * r / (1 + r)
+        for _ in range(10):
+            t = choose(a, b).reshape(-1, 2)
+            if tied:
+                q = t @ [3, 1]
+                b = q @ w.ravel() / max(q @ q, 1)
+                a = 3 * b
+            elif np.linalg.matrix_rank(t) < 2:
+                gram = t.T @ t
+                gram = gram + 1e-3 * np.trace(gram) * np.eye(2)
+                b, a = sorted(np.abs(np.linalg.solve(gram, t.T @ w.ravel())))
+            else:
+                b, a = sorted(np.abs(np.linalg.lstsq(t, w.ravel(), rcond=None)[0]))
+        error = ((w - choose(a, b) @ [a, b]) ** 2).sum()
+        if error < best[0] * (1 - 1e-9):
+            best = (error, a, b)
+    a, b = (3 * scale(best[2]) if tied else scale(best[1])), scale(best[2])
+    return choose(a, b) @ [a, b]
+
+
 def sherry(w, scale, stride, size):
     inside = np.zeros((size, w.shape[1]), bool)
     inside[: len(w)] = True
@@ -156,6 +190,8 @@ def reference(w, spec):
             y = sherry(x, scale, o["group_stride"], -(-len(x) // unit) * unit)
         elif name == "seq2":
             y = seq2(x, scale, o["scale_method"])
+        elif name == "ptqtp":
+            y = two_planes(x, scale, **o)
         elif name == "binary":
             y = np.where(x < 0, -1, 1) * scale(np.abs(x).mean())
         else:
