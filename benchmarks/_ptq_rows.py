@@ -21,7 +21,8 @@ class PTQRow:
       rules: of the recipe.
       transforms: of the recipe.
       how: "free" needs no data, "pass" one pass of calibration, "layers" goes layer by
-        layer (`compress_sequential`); "rotated" merges a rotation first.
+        layer (`compress_sequential`); "rotated" merges a rotation first; "focus" learns
+        the rounding; "kv" rounds keys and values instead of weights.
     """
 
     section: str
@@ -33,6 +34,8 @@ class PTQRow:
     def recipe(self) -> aj.Recipe:
         """The recipe of the row."""
         name = f"{self.section}: {self.name}"
+        if self.how == "kv":
+            return aj.Recipe(name=name, kv_cache=self.rules[0])
         rules = [aj.Rule(**rule) for rule in self.rules]
         return aj.Recipe(name=name, rules=rules, transforms=self.transforms)
 
@@ -67,7 +70,12 @@ def _common(*, fine: bool = True) -> list[Any]:
     if fine:
         rows += [
             ("gptq, scales by mse", "layers", gptq(scales="mse"), ()),
-            ("gptq, act order", "layers", gptq(act_order=True, scales="mse"), ()),
+            (
+                "gptq, act order",
+                "layers",
+                gptq(act_order=True, static_groups=True, scales="mse"),
+                (),
+            ),
             (
                 "gptaq",
                 "layers",
@@ -235,9 +243,35 @@ ROWS: list[PTQRow] = [
         ("gptq 3:4", "layers", gptq(), ()),
         ("rotated gptq 3:4", "rotated layers", gptq(), ()),
     ),
+    *_rows(
+        "KV cache",
+        {"format": "int8"},
+        ("fp8, scale of each token and head", "kv", {"format": "float8_e4m3"}, ()),
+        ("int8, scale of each token and head", "kv", {}, ()),
+        ("int4 g64", "kv", {"format": "int4", "group_size": 64}, ()),
+        ("int4 g32", "kv", {"format": "int4", "group_size": 32}, ()),
+        (
+            "int4 g32 asymmetric",
+            "kv",
+            {"format": "int4", "group_size": 32, "symmetric": False},
+            (),
+        ),
+    ),
+    *_rows(
+        "4.5 bits on average",
+        {"format": "int4", "group_size": 32},
+        ("uniform int4 g32, rtn", "free", {}, ()),
+        ("uniform int4 g32, gptq, one pass", "pass", gptq(), ()),
+    ),
 ]
 # A few rows for a smoke run: one of each way.
-SMOKE = ("W4 g128: rtn", "W4 g128: gptq", "W4 g128: awq", "W8A8 int8: rtn, static")
+SMOKE = (
+    "W4 g128: rtn",
+    "W4 g128: gptq",
+    "W4 g128: awq",
+    "W8A8 int8: rtn, static",
+    "KV cache: int4 g32",
+)
 
 
 def named(pattern: str) -> list[PTQRow]:

@@ -26,9 +26,19 @@ import numpy as np
 import angeljax as aj
 from angeljax.evaluation import evaluate, windows
 from angeljax.formats import make_spec
-from angeljax.models import DecoderConfig, LanguageModel, load_model, stack_layers
+from angeljax.kv_cache import KVFormat, fake_quantize_kv
+from angeljax.models import (
+    DecoderConfig,
+    LanguageModel,
+    load_model,
+    stack_layers,
+    unstack_layers,
+    untie,
+)
 from angeljax.qat._tensor import FakeTensor
 from angeljax.train import load_tokens
+from angeljax.train.recovery import learn_focus
+from angeljax.transforms import apply_transforms
 from benchmarks._ptq_rows import ROWS, SMOKE, PTQRow, named
 from benchmarks._results import RESULTS, Row, write
 
@@ -69,35 +79,51 @@ class Bench:
 
     @functools.cached_property
     def rotated(self) -> tuple[LanguageModel, Any]:
-        """The same model with R1 and R2 merged into its weights."""
-        from angeljax.models import rotate_decoder
-
-        return rotate_decoder(self.model, self.params)
+        """The same function with R1 and R2 merged into its weights."""
+        model, params = untie(self.model, self.params)
+        rotation = {"name": "rotation", "head_dim": model.config.head_dim}
+        recipe = aj.Recipe(rules=[aj.Rule(format="int8")], transforms=[rotation])
+        return model, apply_transforms(params, recipe)[0]
 
     def compressed(self, row: PTQRow) -> tuple[LanguageModel, Any]:
         """The model and the compressed tree of a row."""
-        model, params = (
-            self.rotated if "rotated" in row.how else (self.model, self.params)
-        )
+        model, params = self.model, self.params
+        if "rotated" in row.how:
+            model, params = self.rotated
         recipe = row.recipe()
+        if row.how == "kv":
+            return _with_kv(model, row), params
+        if row.how == "focus":
+            few = self.batches()
+            return model, learn_focus(model, params, recipe, few, steps=2 * len(few))[0]
         if "layers" in row.how:
             return model, aj.compress_sequential(
                 model,
                 params,
                 recipe,
                 self.batches(),
-                batch_size=self.batch_size,
                 progress=False,
             )
         stats = None
         if row.how == "pass":
+            # Inputs that a rule rotates have statistics of their own.
             shared = all(rule.get("rotation") is None for rule in row.rules)
-            stats = (
-                self.statistics
-                if shared
-                else aj.calibrate(model, params, self.batches(), recipe)
-            )
+            stats = self.statistics if shared else None
+            if stats is None:
+                stats = aj.calibrate(model, params, self.batches(), recipe)
         return model, aj.compress(params, recipe, stats, progress=False)
+
+
+def _with_kv(model: LanguageModel, row: PTQRow) -> LanguageModel:
+    """The model with keys and values rounded as a cache would round them."""
+    (options,) = row.rules
+    attend = model.attention_fn
+
+    def attention(q: Any, k: Any, v: Any, mask: Any) -> jax.Array:
+        k, v = (fake_quantize_kv(x, KVFormat(**options)) for x in (k, v))
+        return attend(q, k, v, mask)
+
+    return dataclasses.replace(model, attention_fn=attention)
 
 
 def comparable(tree: Any) -> Any:
@@ -131,13 +157,22 @@ def measure(bench: Bench, row: PTQRow) -> list[Row]:
     began = time.perf_counter()
     model, tree = bench.compressed(row)
     jax.block_until_ready(jax.tree.leaves(tree))
-    seconds = time.perf_counter() - began
+    return judged(bench, row, model, tree, time.perf_counter() - began)
+
+
+def judged(
+    bench: Bench, row: PTQRow, model: LanguageModel, tree: Any, seconds: float
+) -> list[Row]:
+    """The numbers of a compressed tree."""
     case = {"section": row.section, "row": row.name}
+    rows = [Row(case, "compress_time", seconds, "s")]
     weights = [q for q in jax.tree.leaves(tree, is_leaf=_packed) if _packed(q)]
-    bits = 8 * sum(q.nbytes for q in weights) / sum(q.size for q in weights)
-    rows = [Row(case, "bits_per_weight", bits, "bit")]
-    rows.append(Row(case, "compress_time", seconds, "s"))
+    if weights:
+        bits = 8 * sum(q.nbytes for q in weights) / sum(q.size for q in weights)
+        rows.append(Row(case, "bits_per_weight", bits, "bit"))
     dense = comparable(tree)
+    if 0 in dense["layers"]:  # layers apart, as allocation has them
+        dense = stack_layers(dense)
     for name, text in bench.texts.items():
         got = evaluate(
             model.logits,
@@ -156,6 +191,40 @@ def measure(bench: Bench, row: PTQRow) -> list[Row]:
     shown = {f"{r.case.get('text', '')} {r.metric}": round(r.value, 4) for r in rows}
     print(f"{row.section}: {row.name}", shown, flush=True)
     return rows
+
+
+def allocated(bench: Bench, bits: float, tokens: int) -> list[tuple[PTQRow, Any]]:
+    """Mixed precision at a number of bits, with and without GPTQ in the candidates."""
+    model = dataclasses.replace(bench.model, scan_layers=False)
+    params = unstack_layers(bench.params)
+    batches = [jnp.asarray(bench.calibration[:1, :tokens])]
+    found = []
+    plain = ("int3:64", "int4:128", "int4:64", "int8:128")
+    for name, formats in (
+        ("rtn", plain),
+        ("gptq", tuple(f"{f}:gptq" for f in plain)),
+    ):
+        stats = None
+        if name == "gptq":
+            recipe = aj.Recipe(rules=[aj.Rule(format="int4")])
+            stats = aj.calibrate(
+                model, params, bench.batches(), recipe, statistics=("hessian",)
+            )
+        chosen = aj.allocate(
+            model,
+            params,
+            stats,
+            formats=formats,
+            batches=batches,
+            budget_bits=bits,
+            verify=False,
+            progress=False,
+        )
+        print(f"allocated {name}: {chosen.seconds:.0f} s, {chosen.passes} passes")
+        tree = aj.compress(params, chosen.recipe, stats, progress=False)
+        row = PTQRow(f"{bits:g} bits on average", f"allocated, {name}", ())
+        found.append((row, tree))
+    return found
 
 
 def original(bench: Bench) -> list[Row]:
@@ -230,6 +299,8 @@ def arguments() -> Any:
     parser.add_argument("--windows", type=int, default=64, help="of each text")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1, help="rows at a time")
+    parser.add_argument("--allocate", type=float, help="bits: mixed precision")
+    parser.add_argument("--allocate-tokens", type=int, default=2048)
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--tag", default=None)
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -251,6 +322,7 @@ def main() -> None:
     if any("rotated" in row.how for row in chosen):
         _ = bench.rotated
     results: dict[int, list[Row]] = {-1: original(bench)}
+    found = list(results[-1])
     # Most of a row's time on a GPU is compilation, which threads do side by side.
     with ThreadPoolExecutor(args.threads) as pool:
         jobs = [pool.submit(measure, bench, row) for row in chosen]
@@ -261,6 +333,10 @@ def main() -> None:
                 print(f"{row.section}: {row.name}: {e}", flush=True)
                 continue
             found = [r for k in sorted(results) for r in results[k]]
+            write("ptq_quality", found, device_tag=args.tag, directory=args.out)
+    if args.allocate:
+        for row, tree in allocated(bench, args.allocate, args.allocate_tokens):
+            found += judged(bench, row, bench.model, tree, 0.0)
             write("ptq_quality", found, device_tag=args.tag, directory=args.out)
 
 
