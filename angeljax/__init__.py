@@ -4,7 +4,12 @@ from angeljax import ops, qat
 from angeljax._partition import combine, partition
 from angeljax._report import CompressionReport, report
 from angeljax.bind import bind
-from angeljax.calibration import Statistics, StatisticsError, calibrate
+from angeljax.calibration import (
+    Statistics,
+    StatisticsError,
+    calibrate,
+    compress_sequential,
+)
 from angeljax.compress import compress, plan
 from angeljax.export import load, save
 from angeljax.formats import QTensor, quantize
@@ -26,6 +31,7 @@ __all__ = [
     "calibrate",
     "combine",
     "compress",
+    "compress_sequential",
     "load",
     "ops",
     "partition",
