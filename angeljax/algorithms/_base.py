@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from angeljax.formats import QTensor, Spec, get_format
 
@@ -78,6 +81,39 @@ class Algorithm:
             )
         if fmt.scales is None or fmt.pack is None:
             raise ValueError(f"algorithm {self.name} cannot make format {format}")
+
+
+# Message -> whether all is well, of the algorithm that is being traced.
+_REQUIRED: contextvars.ContextVar[dict[str, jax.Array] | None] = contextvars.ContextVar(
+    "required", default=None
+)
+
+
+def require(ok: jax.Array, otherwise: str) -> None:
+    """Says what must hold of the data of a weight, for an error after the fact.
+
+    Traced code cannot raise. `angeljax.compress` on concrete arrays raises ValueError
+    with this message, after the path of the weight, if `ok` is not True everywhere;
+    outside of it nothing happens.
+
+    Args:
+      ok: bool, any shape; not inside `vmap` or a loop.
+      otherwise: one line.
+    """
+    required = _REQUIRED.get()
+    if required is not None:
+        required[otherwise] = jnp.all(ok)
+
+
+@contextlib.contextmanager
+def requirements() -> Iterator[dict[str, jax.Array]]:
+    """Collects what `require` is told: message -> bool `[]`."""
+    required: dict[str, jax.Array] = {}
+    token = _REQUIRED.set(required)
+    try:
+        yield required
+    finally:
+        _REQUIRED.reset(token)
 
 
 _ALGORITHMS: dict[str, Algorithm] = {}

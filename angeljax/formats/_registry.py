@@ -45,6 +45,9 @@ class Format:
       nearest: blocks, granule planes, spec -> levels; any blocks whose granule axes
         agree, such as one column of a group with the scales of the group.
       values: levels, granule planes, spec -> float32 weights, as `decode` gives them.
+      scales_under: blocks, granule planes, spec -> granule planes from the data with
+        the scale of the whole tensor (`scale2`) of the planes given; None for formats
+        that have none.
       pointwise: whether `nearest` looks at each weight by itself.
     """
 
@@ -67,6 +70,7 @@ class Format:
     scales: Callable[[jax.Array, Spec], Planes] | None = None
     nearest: Callable[[jax.Array, Planes, Spec], jax.Array] | None = None
     values: Callable[[jax.Array, Planes, Spec], jax.Array] | None = None
+    scales_under: Callable[[jax.Array, Planes, Spec], Planes] | None = None
     pointwise: bool = True
 
     def tail_unit(self, spec: Spec) -> int:

@@ -120,6 +120,13 @@ def nv_block_scales(amax: jax.Array, scale2: jax.Array) -> Planes:
     return {"scale": scale, "scale2": scale2}
 
 
+def nv_scales_under(w: jax.Array, planes: Planes, spec: Spec) -> Planes:
+    """E4M3 block scales under the tensor scale of other planes."""
+    del spec
+    amax = jnp.max(jnp.abs(w), axis=-1, keepdims=True)
+    return nv_block_scales(amax, planes["scale2"])
+
+
 def block_scale(planes: Planes) -> jax.Array:
     """The float32 factor of each block."""
     if "scale2" in planes:
@@ -201,6 +208,7 @@ _format(
     unit=2,
     group_size=16,
     fixed_scale_dtype="float8_e4m3fn",
+    scales_under=nv_scales_under,
     summary="E2M1 in blocks of 16 with E4M3 scales under a tensor scale",
 )
 _format(
