@@ -13,28 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from angeljax.formats._hadamard import factor_sizes, hadamard_matrix, largest_known
+
 # Larger factors would cost more than the passes over memory that they save.
 _WIDEST = 128
 
 
 def largest_block(k: int) -> int:
-    """The largest power of two that divides k: the default size of a block."""
-    return k & -k
-
-
-@functools.cache
-def hadamard_matrix(n: int) -> np.ndarray:
-    """A Hadamard matrix `[n, n]` of +-1 (Sylvester's), float32.
-
-    Raises:
-      ValueError: none of this size is known here.
-    """
-    if n < 1 or n & (n - 1):
-        raise ValueError(f"no Hadamard matrix of size {n}: use a power of two")
-    h = np.ones((1, 1), np.float32)
-    while len(h) < n:
-        h = np.block([[h, h], [h, -h]])
-    return h
+    """The largest size of a Hadamard matrix that divides k: the default of a block."""
+    return largest_known(k)
 
 
 def rotate(x: jax.Array, size: int, *, inverse: bool = False) -> jax.Array:
@@ -64,9 +51,27 @@ def rotate(x: jax.Array, size: int, *, inverse: bool = False) -> jax.Array:
     return y.reshape(x.shape).astype(x.dtype)
 
 
+@functools.cache
 def _factors(size: int) -> tuple[int, ...]:
     """Sizes of the small matrices whose Kronecker product is that of a block."""
-    return (size,) if size <= _WIDEST else (*_factors(size // _WIDEST), _WIDEST)
+    sizes = factor_sizes(size)
+    if sizes is None:
+        hadamard_matrix(size)  # says what would work
+        raise AssertionError
+    small: list[int] = []
+    for n in sizes:
+        while n & (n - 1) == 0 and n > _WIDEST:
+            small.append(min(n // _WIDEST, _WIDEST))
+            n //= small[-1]
+        small.append(n)
+    # One pass over the data for two small ones.
+    parts = small[:1]
+    for n in small[1:]:
+        if parts[-1] * n <= _WIDEST:
+            parts[-1] *= n
+        else:
+            parts.append(n)
+    return tuple(parts)
 
 
 def resolve_rotation(rotation: int | str | None, k: int) -> int:

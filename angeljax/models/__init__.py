@@ -37,6 +37,7 @@ from angeljax.models.qwen_vl import QwenVL, QwenVLConfig, VisionTokens, load_qwe
 from angeljax.models.serving import prepare_decoder
 from angeljax.models.staged import StagedCache, StagedPrefill, prefill_pruned
 from angeljax.models.tokenizer import Tokenizer
+from angeljax.models.untied import untie
 from angeljax.models.vision_tower import (
     VisionFeatures,
     VisionTower,
@@ -105,4 +106,5 @@ __all__ = [
     "transcribe",
     "transcribe_tokens",
     "unstack_layers",
+    "untie",
 ]

@@ -47,6 +47,53 @@ class Transform(Protocol):
         ...
 
 
+def apply_transforms(
+    params: Any, recipe: Any, stats: Statistics | None = None
+) -> tuple[Any, Statistics | None]:
+    """Only the transforms of a recipe: the tree before it is quantized.
+
+    `angeljax.compress` does this by itself. It is of use where statistics are to be
+    measured on the transformed model.
+
+    Args:
+      params: a param tree.
+      recipe: its rules say which weights will be quantized, and how.
+      stats: of `params`, where a transform needs them.
+
+    Returns:
+      The tree, and its statistics as far as they follow from `stats`.
+
+    Raises:
+      RecipeError: the recipe does not fit the tree.
+      StatisticsError: statistics are missing, or of another model.
+
+    Example:
+      >>> import jax, angeljax as aj
+      >>> from angeljax.models import DecoderConfig, LanguageModel
+      >>> from angeljax.transforms import apply_transforms
+      >>> model = LanguageModel(DecoderConfig(
+      ...     model_type="llama", vocab_size=64, hidden_size=32, num_layers=2,
+      ...     intermediate_size=64, num_heads=2, num_kv_heads=1, head_dim=16))
+      >>> params, tokens = model.init(jax.random.key(0)), jax.numpy.ones((1, 4), int)
+      >>> rules = [aj.Rule(format="int8")]
+      >>> recipe = aj.Recipe(rules=rules, transforms=[{"name": "smoothquant"}])
+      >>> stats = aj.calibrate(model, params, [tokens], recipe)
+      >>> smooth, after = apply_transforms(params, recipe, stats)
+      >>> bool(jax.numpy.allclose(model.logits(smooth, tokens),
+      ...                         model.logits(params, tokens), atol=1e-5))
+      True
+    """
+    # They stand on recipes, which stand on this module.
+    from angeljax import _jobs, _leaves
+    from angeljax._plan import make_plan
+
+    leaves, treedef = _leaves.flatten(params)
+    new, stats = _jobs.apply_transforms(
+        leaves, make_plan(leaves, recipe), recipe, stats
+    )
+    return _leaves.unflatten(treedef, leaves, [x.value for x in new]), stats
+
+
 _TRANSFORMS: dict[str, Callable[..., Transform]] = {}
 
 
