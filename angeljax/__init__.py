@@ -5,7 +5,12 @@ from angeljax._partition import combine, partition
 from angeljax._report import CompressionReport, report
 from angeljax.allocation import Allocation, allocate, measure_latency
 from angeljax.bind import bind
-from angeljax.calibration import Statistics, StatisticsError, calibrate
+from angeljax.calibration import (
+    Statistics,
+    StatisticsError,
+    calibrate,
+    compress_sequential,
+)
 from angeljax.compress import compress, plan
 from angeljax.export import load, save
 from angeljax.formats import QTensor, quantize
@@ -29,6 +34,7 @@ __all__ = [
     "calibrate",
     "combine",
     "compress",
+    "compress_sequential",
     "load",
     "measure_latency",
     "ops",

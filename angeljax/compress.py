@@ -96,16 +96,21 @@ def compress(
             for leaf, job in zip(leaves, jobs, strict=True)
         ]
     else:
-        values = _eager(leaves, jobs, donate, progress)
+        values = run_jobs(leaves, jobs, donate, progress)
     return _leaves.unflatten(treedef, leaves, values)
 
 
-def _eager(
+def run_jobs(
     leaves: list[_leaves.Leaf],
     jobs: list[Job | None],
     donate: bool,
     progress: bool | None,
 ) -> list[Any]:
+    """Each leaf quantized by its job, or as it is; concrete arrays, one by one.
+
+    Raises:
+      ValueError: a weight holds NaN or infinity, or an algorithm cannot take it.
+    """
     # The last place where each array occurs, so that a tied one is not freed early.
     last_use = {id(leaf.value): i for i, leaf in enumerate(leaves)}
     done: dict[tuple[int, Any], QTensor] = {}

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from angeljax import _leaves, _workflow
+from angeljax import _leaves, _shards, _workflow
 from angeljax._fields import ConfigError
 from angeljax._workflow import Opened
 from angeljax.compress import compress, plan
@@ -16,7 +16,7 @@ from angeljax.evaluation import Windows
 from angeljax.formats import QTensor
 from angeljax.models import LanguageModel
 from angeljax.recipe import Recipe
-from angeljax.train import PackedTokens, TrainConfig, _shards, load_tokens
+from angeljax.train import PackedTokens, TrainConfig, load_tokens
 from angeljax.train import language_model as lm
 from angeljax.train.losses import check_teacher, check_vocabularies
 from angeljax.train.teacher import TeacherRows, read_teacher

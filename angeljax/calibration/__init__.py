@@ -1,6 +1,15 @@
 """Calibration: statistics of what each weight of a model is multiplied with."""
 
+from angeljax.calibration._layerwise import LayerwiseModel
 from angeljax.calibration._statistics import Statistics, StatisticsError, merge
 from angeljax.calibration.calibrate import calibrate
+from angeljax.calibration.sequential import compress_sequential
 
-__all__ = ["Statistics", "StatisticsError", "calibrate", "merge"]
+__all__ = [
+    "LayerwiseModel",
+    "Statistics",
+    "StatisticsError",
+    "calibrate",
+    "compress_sequential",
+    "merge",
+]

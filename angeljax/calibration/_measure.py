@@ -67,6 +67,17 @@ def measure(x: jax.Array, valid: jax.Array, *, kinds: tuple[str, ...]) -> Found:
     return found
 
 
+def measure_mismatch(full: jax.Array, own: jax.Array, valid: jax.Array) -> jax.Array:
+    """Sum over the `valid [T]` rows of (full - own) own', `[K, K]`; float32."""
+
+    def rows(x: jax.Array) -> jax.Array:
+        keep = valid[:, None] & jnp.isfinite(x)
+        return jnp.where(keep, x, 0).astype(jnp.float32)
+
+    f, x = rows(full), rows(own)
+    return jnp.matmul((f - x).T, x, precision=jax.lax.Precision.HIGHEST)
+
+
 def measure_ragged(
     x: jax.Array, valid: jax.Array, sizes: jax.Array, *, kinds: tuple[str, ...]
 ) -> Found:

@@ -28,6 +28,9 @@ _PREFIX = "slot_"
 _mask: contextvars.ContextVar[jax.Array | None] = contextvars.ContextVar(
     "angeljax_token_mask", default=None
 )
+_paired: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "angeljax_paired_rows", default=False
+)
 
 
 @contextlib.contextmanager
@@ -38,6 +41,19 @@ def token_mask(mask: jax.Array | None) -> Iterator[None]:
         yield
     finally:
         _mask.reset(token)
+
+
+@contextlib.contextmanager
+def paired_rows() -> Iterator[None]:
+    """Within it the first half of all rows is the full-precision model's.
+
+    Weights then measure their `mismatch` and nothing else.
+    """
+    token = _paired.set(True)
+    try:
+        yield
+    finally:
+        _paired.reset(token)
 
 
 @jax.tree_util.register_dataclass
@@ -82,12 +98,24 @@ class TappedTensor(QTensor):
           x: inputs.
           batch: for each batch axis of the weight, the axis of `x` that goes with it.
           group_sizes: rows of each expert of a ragged product.
+
+        Raises:
+          ValueError: `mismatch` of experts, whose tokens are not the same ones in both
+            models.
         """
         slots = {
             name.removeprefix(_PREFIX): slot
             for name, slot in self.planes.items()
             if name.startswith(_PREFIX)
         }
+        if _paired.get():
+            if batch or group_sizes is not None:
+                raise ValueError(
+                    "experts see other tokens in the full-precision model: the "
+                    "statistic `mismatch` is for weights without batch axes; use "
+                    "algorithm gptq for them"
+                )
+            return self._observe_pairs(x, slots)
         mask, rows = _mask.get(), math.prod(x.shape[:-1])
         valid = jnp.ones(x.shape[:-1], bool)
         if mask is not None and mask.size == rows and not batch:
@@ -95,6 +123,14 @@ class TappedTensor(QTensor):
         if group_sizes is not None:
             return _tap_ragged(x, slots, valid, group_sizes)
         return _tap(x, slots, valid, tuple(batch))
+
+    def _observe_pairs(self, x: jax.Array, slots: dict[str, jax.Array]) -> jax.Array:
+        full, own = jnp.split(x, 2)
+        mask, valid = _mask.get(), jnp.ones(own.shape[:-1], bool)
+        if mask is not None and mask.size == valid.size:
+            valid = mask.reshape(valid.shape)
+        own = _tap_pairs(own, slots, full, valid)
+        return jnp.concatenate([full, own])
 
 
 register_type(TappedTensor)
@@ -153,3 +189,25 @@ def _ragged_backward(found: Any, g: Any) -> tuple[Any, Any, None, None]:
 
 
 _tap_ragged.defvjp(_ragged_forward, _ragged_backward)
+
+
+@jax.custom_vjp
+def _tap_pairs(
+    x: jax.Array, slots: dict[str, jax.Array], full: jax.Array, valid: jax.Array
+) -> jax.Array:
+    del slots, full, valid
+    return x
+
+
+def _pairs_forward(x: Any, slots: Any, full: Any, valid: Any) -> tuple[Any, Any]:
+    k = x.shape[-1]
+    rows = full.reshape(-1, k), x.reshape(-1, k), valid.reshape(-1)
+    found = {"mismatch": _measure.measure_mismatch(*rows)}
+    return x, {kind: found[kind] for kind in slots}
+
+
+def _pairs_backward(found: Any, g: Any) -> tuple[Any, Any, None, None]:
+    return g, found, None, None
+
+
+_tap_pairs.defvjp(_pairs_forward, _pairs_backward)

@@ -88,7 +88,7 @@ def calibrate(
     @functools.partial(jax.jit, donate_argnums=0)
     def step(found: dict[str, Any], values: list[Any], batch: Any) -> dict[str, Any]:
         def scalar(slots: dict[str, Any]) -> jax.Array:
-            with token_mask(_mask_of(batch)):
+            with token_mask(mask_of(batch)):
                 out = forward(tapped(values, slots), batch)
             floats = [
                 jnp.sum(x.astype(jnp.float32))
@@ -236,7 +236,8 @@ def _call(f: Callable[..., Any], first: tuple[Any, ...], batch: Any) -> Any:
     return f(*first, batch)
 
 
-def _mask_of(batch: Any) -> jax.Array | None:
+def mask_of(batch: Any) -> jax.Array | None:
+    """Which tokens of a batch are real; None if all are."""
     mask = batch.get("mask") if isinstance(batch, Mapping) else None
     if mask is None or jnp.asarray(mask).dtype != bool:
         return None

@@ -14,6 +14,7 @@ from flax import nnx
 from angeljax._kv_cache_options import KVCacheOptions
 from angeljax.attention.prefill import SparseAttention
 from angeljax.kv_cache._scales import kv_scales
+from angeljax.models._layerwise import DecoderLayers
 from angeljax.models.attention import dense_attention
 from angeljax.models.cache import KVCache, init_cache
 from angeljax.models.config import DecoderConfig
@@ -240,6 +241,10 @@ class LanguageModel:
         return module.features(
             tokens, mask=mask, hidden=hidden, relations=relations, remat=remat
         )
+
+    def layerwise(self) -> DecoderLayers:
+        """The model layer by layer, for `angeljax.compress_sequential`."""
+        return DecoderLayers(self)
 
     def head_params(self, params: dict[str, Any]) -> dict[str, Any]:
         """`{"embedding": [V, D]}` of a tied head, else `{"kernel": [D, V]}`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from angeljax import _shards
 from angeljax.models.language_model import LanguageModel
 from angeljax.recipe import Recipe
-from angeljax.train import _shards
 from angeljax.train._options import BlockwiseOptions
 
 _ERRORS = "errors"
@@ -77,39 +76,28 @@ class KeptLayers:
         if not file.is_file():
             return None
         leaves, treedef = jax.tree.flatten(like)
+        remedy = "delete it, and the layer is trained again"
+        stored = _shards.load_arrays(file, remedy)
         try:
-            with np.load(file, allow_pickle=False) as stored:
-                errors = stored[_ERRORS]
-                found = [_restored(stored[str(n)], x) for n, x in enumerate(leaves)]
-        except (OSError, ValueError, KeyError, EOFError) as e:
-            raise ValueError(
-                f"{file} cannot be read: {' '.join(str(e).split())}: delete it, and "
-                "the layer is trained again"
-            ) from None
+            errors = stored[_ERRORS].view(np.float64)
+            found = [_restored(stored[str(n)], x) for n, x in enumerate(leaves)]
+        except (ValueError, KeyError) as e:
+            what = " ".join(str(e).split())
+            raise ValueError(f"{file} cannot be read: {what}: {remedy}") from None
         return jax.tree.unflatten(treedef, found), float(errors[0]), float(errors[1])
 
     def save(self, i: int, layer: Any, before: float, after: float) -> None:
         """Keeps layer i; a process that is killed leaves the whole file or none."""
         leaves = [np.asarray(x) for x in jax.tree.leaves(jax.device_get(layer))]
-        arrays = {str(n): x.view(np.uint8) for n, x in enumerate(map(_flat, leaves))}
+        arrays = {str(n): x for n, x in enumerate(leaves)}
         arrays[_ERRORS] = np.asarray([before, after], np.float64)
-        _shards.commit(self._file(i), functools.partial(_write, arrays=arrays))
+        _shards.save_arrays(self._file(i), arrays)
 
     def _file(self, i: int) -> Path:
         return self.folder / f"layer-{i:05d}.npz"
-
-
-def _flat(x: np.ndarray) -> np.ndarray:
-    """One axis: a scalar has no bytes to view otherwise."""
-    return np.ascontiguousarray(x).reshape(-1)
 
 
 def _restored(stored: np.ndarray, like: Any) -> jax.Array:
     # As bytes, since numpy's files do not know bfloat16.
     array = stored.view(like.dtype).reshape(like.shape)
     return jax.device_put(array, like.sharding)
-
-
-def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    with path.open("wb") as f:
-        np.savez(f, **arrays)  # type: ignore[arg-type]

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from angeljax import _shards
 from angeljax.models.language_model import LanguageModel
-from angeljax.train import _shards
 from angeljax.train.chunked import head_logits
 
 # float32 logits that exist at once

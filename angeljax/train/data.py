@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from angeljax import _shards
 from angeljax._fields import ConfigError, count
-from angeljax.train import _shards
 
 if TYPE_CHECKING:
     from angeljax.models import Tokenizer

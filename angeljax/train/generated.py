@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from angeljax import _shards
 from angeljax.evaluation._progress import progress_bar
 from angeljax.models.generate import check_sampling, generate
 from angeljax.models.language_model import LanguageModel
-from angeljax.train import _shards
 
 __all__ = ["generate_tokens"]
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from angeljax import _shards
 from angeljax.evaluation._progress import progress_bar
 from angeljax.models.language_model import LanguageModel
-from angeljax.train import _shards
 from angeljax.train._likeliest import likeliest
 from angeljax.train._token_losses import TopK
 from angeljax.train.losses import check_vocabularies

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from angeljax.models import DecoderConfig, LanguageModel
-from angeljax.train import _shards
+from angeljax import _shards
 from angeljax.train._likeliest import top_k_of
 from angeljax.train.generated import generate_tokens
 from angeljax.train.losses import DistillOptions

@@ -7,6 +7,8 @@ import json
 import os
 import secrets
 import shutil
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ MANIFEST = "manifest.json"
 TEACHER = "teacher's predictions"
 GENERATED = "generated text"
 LAYERS = "reconstructed layers"
+COMPRESSED = "compressed layers"
 
 
 def fingerprint(tree: Any) -> str:
@@ -72,7 +75,7 @@ def kind_of(path: str | os.PathLike[str]) -> str | None:
     except (OSError, ValueError):
         return None
     kind = data.get("kind") if isinstance(data, dict) else None
-    return kind if kind in (TEACHER, GENERATED, LAYERS) else None
+    return kind if kind in (TEACHER, GENERATED, LAYERS, COMPRESSED) else None
 
 
 def read_manifest(path: Path, kind: str) -> dict[str, Any]:
@@ -152,3 +155,36 @@ def load_array(path: Path, dtype: Any, shape: tuple[int, ...] | None) -> np.ndar
             f"{list(shape or ())}: write it again"
         )
     return array
+
+
+def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """An `.npz` file, whole or none; all as bytes, since numpy knows no bfloat16."""
+    flat = {
+        name: np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+        for name, x in arrays.items()
+    }
+
+    def write(partial: Path) -> None:
+        with partial.open("wb") as f:
+            np.savez(f, **flat)  # type: ignore[arg-type]
+
+    commit(path, write)
+
+
+def load_arrays(path: Path, remedy: str) -> dict[str, np.ndarray]:
+    """The bytes of each array of `save_arrays`.
+
+    Args:
+      path: the file.
+      remedy: what the message tells to do if it is damaged.
+
+    Raises:
+      ValueError: it cannot be read.
+    """
+    damaged = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+    except damaged as e:
+        what = " ".join(str(e).split())
+        raise ValueError(f"{path} cannot be read: {what}: {remedy}") from None
