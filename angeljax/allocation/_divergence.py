@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from angeljax import _leaves
-from angeljax.calibration.calibrate import _mask_of, as_function
+from angeljax.calibration.calibrate import mask_of, as_function
 
 # The predictions of the full model are kept whole up to so many bytes, and beyond it as
 # so many of their largest entries and one for all others.
@@ -110,7 +110,7 @@ class Divergence:
         else:
             mine = jnp.take_along_axis(log_probs, teacher[1], axis=-1)
             kl = _kl(_with_rest(teacher[0]), _with_rest(mine))
-        mask = _mask_of(batch)
+        mask = mask_of(batch)
         seen = jnp.ones(kl.shape, bool) if mask is None else mask
         seen = jnp.broadcast_to(seen, kl.shape)
         return jnp.sum(jnp.where(seen, kl, 0.0)), jnp.sum(seen, dtype=jnp.float32)
