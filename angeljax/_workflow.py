@@ -197,7 +197,12 @@ def save_model(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Writes parameters, recipe, configuration and tokenizer as one checkpoint."""
+    """Writes parameters, recipe, configuration and tokenizer as one checkpoint.
+
+    Static scales that the recipe's KV cache needs are calibrated if there are none.
+    """
+    if recipe is not None:
+        params = kv_scaled(opened, params, recipe)
     save(
         path,
         params,
@@ -223,7 +228,6 @@ def compress_timed(
     recipe.check_model(opened.config_dict)
     start = time.perf_counter()
     params = compress(opened.params, recipe, progress=progress or None)
-    params = kv_scaled(opened, params, recipe)
     jax.block_until_ready(params)
     return params, time.perf_counter() - start
 

@@ -158,6 +158,24 @@ def test_attention_of_a_recipe_is_used(checkpoint, tmp_path):
     assert "int8-channel has no section `attention`" in failed.output
 
 
+def test_kv_cache_of_a_recipe_is_used(checkpoint, tmp_path):
+    """It travels with a checkpoint, its static scales too, or comes from an option."""
+    recipe, out = tmp_path / "static.yaml", tmp_path / "static"
+    recipe.write_text("kv_cache: {format: int8, granularity: head}")
+    run("compress", "-m", checkpoint, "-r", recipe, "-o", out)
+    opened = _workflow.open_model(str(out))
+    assert opened.model.kv_cache == aj.Recipe.load(recipe).kv_cache
+    cache = opened.model.init_cache(1, 4, opened.params)
+    assert cache.k[0].codes.dtype == np.int8
+    assert (np.asarray(cache.k[0].scale) < 1).all()
+    args = ("eval", "-m", checkpoint, "--reference", checkpoint, "--length", 32)
+    args = (*args, "--tokens", 64, "--json", "--kv-cache")
+    # The reference has no such cache; a model against itself has a divergence of 0.
+    assert json.loads(run(*args, recipe).output)["kl"] > 1e-7
+    failed = run(*args, "stem", code=1)
+    assert "stem has no section `kv_cache`" in failed.output
+
+
 def test_attention_show(checkpoint, tmp_path):
     picture = tmp_path / "blocks.png"
     args = ("attention", "show", checkpoint, "--length", 96, "--rows", 4)

@@ -171,8 +171,8 @@ def calibrate_kv(
       >>> scales["k"].shape
       (2, 1)
       >>> params = attach_kv_scales(params, scales)
-      >>> model.init_cache(1, 16, params).k[0].codes.dtype
-      dtype('float8_e4m3fn')
+      >>> model.init_cache(1, 16, params).k[0].codes.dtype.name
+      'float8_e4m3fn'
     """
     if not options.static:
         raise ValueError(

@@ -211,9 +211,9 @@ def quantize_kv(
       >>> cache = quantize_kv(k, "int4")
       >>> cache.nbytes, k.nbytes
       (1152, 8192)
-      >>> cache = update_kv(cache, jnp.ones((1, 1, 2, 64)), 3)
+      >>> cache = update_kv(cache, jnp.full((1, 1, 2, 64), 7.0), 3)
       >>> float(cache.dequantize()[0, 3].min())
-      1.0
+      7.0
     """
     found = KVFormat.parse(options, "options")
     assert found is not None, "given"

@@ -148,8 +148,9 @@ class Attention(nnx.Module):
         if isinstance(mask, Step):
             assert cache is not None, "only a cache has pages"
             dense = functools.partial(attention_fn, q, k, v, mask.mask)
-            stores: Any = cache.k, cache.v  # arrays: a quantized cache has no pages
-            y = mask.attend(q, *stores, cache.pages, cache.layer, dense)
+            keys: Any = cache.k  # arrays: a quantized cache has no pages
+            values: Any = cache.v
+            y = mask.attend(q, keys, values, cache.pages, cache.layer, dense)
         else:
             y = attention_fn(q, k, v, mask)
         return self.o_proj(y.reshape(b, t, -1), residual=residual), cache

@@ -12,9 +12,15 @@ import numpy as np
 import pytest
 
 from angeljax.attention import Quest, SparseAttention, selector
-from angeljax.kv_cache import KVCacheOptions, attach_kv_scales
+from angeljax.kv_cache import (
+    KVCacheOptions,
+    KVFormat,
+    attach_kv_scales,
+    quantize_kv,
+)
 from angeljax.models import (
     DecoderConfig,
+    KVCache,
     LanguageModel,
     decode_step,
     dense_attention,
@@ -23,6 +29,7 @@ from angeljax.models import (
     prepare_decoder,
     stack_layers,
 )
+from angeljax.tokens._cache import prune_cache
 from tests.kv_cache._oracle import stored
 from tests.models._random_params import random_params
 
@@ -173,3 +180,21 @@ def test_sparse_prefill_reads_what_the_cache_holds() -> None:
     want = jax.jit(_with(MIXED).logits)(_params(), tokens)
     got = jax.jit(_with(MIXED, attention_fn=sparse).logits)(_params(), tokens)
     np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)
+
+
+def test_slots_of_a_quantized_cache_are_pruned() -> None:
+    """Codes, scales and offsets go with their slots, static scales stay."""
+    k = jnp.asarray(
+        np.random.default_rng(4).standard_normal((2, 2, 6, 32)), jnp.float32
+    )
+    cache = KVCache(
+        k=(quantize_kv(k, KVFormat(granularity="head"), head_axis=1),),
+        v=(quantize_kv(k, KVFormat(**FOUR)),),
+        positions=jnp.broadcast_to(jnp.arange(6), (2, 6)),
+        length=jnp.asarray(6),
+    )
+    slots = jnp.asarray([[0, 2, 3, 5], [1, 2, 4, 5]])
+    short = prune_cache(cache, slots, 6)
+    for before, after in ((cache.k, short.k), (cache.v, short.v)):
+        want = np.stack([before[0].dequantize()[b][:, slots[b]] for b in range(2)])
+        np.testing.assert_array_equal(after[0].dequantize(), want)
