@@ -119,8 +119,6 @@ def test_allocate(checkpoint, tmp_path):
     assert aj.report(opened.params, cparams).nbytes == data["bytes"]
     failed = run(*args, "--budget-bits", 5, code=1)
     assert "pass --overwrite" in failed.output
-    failed = run(*args, "--overwrite", "--budget-bits", 1, code=1)
-    assert "the least is 3.25" in failed.output
     shown = run(*args, "--overwrite", "--measure", "error", "--budget-mb", 1).output
     assert "all int8: 8." in shown and "layers/0/mlp/down_proj/kernel" in shown
 

@@ -66,7 +66,8 @@ def allocate(
         fields, `Rule`s, or None (or "none") to leave a weight as it is. One with
         `match` competes for those leaves only, others for the default selection.
       batches: as in `calibrate`, for "kl" and "linear"; also what the choice is
-        verified on. Some thousand tokens do.
+        verified on. Some thousand tokens do; not those that `stats` are of, which
+        candidates that look at statistics are fitted to.
       budget_mb: of the whole tree, in 10^6 bytes.
       budget_bits: bits per weight over the weights that candidates may take.
       budget_ms: of all products of one pass, by `latency`.
