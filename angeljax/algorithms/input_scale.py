@@ -148,7 +148,7 @@ def _best(found: Mapping[str, jax.Array], scales: jax.Array, kind: str) -> jax.A
     histogram = found["histogram"]
     # No value of the last bin lies above the largest.
     x = jnp.minimum(_measure.bin_centers(), found["amax"][..., None])
-    # A share of all values: counts squared errors overflow for no scale of inputs.
+    # Shares instead of counts, so that sums of billions stay small.
     weight = histogram / jnp.maximum(jnp.sum(histogram, -1, keepdims=True), 1.0)
 
     def error(scale: jax.Array) -> jax.Array:

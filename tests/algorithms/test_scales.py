@@ -143,6 +143,23 @@ def test_granules_of_fp8(granularity, scales):
                 assert close.mean() > 0.999
 
 
+def test_blocks_of_fp8_with_a_zero_tile_and_ragged_edges():
+    w = outliers((200, 130))
+    w[:128, 128:] = 0
+    q = quantize(jnp.asarray(w), format="float8_e4m3", granularity="block")
+    assert q.planes["scale"].shape == (2, 2)
+    found = np.asarray(q.dequantize())
+    for i, j in np.ndindex(2, 2):
+        tile = (slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128))
+        scale = float(np.asarray(q.planes["scale"])[i, j])
+        if w[tile].any():
+            assert scale == pytest.approx(np.abs(w[tile]).max() / 448, rel=1e-6)
+            want = fp8(w[tile].astype(np.float64), lambda amax: amax)
+            assert np.isclose(found[tile], want, rtol=1e-5).mean() > 0.999
+        else:
+            assert scale == 1 and not found[tile].any()
+
+
 @pytest.mark.parametrize("name", format_names())
 def test_mse_is_the_least_of_its_candidates_in_every_format(name):
     fmt = get_format(name)
