@@ -30,6 +30,18 @@ def to_matrix(w: jax.Array, spec: Spec) -> jax.Array:
     """`[*batch, *spec.shape]` -> float32 blocks `[*batch, N, G, g]`.
 
     Raises:
+      ValueError: as `check_matrix`.
+    """
+    check_matrix(spec)
+    x = blocked.to_blocks(w, spec)
+    lead = x.shape[: x.ndim - spec.rank - 1]
+    return x.reshape(*lead, -1, spec.groups, spec.group_size)
+
+
+def check_matrix(spec: Spec) -> None:
+    """Checks that the outputs of a spec can be merged.
+
+    Raises:
       ValueError: blocks of outputs do not end where the merged axes do.
     """
     if spec.out_block > 1 and spec.rank > 2:
@@ -37,9 +49,6 @@ def to_matrix(w: jax.Array, spec: Spec) -> jax.Array:
             f"blocks of {spec.out_block} outputs need one output axis, not shape "
             f"{list(spec.shape)}: use another granularity, or algorithm rtn"
         )
-    x = blocked.to_blocks(w, spec)
-    lead = x.shape[: x.ndim - spec.rank - 1]
-    return x.reshape(*lead, -1, spec.groups, spec.group_size)
 
 
 def from_matrix(levels: jax.Array, granules: Planes, spec: Spec) -> QTensor:

@@ -72,7 +72,7 @@ def factor(h: jax.Array, damping: float, tries: int) -> Factored:
         upper = solve_triangular(jnp.flip(lower, (-2, -1)), eye, lower=False)
         return done + 1, more * GROWTH, upper, damped
 
-    start = (
+    start: tuple[jax.Array, ...] = (
         jnp.zeros((), jnp.int32),
         jnp.asarray(damping, jnp.float32),
         jnp.full_like(h, jnp.nan),

@@ -11,7 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from angeljax.algorithms._base import Algorithm, Found, register, require
-from angeljax.algorithms._blocks import as_matrix, from_matrix, padded, to_matrix
+from angeljax.algorithms._blocks import (
+    as_matrix,
+    check_matrix,
+    from_matrix,
+    padded,
+    to_matrix,
+)
 from angeljax.algorithms._hessian import GROWTH, HIGHEST, factor, mean_diagonal
 from angeljax.algorithms._refit import check_refit, refit_scales
 from angeljax.algorithms._scales import ScaleOptions, scale_weights, search_scales
@@ -43,7 +49,7 @@ class GPTQOptions(ScaleOptions):
         grows tenfold, up to this many tries.
       act_order: take columns by falling mean square of their inputs; needs
         `static_groups`. Codes are stored in the order of the weight all the same.
-      static_groups: scales of groups from the original weights. Otherwise from the
+      static_groups: scales of groups from the original weights; if False from the
         weights that the sweep finds when it reaches a group. Scales of other granules
         are from the original weights always.
       refit_scales: set the scales anew for the codes that were chosen, by least
@@ -58,7 +64,7 @@ class GPTQOptions(ScaleOptions):
     damping: float = 0.01
     damping_tries: int = 5
     act_order: bool = False
-    static_groups: bool = False
+    static_groups: bool = True
     refit_scales: bool = False
     block_size: int = 128
 
@@ -181,6 +187,7 @@ def gptaq(
 
 
 def _check(options: GPTQOptions, spec: Spec) -> None:
+    check_matrix(spec)
     if options.refit_scales:
         check_refit(spec)
 

@@ -109,9 +109,9 @@ def quads(k, stride):
 
 
 STATES = [
-    [0 if i == zero else signs[i] for i in range(4)]
+    [*signs[:zero], 0, *signs[zero:]]
     for zero in range(4)
-    for signs in itertools.product([1, -1], repeat=4)
+    for signs in itertools.product([1, -1], repeat=3)
 ]
 
 
