@@ -159,7 +159,9 @@ class Rotation:
                     f"{link.producer} has {link.width} features and "
                     f"{links[0].producer} {width}: not of one stream"
                 )
-        if not self.pairs and not any("lm_head" in p for x in links for p in x.consumers):
+        if not self.pairs and not any(
+            "lm_head" in p for x in links for p in x.consumers
+        ):
             raise ValueError(
                 "no lm_head/kernel behind the final norm: untie the embedding first "
                 "with angeljax.models.untie(model, params), or name the head in pairs"
@@ -172,7 +174,6 @@ class Rotation:
                     f"{path} {list(work.leaves[path].shape)} does not write into the "
                     f"stream of {width}"
                 )
-        readers = {p for link in links for p in link.consumers}
         self._check_roles({*readers, *writers}, width, work)
         turn = _Turn(width, self._signs(0, width))
         for link in links:
@@ -191,8 +192,8 @@ class Rotation:
                 continue
             if not any(re.fullmatch(p, path) for p in self.outside):
                 raise ValueError(
-                    f"{path} is as wide as the stream and neither a reader in pairs nor "
-                    "a writer: name it there, or in `outside`"
+                    f"{path} is as wide as the stream and neither a reader in pairs "
+                    "nor a writer: name it there, or in `outside`"
                 )
 
     def _rotate_heads(self, work: _Work, head_dim: int) -> None:
