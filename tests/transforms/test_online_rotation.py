@@ -12,7 +12,7 @@ import angeljax as aj
 from angeljax.formats import format_names
 from angeljax.formats._rotation import rotate
 from angeljax.models import stack_layers
-from tests.transforms._models import SCANNED, TOKENS, make_params
+from tests.transforms._models import SCANNED, logits, make_params
 
 K, N = 96, 16
 FULL = aj.Recipe(rules=[aj.Rule(format="int8", rotation="full")])
@@ -123,7 +123,7 @@ def test_stacked_decoder() -> None:
         lambda w: w.dequantize() if isinstance(w, aj.QTensor) else w, q,
         is_leaf=lambda w: isinstance(w, aj.QTensor),
     )  # fmt: skip
-    want = SCANNED.logits(dense, TOKENS)
-    np.testing.assert_allclose(SCANNED.logits(q, TOKENS), want, atol=1e-4)
-    exact = SCANNED.logits(params, TOKENS)
+    want = logits(SCANNED, dense)
+    np.testing.assert_allclose(logits(SCANNED, q), want, atol=1e-4)
+    exact = logits(SCANNED, params)
     assert float(jnp.std(want - exact) / jnp.std(exact)) < 0.05
