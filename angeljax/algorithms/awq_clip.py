@@ -8,7 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from angeljax.algorithms._base import Algorithm, Found, register
-from angeljax.algorithms._blocks import as_matrix, from_matrix, padded, to_matrix
+from angeljax.algorithms._blocks import (
+    Planes,
+    as_matrix,
+    from_matrix,
+    padded,
+    to_matrix,
+)
 from angeljax.formats import QTensor, Spec, get_format
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -80,8 +86,7 @@ def awq_clip(
     options = AWQClipOptions() if options is None else options
     if stats is None or "hessian" not in stats:
         raise ValueError("awq_clip needs the statistic hessian")
-    fmt, one = get_format(spec.format), as_matrix(spec)
-    assert fmt.scales and fmt.nearest and fmt.values
+    one = as_matrix(spec)
     blocks = to_matrix(w, spec)
     h = padded(stats["hessian"], spec, axes=(-2, -1))
     groups, size = spec.groups, spec.group_size
@@ -92,8 +97,7 @@ def awq_clip(
     def try_one(best: tuple[jax.Array, jax.Array], ratio: jax.Array) -> tuple:
         top = amax * ratio
         clipped = jnp.clip(blocks, -top, top)
-        granules = fmt.scales(clipped, one)
-        d = fmt.values(fmt.nearest(clipped, granules, one), granules, one) - blocks
+        d = _round(clipped, one)[2] - blocks
         seen = jnp.einsum("...ngi,...gij->...ngj", d, h, precision=_HIGHEST)
         error = jnp.sum(seen * d, axis=-1, keepdims=True)
         better = error < best[0]
@@ -101,9 +105,17 @@ def awq_clip(
 
     start = jnp.full_like(amax, jnp.inf), amax
     (_, top), _ = jax.lax.scan(try_one, start, jnp.asarray(options.ratios, jnp.float32))
-    clipped = jnp.clip(blocks, -top, top)
-    granules = fmt.scales(clipped, one)
-    return from_matrix(fmt.nearest(clipped, granules, one), granules, spec)
+    levels, granules, _ = _round(jnp.clip(blocks, -top, top), one)
+    return from_matrix(levels, granules, spec)
+
+
+def _round(blocks: jax.Array, spec: Spec) -> tuple[jax.Array, Planes, jax.Array]:
+    """Levels, granule planes, and the weights that they stand for."""
+    fmt = get_format(spec.format)
+    assert fmt.scales and fmt.nearest and fmt.values
+    granules = fmt.scales(blocks, spec)
+    levels = fmt.nearest(blocks, granules, spec)
+    return levels, granules, fmt.values(levels, granules, spec)
 
 
 register(

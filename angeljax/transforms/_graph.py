@@ -214,7 +214,8 @@ def find_links(
         ]
         if not producers and not pair.optional:
             raise ValueError(
-                f"pair from {pair.source!r} matches no leaf{near_misses(pair.source, leaves)}"
+                f"pair from {pair.source!r} matches no leaf"
+                + near_misses(pair.source, leaves)
             )
         for path, match in producers:
             texts = [_expand(text, match.groups()) for text in pair.to]

@@ -212,7 +212,8 @@ def _scaled(
     """Statistics of inputs divided by `s [*lead, K]`."""
     more = found["count"].ndim - lead
     s = s.reshape(*s.shape[:-1], *(1,) * more, s.shape[-1])
-    out = {k: found[k] for k in ("count", "nonfinite") if k in found}
+    kept = ("count", "nonfinite")
+    out: dict[str, jax.Array] = {k: found[k] for k in kept if k in found}
     for kind in ("amax_channel", "abs_sum"):
         if kind in found:
             out[kind] = found[kind] / s

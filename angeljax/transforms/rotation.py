@@ -174,7 +174,6 @@ class Rotation:
                     f"{path} {list(work.leaves[path].shape)} does not write into the "
                     f"stream of {width}"
                 )
-        readers = {p for link in links for p in link.consumers}
         self._check_roles({*readers, *writers}, width, work)
         turn = _Turn(width, self._signs(0, width))
         for link in links:
@@ -193,8 +192,8 @@ class Rotation:
                 continue
             if not any(re.fullmatch(p, path) for p in self.outside):
                 raise ValueError(
-                    f"{path} is as wide as the stream and neither a reader in pairs nor "
-                    "a writer: name it there, or in `outside`"
+                    f"{path} is as wide as the stream and neither a reader in pairs "
+                    "nor a writer: name it there, or in `outside`"
                 )
 
     def _rotate_heads(self, work: _Work, head_dim: int) -> None:

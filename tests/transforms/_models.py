@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import angeljax as aj
 from angeljax.models import DecoderConfig, LanguageModel
 
+KINDS = ("hessian", "abs_sum", "amax_channel")
 CONFIG = DecoderConfig(
     model_type="qwen3", vocab_size=64, hidden_size=32, num_layers=2,
     intermediate_size=48, num_heads=4, num_kv_heads=2, head_dim=8,
@@ -33,11 +36,37 @@ def make_params(model: LanguageModel = MODEL) -> dict[str, Any]:
     return jax.tree.unflatten(treedef, new)
 
 
+@functools.cache
+def measured() -> tuple[Any, aj.Statistics]:
+    """Params of `MODEL` and the statistics of all of its weights."""
+    params, plain = make_params(), aj.Recipe(rules=[aj.Rule(format="int8")])
+    return params, aj.calibrate(MODEL, params, [TOKENS], plain, statistics=KINDS)
+
+
+def stacked(stats: aj.Statistics) -> aj.Statistics:
+    """Statistics of the same model with its layers as one stack."""
+    layers: dict[str, Any] = {}
+    for path in stats:
+        _, number, rest = path.split("/", 2)
+        layers.setdefault(f"layers/{rest}", []).append((int(number), stats[path]))
+    ordered = {p: [f for _, f in sorted(x, key=lambda e: e[0])]
+               for p, x in layers.items()}  # fmt: skip
+    return aj.Statistics(
+        {p: jax.tree.map(lambda *a: jnp.stack(a), *f) for p, f in ordered.items()}
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(model: LanguageModel, params: Any) -> jax.Array:
+    """Of `TOKENS`."""
+    return model.logits(params, TOKENS)
+
+
 def same_logits(
     model: LanguageModel, one: Any, other: Any, model2: LanguageModel | None = None
 ) -> None:
     """Both trees compute the same function, to float32."""
-    a = model.logits(one, TOKENS)
-    b = (model2 or model).logits(other, TOKENS)
+    a = logits(model, one)
+    b = logits(model2 or model, other)
     assert float(jnp.std(a)) > 0.1
     np.testing.assert_allclose(b, a, atol=1e-4, rtol=0)

@@ -12,7 +12,7 @@ from angeljax.algorithms import AWQClipOptions, awq_clip
 from angeljax.formats import make_spec
 from angeljax.models import stack_layers
 from angeljax.transforms import apply_transforms
-from tests.transforms._models import MODEL, SCANNED, TOKENS, make_params, same_logits
+from tests.transforms._models import MODEL, measured, same_logits, stacked
 
 RULE = aj.Rule(format="int4", group_size=16, symmetric=False, scale_dtype="float32")
 TWO = [{"from": "norm/scale", "to": ["[qk]/kernel"]}]
@@ -72,14 +72,13 @@ def test_grid_by_loops() -> None:
 
 
 def test_decoder_apart_and_stacked() -> None:
-    params = make_params()
+    params, stats = measured()
     recipe = aj.Recipe(
         rules=[RULE],
         transforms=[
             {"name": "awq", "grid": 4, "parts": ["norm", "value", "up"], "head_dim": 8}
         ],
     )
-    stats = aj.calibrate(MODEL, params, [TOKENS], recipe)
     new, after = apply_transforms(params, recipe, stats)
     same_logits(MODEL, params, new)
     moved = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), new, params)
@@ -98,10 +97,7 @@ def test_decoder_apart_and_stacked() -> None:
         after[path]["hessian"], stats[path]["hessian"] / np.outer(s, s), rtol=1e-3
     )
 
-    stacked = stack_layers(params)
-    found = aj.calibrate(SCANNED, stacked, [TOKENS], recipe)
-    other, _ = apply_transforms(stacked, recipe, found)
-    same_logits(SCANNED, stacked, other)
+    other, _ = apply_transforms(stack_layers(params), recipe, stacked(stats))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
         stack_layers(new), other,

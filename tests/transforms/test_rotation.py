@@ -8,15 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
-from flax import nnx
 
 import angeljax as aj
 from angeljax.formats import _hadamard
 from angeljax.formats._rotation import largest_block, rotate
 from angeljax.models import LanguageModel, fuse_projections, stack_layers, untie
 from angeljax.transforms import apply_transforms
-from tests.transforms._models import CONFIG, MODEL, SCANNED, TOKENS, make_params
+from tests.transforms._models import (
+    CONFIG,
+    MODEL,
+    SCANNED,
+    TOKENS,
+    make_params,
+    measured,
+    stacked,
+)
 from tests.transforms._models import same_logits as same
 
 RULE = aj.Rule(format="int4", group_size=16)
@@ -28,7 +34,7 @@ def recipe(**options) -> aj.Recipe:
 
 @pytest.fixture(scope="module")
 def params():
-    return make_params()
+    return measured()[0]
 
 
 @pytest.mark.parametrize(
@@ -80,10 +86,10 @@ def test_logits_stay(params) -> None:
             params["layers"][0]["attn"]["o_proj"]["kernel"], 0, -1), 8), -1, 0),
         atol=1e-5,
     )  # fmt: skip
-    stacked, _ = apply_transforms(stack_layers(params), recipe(head_dim=8, seed=3))
+    together, _ = apply_transforms(stack_layers(params), recipe(head_dim=8, seed=3))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
-        stack_layers(new), stacked,
+        stack_layers(new), together,
     )  # fmt: skip
     fused, _ = apply_transforms(fuse_projections(params), recipe(seed=3))
     same(MODEL, params, fused, dataclasses.replace(MODEL, fused=True))
@@ -105,9 +111,7 @@ def test_statistics_follow(params) -> None:
     how = recipe(head_dim=8)
     plain = aj.Recipe(rules=[RULE])
     kinds = ("hessian",)
-    stacked = stack_layers(params)
-    stats = aj.calibrate(SCANNED, stacked, [TOKENS], plain, statistics=kinds)
-    new, after = apply_transforms(stacked, how, stats)
+    new, after = apply_transforms(stack_layers(params), how, stacked(measured()[1]))
     again = aj.calibrate(SCANNED, new, [TOKENS], plain, statistics=kinds)
     for path, found in again.items():
         want = found["hessian"]
@@ -115,7 +119,6 @@ def test_statistics_follow(params) -> None:
         np.testing.assert_allclose(
             after[path]["hessian"] / scale, want / scale, atol=1e-4, err_msg=path
         )
-        np.testing.assert_allclose(after.norms[path], again.norms[path], rtol=1e-4)
         assert ("amax" in after[path]) == path.endswith("down_proj/kernel")
 
 
@@ -124,13 +127,11 @@ def test_statistics_follow(params) -> None:
     [
         ({"writers": ["(.*/)?o_proj/kernel"]}, "down_proj/kernel is as wide as the"),
         ({"writers": ["(.*/)?oproj/kernel"]}, "match no leaf; the closest paths are"),
-        ({"embeddings": [".*q_proj/bias"], "head_dim": 8}, "does not write into"),
+        ({"embeddings": [".*gate_proj/bias"]}, "does not write into"),
         ({"head_dim": 7, "residual": False}, "no whole number of heads|give head_dim"),
     ],
 )
 def test_trees_that_do_not_fit(params, options, message) -> None:
-    if "embeddings" in options:
-        options = {**options, "embeddings": [".*gate_proj/bias"]}
     with pytest.raises(aj.RecipeError, match=message):
         apply_transforms(params, recipe(**options))
 
