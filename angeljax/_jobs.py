@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from angeljax._leaves import Leaf, flatten
 from angeljax._plan import Assignment
@@ -135,6 +137,7 @@ def make_jobs(
       StatisticsError: statistics are missing, or of another model.
       ValueError: the base model is missing, or has other shapes.
     """
+    few: list[str] = []
     before = {} if base is None else {x.path: x.value for x in flatten(base)[0]}
     jobs: list[Job | None] = []
     for leaf, a in zip(leaves, plan, strict=True):
@@ -155,10 +158,27 @@ def make_jobs(
             norm = _norm(leaf.value, n_batch=len(batch)) if stats.norms else None
             found = for_weight(stats, a.path, a.spec.k, batch, needs, norm)
             found = {k: v for k, v in found.items() if k in (*needs, "count")}
+            few += _few_tokens(a.path, a.spec.k, found)
         if BASE in rule.needs():
             found[BASE] = _base_weight(before, base, a)
         jobs.append(Job(a.path, a.spec, rule, found))
+    if few:
+        more = f" (so have {len(few) - 1} other weights)" if len(few) > 1 else ""
+        warnings.warn(
+            f"{few[0]}{more}: its Hessian is singular and rests on damping; calibrate "
+            "with more tokens",
+            stacklevel=3,
+        )
     return jobs
+
+
+def _few_tokens(path: str, k: int, found: Mapping[str, jax.Array]) -> list[str]:
+    """A line if a Hessian was found from fewer tokens than it has rows."""
+    count = found.get("count")
+    if "hessian" not in found or count is None or isinstance(count, jax.core.Tracer):
+        return []
+    least = int(np.min(np.asarray(count)))
+    return [f"{path} saw {least} tokens for {k} inputs"] if least < k else []
 
 
 def _base_weight(before: Mapping[str, Any], base: Any, a: Assignment) -> jax.Array:

@@ -3,6 +3,7 @@
 from angeljax.algorithms._base import Algorithm, algorithm_names, get_algorithm
 from angeljax.algorithms._scales import ScaleOptions
 from angeljax.algorithms.gptq import GPTAQOptions, GPTQOptions, gptaq, gptq
+from angeljax.algorithms.lstsq34 import Lstsq34Options, lstsq34
 from angeljax.algorithms.pt2_llm import PT2LLMOptions, pt2_llm
 from angeljax.algorithms.rtn import RTNOptions, rtn
 
@@ -11,6 +12,7 @@ __all__ = [
     "GPTAQOptions",
     "GPTQOptions",
     "PT2LLMOptions",
+    "Lstsq34Options",
     "RTNOptions",
     "ScaleOptions",
     "algorithm_names",
@@ -18,5 +20,6 @@ __all__ = [
     "gptaq",
     "gptq",
     "pt2_llm",
+    "lstsq34",
     "rtn",
 ]

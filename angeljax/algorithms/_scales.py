@@ -96,6 +96,7 @@ def search_scales(
     spec: Spec,
     options: ScaleOptions,
     weights: jax.Array | None = None,
+    under: Planes | None = None,
 ) -> Planes:
     """Granule planes (scales, zero points) for blocks of weights.
 
@@ -105,6 +106,8 @@ def search_scales(
       options: see `ScaleOptions`.
       weights: of squared errors, `[*batch, K]` or `[*batch, k_padded]`, the batch axes
         broadcast; for "mse" only.
+      under: planes whose scale for the whole tensor is to be kept (`scale2`), for
+        blocks that are a part of it.
 
     Returns:
       Granule planes as `Format.scales` gives them. A scale for the whole tensor over
@@ -112,13 +115,16 @@ def search_scales(
     """
     fmt = get_format(spec.format)
     assert fmt.scales is not None
+    own = (
+        fmt.scales(blocks, spec) if under is None else _scales_for(blocks, spec, under)
+    )
     if options.scales == "amax":
-        return fmt.scales(blocks, spec)
+        return own
     if options.scales == "percentile":
         granules = Granules(spec)
         top = granules.expand(_percentile(jnp.abs(blocks), spec, options.percentile))
-        return _scales_for(jnp.clip(blocks, -top, top), spec, fmt.scales(blocks, spec))
-    return _least_error(blocks, spec, options, weights)
+        return _scales_for(jnp.clip(blocks, -top, top), spec, own)
+    return _least_error(blocks, spec, options, weights, own)
 
 
 def _scales_for(blocks: jax.Array, spec: Spec, own: Planes) -> Planes:
@@ -137,12 +143,15 @@ def ratios(spec: Spec, options: ScaleOptions) -> np.ndarray:
 
 
 def _least_error(
-    blocks: jax.Array, spec: Spec, options: ScaleOptions, weights: jax.Array | None
+    blocks: jax.Array,
+    spec: Spec,
+    options: ScaleOptions,
+    weights: jax.Array | None,
+    own: Planes,
 ) -> Planes:
     fmt, granules = get_format(spec.format), Granules(spec)
     nearest, values = fmt.nearest, fmt.values
-    assert fmt.scales and nearest and values
-    own = fmt.scales(blocks, spec)
+    assert nearest and values
     # What is padded may be given a level that is not 0; it must not count.
     counted = jnp.asarray(granules.mask(), jnp.float32)
     if weights is not None:

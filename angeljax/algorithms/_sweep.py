@@ -16,7 +16,6 @@ from jax.lax import dynamic_slice_in_dim, dynamic_update_slice_in_dim, fori_loop
 
 from angeljax.algorithms._hessian import HIGHEST
 from angeljax.formats import Spec, get_format
-from angeljax.formats.sherry import to_quads
 
 Planes = dict[str, jax.Array]
 # Rows [n, N], planes of their group, factor [n, n] -> levels and values [n, N].
@@ -33,10 +32,9 @@ def unit_of(spec: Spec) -> int:
 def natural_order(spec: Spec) -> np.ndarray:
     """Columns `[k_padded]` in the order of the sweep: those chosen together adjoin."""
     columns = np.arange(spec.k_padded)
-    if unit_of(spec) == 1:
-        return columns
-    stride = spec.option("group_stride")
-    return np.asarray(to_quads(columns, stride)).reshape(-1)
+    if unit_of(spec) == 4 and spec.option("group_stride") == 16:
+        columns = columns.reshape(-1, 4, 16).swapaxes(1, 2).reshape(-1)
+    return columns
 
 
 def block_columns(size: int, group: int | None) -> int:
@@ -96,14 +94,13 @@ def sweep(
             at = i * unit
             group = group_of[start + at]
             if refresh is not None:
-                rest = lambda: (
-                    dynamic_slice_in_dim(here, at, g)
-                    if g <= block
-                    else dynamic_slice_in_dim(x, start, g)
-                )
+                # A group that is longer than a block begins with one.
+                source, first = (here, at) if g <= block else (x, start)
                 planes = jax.lax.cond(
                     (start + at) % g == 0,
-                    lambda: refresh(rest(), group, planes),
+                    lambda: refresh(
+                        dynamic_slice_in_dim(source, first, g), group, planes
+                    ),
                     lambda: planes,
                 )
             w = dynamic_slice_in_dim(here, at, unit)

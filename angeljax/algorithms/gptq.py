@@ -1,16 +1,20 @@
-"""GPTQ and GPTAQ: codes chosen column by column, errors made up for by later columns."""
+"""GPTQ and GPTAQ: column by column, what one gets wrong made up for by later ones."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from angeljax.algorithms._base import Algorithm, Found, register, require
 from angeljax.algorithms._blocks import as_matrix, from_matrix, padded, to_matrix
-from angeljax.algorithms._hessian import HIGHEST, factor, mean_diagonal
+from angeljax.algorithms._hessian import GROWTH, HIGHEST, factor, mean_diagonal
+from angeljax.algorithms._refit import check_refit, refit_scales
+from angeljax.algorithms._scales import ScaleOptions, scale_weights, search_scales
 from angeljax.algorithms._sweep import (
     Planes,
     Refresh,
@@ -19,8 +23,7 @@ from angeljax.algorithms._sweep import (
     unit_of,
     with_group,
 )
-from angeljax.formats import QTensor, Spec, get_format
-from angeljax.formats.microscaling import nv_block_scales
+from angeljax.formats import QTensor, Spec
 from angeljax.formats.sherry import from_quads
 
 _NOT_DEFINITE = (
@@ -30,8 +33,8 @@ _NOT_DEFINITE = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GPTQOptions:
-    """Options of GPTQ.
+class GPTQOptions(ScaleOptions):
+    """Options of GPTQ; how scales are found is as in `ScaleOptions`.
 
     Attributes:
       damping: added to the diagonal of the Hessian, as a share of its mean. Inputs that
@@ -43,6 +46,8 @@ class GPTQOptions:
       static_groups: scales of groups from the original weights. Otherwise from the
         weights that the sweep finds when it reaches a group. Scales of other granules
         are from the original weights always.
+      refit_scales: set the scales anew for the codes that were chosen, by least
+        squares of the output's error.
       block_size: columns whose errors are put onto later blocks together. It changes
         speed, not the result.
 
@@ -54,16 +59,18 @@ class GPTQOptions:
     damping_tries: int = 5
     act_order: bool = False
     static_groups: bool = False
+    refit_scales: bool = False
     block_size: int = 128
 
     def __post_init__(self) -> None:
+        ScaleOptions.__post_init__(self)
         if not _is_number(self.damping) or not self.damping > 0:
             raise ValueError(f"damping={self.damping!r}: use a positive number")
         for name in ("damping_tries", "block_size"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name}={value!r}: use a positive integer")
-        for name in ("act_order", "static_groups"):
+        for name in ("act_order", "static_groups", "refit_scales"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false")
         if self.act_order and not self.static_groups:
@@ -88,7 +95,7 @@ class GPTAQOptions(GPTQOptions):
     alpha: float = 0.25
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        GPTQOptions.__post_init__(self)
         if not _is_number(self.alpha) or not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha={self.alpha!r}: use a number from 0 to 1")
 
@@ -134,7 +141,7 @@ def gptq(
       True
     """
     options = GPTQOptions() if options is None else options
-    return _quantize(w, spec, stats["hessian"], None, options, 0.0)
+    return _quantize(w, spec, stats, None, options)
 
 
 def gptaq(
@@ -170,32 +177,32 @@ def gptaq(
       QTensor(int4 g32 [64,32] float32, 4.5 bit/weight)
     """
     options = GPTAQOptions() if options is None else options
-    mismatch = stats["mismatch"]
-    return _quantize(w, spec, stats["hessian"], mismatch, options, options.alpha)
+    return _quantize(w, spec, stats, options.alpha * stats["mismatch"], options)
+
+
+def _check(options: GPTQOptions, spec: Spec) -> None:
+    if options.refit_scales:
+        check_refit(spec)
 
 
 def _quantize(
     w: jax.Array,
     spec: Spec,
-    hessian: jax.Array,
+    stats: Found,
     mismatch: jax.Array | None,
     options: GPTQOptions,
-    alpha: float,
 ) -> QTensor:
-    matrix = as_matrix(spec)
+    _check(options, spec)
     blocks = to_matrix(w, spec)
-    h = padded(hessian.astype(jnp.float32), spec, (-2, -1))
-    d = None
+    h = padded(stats["hessian"].astype(jnp.float32), spec, (-2, -1))
     if mismatch is not None:
-        d = alpha * padded(mismatch.astype(jnp.float32), spec, (-2, -1))
-
-    def one(blocks: jax.Array, h: jax.Array, d: jax.Array | None) -> tuple:
-        return _matrix(blocks, h, d, matrix, options)
-
+        mismatch = padded(mismatch.astype(jnp.float32), spec, (-2, -1))
+    weights = scale_weights(stats, spec, options)
+    one = functools.partial(_matrix, spec=as_matrix(spec), options=options)
     for _ in range(blocks.ndim - 3):
         one = jax.vmap(one)
-    levels, planes, ok = one(blocks, h, d)
-    most = options.damping * 10.0 ** (options.damping_tries - 1)
+    levels, planes, ok = one(blocks, h, mismatch, weights)
+    most = options.damping * GROWTH ** (options.damping_tries - 1)
     require(ok, _NOT_DEFINITE.format(damping=most))
     return from_matrix(levels, planes, spec)
 
@@ -203,36 +210,41 @@ def _quantize(
 def _matrix(
     blocks: jax.Array,
     h: jax.Array,
-    d: jax.Array | None,
+    mismatch: jax.Array | None,
+    weights: jax.Array | None,
+    *,
     spec: Spec,
     options: GPTQOptions,
 ) -> tuple[jax.Array, Planes, jax.Array]:
     """Levels, planes, and whether the Hessian was definite, of blocks `[N, G, g]`."""
-    fmt = get_format(spec.format)
-    assert fmt.scales is not None
     x = blocks.reshape(blocks.shape[0], -1).T
     mean = mean_diagonal(h)
     h = h / mean
-    order = jnp.asarray(natural_order(spec))
+    order: Any = natural_order(spec)
     if options.act_order:
-        order = _by_activation(order, jnp.diagonal(h), unit_of(spec))
-    planes = fmt.scales(blocks, spec)
+        order = _by_activation(jnp.asarray(order), jnp.diagonal(h), unit_of(spec))
+    planes = search_scales(blocks, spec, options, weights)
     dynamic = spec.granularity == "group" and not options.static_groups
     factored = factor(_permuted(h, order), options.damping, options.damping_tries)
-    x = x[order]
-    if d is not None:
-        p = _mismatch_update(_permuted(d / mean, order), factored.upper)
+    x = _taken(x, order)
+    if mismatch is not None:
+        p = _mismatch_update(_permuted(mismatch / mean, order), factored.upper)
         x = x + jnp.matmul(p.T, x, precision=HIGHEST)
     levels, planes = sweep(
         x,
         factored.upper,
         planes,
-        order // spec.group_size,
+        jnp.asarray(order // spec.group_size),
         spec,
         block_size=options.block_size,
-        refresh=_refresh(spec) if dynamic else None,
+        refresh=_refresh(spec, options, weights) if dynamic else None,
     )
-    levels = levels[jnp.argsort(order)].T.reshape(blocks.shape)
+    levels = _taken(levels, _inverse(order)).T
+    if options.refit_scales:
+        damped = h + options.damping * jnp.eye(len(h), dtype=jnp.float32)
+        w = blocks.reshape(levels.shape)
+        planes = refit_scales(w, levels, planes, damped, spec)
+    levels = levels.reshape(blocks.shape)
     planes = {
         name: jnp.where(factored.ok, p, jnp.nan).astype(p.dtype)
         if jnp.issubdtype(p.dtype, jnp.floating)
@@ -242,8 +254,19 @@ def _matrix(
     return levels, planes, factored.ok
 
 
-def _permuted(h: jax.Array, order: jax.Array) -> jax.Array:
-    return h[order][:, order]
+def _taken(x: jax.Array, order: Any, axis: int = 0) -> jax.Array:
+    """Entries in another order; nothing to do for one that is known to be their own."""
+    if isinstance(order, np.ndarray) and np.array_equal(order, np.arange(order.size)):
+        return x
+    return jnp.take(x, order, axis=axis)
+
+
+def _inverse(order: Any) -> Any:
+    return np.argsort(order) if isinstance(order, np.ndarray) else jnp.argsort(order)
+
+
+def _permuted(h: jax.Array, order: Any) -> jax.Array:
+    return _taken(_taken(h, order), order, axis=1)
 
 
 def _by_activation(order: jax.Array, diagonal: jax.Array, unit: int) -> jax.Array:
@@ -262,34 +285,31 @@ def _mismatch_update(d: jax.Array, upper: jax.Array) -> jax.Array:
     return jnp.matmul(inner, upper, precision=HIGHEST)
 
 
-def _refresh(spec: Spec) -> Refresh:
+def _refresh(spec: Spec, options: ScaleOptions, weights: jax.Array | None) -> Refresh:
     """Scales of one group from its weights as they are."""
     g = spec.group_size
     last = spec.k - (spec.groups - 1) * g
 
-    def of(k: int, rows: jax.Array, planes: Planes) -> Planes:
+    def of(k: int, rows: jax.Array, group: jax.Array, planes: Planes) -> Planes:
         one = dataclasses.replace(spec, shape=(k, spec.shape[-1]))
         blocks = rows.T
         if unit_of(spec) > 1:
             quads = blocks.reshape(blocks.shape[0], -1, unit_of(spec))
             blocks = from_quads(quads, spec.option("group_stride"))
-        blocks = blocks[:, None, :]
-        if "scale2" in planes:
-            amax = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True)
-            return nv_block_scales(amax, planes["scale2"])
-        fmt = get_format(spec.format)
-        assert fmt.scales is not None
-        return fmt.scales(blocks, one)
+        part = None
+        if weights is not None:
+            part = jax.lax.dynamic_slice_in_dim(weights, group * g, g)
+        return search_scales(blocks[:, None, :], one, options, part, planes)
 
     def refresh(rows: jax.Array, group: jax.Array, planes: Planes) -> Planes:
         if last == g:
-            new = of(g, rows, planes)
+            new = of(g, rows, group, planes)
         else:
             # Padding in the last group must not enter a mean.
             new = jax.lax.cond(
                 group == spec.groups - 1,
-                lambda: of(last, rows, planes),
-                lambda: of(g, rows, planes),
+                lambda: of(last, rows, group, planes),
+                lambda: of(g, rows, group, planes),
             )
         return with_group(planes, new, group)
 
@@ -302,6 +322,7 @@ register(
         quantize=gptq,
         options=GPTQOptions,
         needs=lambda options: ("hessian",),
+        check=_check,
         summary="rounds column by column, later columns make up for errors",
     )
 )
@@ -311,6 +332,7 @@ register(
         quantize=gptaq,
         options=GPTAQOptions,
         needs=lambda options: ("hessian", "mismatch"),
+        check=_check,
         summary="GPTQ that also makes up for inputs that quantization has changed",
     )
 )

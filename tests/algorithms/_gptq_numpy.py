@@ -5,6 +5,8 @@ Written apart from the library: explicit inverses, no blocks, formats by their f
 
 from __future__ import annotations
 
+import itertools
+
 import ml_dtypes
 import numpy as np
 
@@ -93,3 +95,82 @@ def gptq(
         for f, later in enumerate(order[i + 1 :]):
             w[:, later] += add[:, f] - error * u[i, i + 1 + f]
     return levels, values
+
+
+def quads(k, stride):
+    """Columns of each four, in the order of the sweep."""
+    if stride == 1:
+        return [[4 * j + i for i in range(4)] for j in range(k // 4)]
+    return [
+        [64 * run + j + 16 * i for i in range(4)]
+        for run in range(k // 64)
+        for j in range(16)
+    ]
+
+
+STATES = [
+    [0 if i == zero else signs[i] for i in range(4)]
+    for zero in range(4)
+    for signs in itertools.product([1, -1], repeat=4)
+]
+
+
+def gptq34(w, h, group, stride, *, damping=0.01):
+    """Values of 3:4 ternary weights: all states of four columns are tried."""
+    w, h = w.astype(np.float64).copy(), h.astype(np.float64)
+    n, k = w.shape
+    h = h + damping * np.diag(h).mean() * np.eye(k)
+    values, scales = np.zeros((n, k)), {}
+    order = quads(k, stride)
+    for i, four in enumerate(order):
+        g = four[0] // group
+        if g not in scales:
+            kept = [
+                np.sort(np.abs(w[:, q]), axis=1)[:, 1:]
+                for q in order
+                if q[0] // group == g
+            ]
+            mean = np.concatenate(kept, axis=1).mean(axis=1).astype(np.float32)
+            scales[g] = mean.astype(ml_dtypes.bfloat16).astype(np.float64)
+        rest = [c for q in order[i + 1 :] for c in q]
+        left = four + rest
+        inverse = np.linalg.inv(h[np.ix_(left, left)])
+        cost_of = np.linalg.inv(inverse[:4, :4])
+        for row in range(n):
+            best = np.inf
+            for state in STATES:
+                wrong = w[row, four] - scales[g][row] * np.array(state)
+                cost = wrong @ cost_of @ wrong
+                if cost < best - 1e-12:
+                    best, least = cost, wrong
+            values[row, four] = w[row, four] - least
+            w[row, rest] -= least @ cost_of @ inverse[:4, 4:]
+    return values
+
+
+def lstsq34(w, diagonal, h, group, rounds=3):
+    """Values of 3:4 weights by turns, and scales under `h`, one group after another."""
+    w = w.astype(np.float64)
+    n, k = w.shape
+    codes, scales = np.zeros((n, k)), np.zeros((n, k // group))
+    for row in range(n):
+        for g in range(k // group):
+            part = slice(g * group, (g + 1) * group)
+            a, importance = np.abs(w[row, part]), diagonal[part]
+            d = np.sort(a.reshape(-1, 4), axis=1)[:, 1:].mean()
+            d = float(np.asarray(d, ml_dtypes.bfloat16))
+            for _ in range(rounds):
+                cost = importance * (a**2 - (a - d) ** 2)
+                keep = np.ones(group)
+                for q in range(0, group, 4):
+                    keep[q + np.argmin(cost[q : q + 4])] = 0
+                d = (importance * a * keep).sum() / (importance * keep).sum()
+            codes[row, part] = np.sign(w[row, part]) * keep
+            scales[row, g] = np.asarray(d, ml_dtypes.bfloat16)
+        for g in range(k // group):
+            t = np.zeros(k)
+            t[g * group : (g + 1) * group] = codes[row, g * group : (g + 1) * group]
+            wrong = w[row] - codes[row] * np.repeat(scales[row], group)
+            best = scales[row, g] + t @ h @ wrong / (t @ h @ t)
+            scales[row, g] = np.asarray(best, ml_dtypes.bfloat16)
+    return codes * np.repeat(scales, group, axis=1)
