@@ -118,20 +118,20 @@ def relative(q, w, h) -> float:
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "levels"),
+    ("name", "options", "levels", "bound"),
     [
-        ("sherry", {"group_stride": 16}, "column"),
-        ("sherry", {"group_stride": 16}, "group"),
-        ("ptqtp", {}, "column"),
+        ("sherry", {"group_stride": 16}, "column", 0.7),
+        ("sherry", {"group_stride": 16}, "group", 0.8),
+        ("ptqtp", {}, "column", 0.7),
     ],
 )
-def test_other_formats(name: str, options: dict, levels: str) -> None:
+def test_other_formats(name: str, options: dict, levels: str, bound: float) -> None:
     w, h = problem(128, 8, 256)
     spec = make_spec(w.shape, w.dtype, format=name, group_size=64, **options)
     plain = aj.quantize(jnp.asarray(w), format=name, group_size=64, **options)
     q = run(w, spec, {"hessian": h}, PT2LLMOptions(levels=levels))
     assert q.spec == plain.spec
-    assert relative(q, w, h) < 0.7 * relative(plain, w, h)
+    assert relative(q, w, h) < bound * relative(plain, w, h)
 
 
 def test_batch_axes_and_several_output_axes() -> None:
