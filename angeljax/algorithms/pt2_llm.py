@@ -13,7 +13,7 @@ from jax.scipy.linalg import solve_triangular
 from angeljax.algorithms import _fit
 from angeljax.algorithms._base import Algorithm, Found, register, require
 from angeljax.algorithms._blocks import as_matrix, from_matrix, padded, to_matrix
-from angeljax.algorithms._hessian import HIGHEST, factor, mean_diagonal
+from angeljax.algorithms._hessian import GROWTH, HIGHEST, factor, mean_diagonal
 from angeljax.algorithms._sweep import natural_order, sweep, with_group
 from angeljax.formats import QTensor, Spec, get_format
 from angeljax.formats._blocks import rounded
@@ -114,7 +114,7 @@ def pt2_llm(
     for _ in range(blocks.ndim - 3):
         one = jax.vmap(one)
     levels, planes, ok = one(blocks, h)
-    most = options.damping * 10.0 ** (options.damping_tries - 1)
+    most = options.damping * GROWTH ** (options.damping_tries - 1)
     require(
         ok,
         "the Hessian of its inputs is not positive definite even with damping "
