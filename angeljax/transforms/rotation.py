@@ -159,7 +159,9 @@ class Rotation:
                     f"{link.producer} has {link.width} features and "
                     f"{links[0].producer} {width}: not of one stream"
                 )
-        if not self.pairs and not any("lm_head" in p for x in links for p in x.consumers):
+        if not self.pairs and not any(
+            "lm_head" in p for x in links for p in x.consumers
+        ):
             raise ValueError(
                 "no lm_head/kernel behind the final norm: untie the embedding first "
                 "with angeljax.models.untie(model, params), or name the head in pairs"

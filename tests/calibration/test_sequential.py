@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 import angeljax as aj
-from angeljax.models import DecoderConfig, LanguageModel
+from angeljax.calibration import StatisticsError, _layer_run
+from angeljax.calibration._kept_layers import KeptLayers
+from angeljax.models import DecoderConfig, LanguageModel, stack_layers
 from tests.models._random_params import random_params
 
 CONFIG = DecoderConfig(
@@ -141,10 +143,10 @@ class TestGPTQ:
             for i in range(2):
                 x = layers.layer(tree["layers"][i], x, context, i)
             scale = params["layers"][2]["mlp_norm"]["scale"]
-            x = layers.layer(
-                {**params["layers"][2], "mlp": jax.tree.map(jnp.zeros_like, params["layers"][2]["mlp"])},
-                x, context, 2,
-            )  # fmt: skip
+            # With an MLP of zeros a layer gives what its MLP reads.
+            layer = dict(params["layers"][2])
+            layer["mlp"] = jax.tree.map(jnp.zeros_like, layer["mlp"])
+            x = layers.layer(layer, x, context, 2)
             x = np.asarray(x, np.float64)
             rms = np.sqrt((x**2).mean(-1, keepdims=True) + CONFIG.norm_eps)
             return (x / rms * np.asarray(scale))[MASK[:3]]
