@@ -13,13 +13,13 @@ from angeljax._cli import (
     AsJson,
     Dtype,
     Model,
-    RecipeFile,
     one_line_errors,
 )
 from angeljax._cli import print_json as _print_json
 from angeljax._cli import print_rich as _print
 from angeljax._cli.allocate import allocate
 from angeljax._cli.attention import app as attention_app
+from angeljax._cli.compress import compress
 from angeljax._cli.train_data import app as train_data_app
 from angeljax._cli.transcribe import transcribe
 
@@ -35,6 +35,7 @@ recipe_app = typer.Typer(help="List, show and check recipes.", no_args_is_help=T
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(attention_app, name="attention")
 app.add_typer(train_data_app, name="train-data")
+app.command()(compress)
 app.command()(transcribe)
 app.command()(allocate)
 Attention = Annotated[
@@ -51,44 +52,6 @@ KVCache = Annotated[
         "Default: that of the checkpoint, if it has one."
     ),
 ]
-
-
-@app.command()
-@one_line_errors
-def compress(
-    model: Model,
-    recipe: RecipeFile,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
-    dtype: Dtype = "bfloat16",
-    html: Annotated[
-        Path | None, typer.Option(help="Also write a report as one HTML page.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace what is at --out.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Compress a model and write an orbax checkpoint."""
-    from angeljax import _workflow
-    from angeljax._report import report
-    from angeljax.recipe import Recipe
-
-    what = Recipe.load(recipe)
-    if out.exists() and not overwrite:
-        raise ValueError(f"{out} exists: choose another --out or pass --overwrite")
-    loaded = _workflow.open_model(model, dtype=dtype)
-    cparams, seconds = _workflow.compress_timed(loaded, what, progress=not as_json)
-    result = report(loaded.params, cparams)
-    _workflow.save_model(out, loaded, cparams, what, overwrite=overwrite)
-    if html is not None:
-        result.to_html(html, title=f"{model} · {what.name}")
-    if as_json:
-        _print_json({"seconds": seconds, "path": str(out), **result.to_dict()})
-        return
-    _print(_workflow.summary_table(result))
-    _print(
-        f"{result.bits_per_weight:.3f} bits per weight over the whole model, "
-        f"{result.nbytes / 1e6:.1f} MB ({result.ratio:.2f}x smaller), "
-        f"compressed in {seconds:.1f} s, written to {out}"
-    )
 
 
 @app.command()

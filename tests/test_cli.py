@@ -274,3 +274,67 @@ def test_help_names_every_command():
     shown = run("--help").output
     for command in ("compress", "eval", "generate", "export", "inspect", "transcribe"):
         assert command in shown
+
+
+class TestCalibration:
+    @pytest.fixture
+    def recipe(self, tmp_path):
+        file = tmp_path / "static.yaml"
+        file.write_text(
+            "rules: [{format: int8, activation: int8, activation_scale: amax}]"
+        )
+        return file
+
+    def test_layer_by_layer_resumed_and_in_one_pass(self, checkpoint, recipe, tmp_path):
+        text, kept = tmp_path / "text.txt", tmp_path / "kept"
+        text.write_text("the quick brown fox jumps over the lazy dog. " * 8)
+        found = {}
+        for name, more in (
+            ("layers", ("--resume", kept)),
+            ("again", ("--resume", kept)),
+            ("once", ("--one-pass",)),
+        ):
+            out = tmp_path / name
+            data = run(
+                "compress", "-m", checkpoint, "-r", recipe, "-o", out, "--json",
+                "--calibrate", text, "--rows", 4, "--length", 16, *more,
+            ).output  # fmt: skip
+            assert json.loads(data)["path"] == str(out)
+            params, _ = aj.load(out)
+            weight = params["layers"][1]["mlp"]["down_proj"]["kernel"]
+            found[name] = float(weight.planes["input_scale"].squeeze())
+        assert len(list(kept.glob("layer-*.npz"))) == 2
+        assert found["layers"] == found["again"]
+        assert found["layers"] != found["once"]
+        assert found["layers"] == pytest.approx(found["once"], rel=0.3)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ((), "algorithm rtn with activation_scale amax needs calibration: pass"),
+            (("--rows", 4), "needs calibration"),
+            (("--calibrate", "none.txt"), "no such text file"),
+            (("--calibrate", "default", "--length", 10**6), "0 rows of 1000000"),
+            (
+                ("--calibrate", "default", "--one-pass", "--resume", "x"),
+                "leave --one-pass out",
+            ),
+            (("--calibrate", "default", "--base", "x"), "leave --base out"),
+        ],
+    )
+    def test_errors(self, checkpoint, recipe, tmp_path, options, message):
+        out = tmp_path / "out"
+        got = run(
+            "compress", "-m", checkpoint, "-r", recipe, "-o", out, *options, code=1
+        )
+        assert message in got.output
+        assert not out.exists()
+
+    def test_options_without_need(self, checkpoint, tmp_path):
+        args = ("compress", "-m", checkpoint, "-r", "int4-g64", "-o", tmp_path / "out")
+        for options, message in (
+            (("--calibrate", "default"), "needs no calibration"),
+            (("--rows", 4), "--rows goes with --calibrate"),
+            (("--one-pass",), "--one-pass goes with --calibrate"),
+        ):
+            assert message in run(*args, *options, code=1).output

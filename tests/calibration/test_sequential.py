@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 import angeljax as aj
-from angeljax.models import DecoderConfig, LanguageModel
+from angeljax.calibration import StatisticsError, _layer_run
+from angeljax.calibration._kept_layers import KeptLayers
+from angeljax.models import DecoderConfig, LanguageModel, stack_layers
 from tests.models._random_params import random_params
 
 CONFIG = DecoderConfig(
@@ -24,6 +26,7 @@ STATIC = aj.Recipe(
     rules=[aj.Rule(format="int4", activation="int8", activation_scale="amax")]
 )
 TOKENS = np.random.default_rng(0).integers(0, 64, (5, 6)).astype(np.int32)
+LONG = np.random.default_rng(1).integers(0, 64, (8, 12)).astype(np.int32)
 MASK = np.arange(6) < np.asarray([[6], [4], [6], [2], [5]])
 BATCHES = [
     {"tokens": TOKENS[:3], "mask": MASK[:3]},
@@ -95,14 +98,14 @@ class TestGPTQ:
 
     def test_equals_the_loop_and_compiles_once(self, params: Any) -> None:
         _layer_run.observe.clear_cache()
-        got = aj.compress_sequential(MODEL, params, self.RECIPE, TOKENS, batch_size=5)
+        got = aj.compress_sequential(MODEL, params, self.RECIPE, LONG, batch_size=4)
         # All layers, whatever their windows, in one program.
         assert _layer_run.observe._cache_size() == 1
-        same(got, by_hand(params, self.RECIPE, [TOKENS]))
+        same(got, by_hand(params, self.RECIPE, [LONG[:4], LONG[4:]]))
 
     def test_true_sequential_measures_between_subsets(self, params: Any) -> None:
         got = aj.compress_sequential(
-            MODEL, params, self.RECIPE, [TOKENS], true_sequential=True
+            MODEL, params, self.RECIPE, LONG, batch_size=4, true_sequential=True
         )
         # By hand for layer 0: each subset from the tree with those before it done.
         partial = jax.tree.map(lambda x: x, params)
@@ -110,7 +113,7 @@ class TestGPTQ:
             ("attn/q_proj", "attn/k_proj", "attn/v_proj"), ("attn/o_proj",),
             ("mlp/gate_proj", "mlp/up_proj"), ("mlp/down_proj",),
         ):  # fmt: skip
-            stats = aj.calibrate(MODEL, partial, [TOKENS], self.RECIPE)
+            stats = aj.calibrate(MODEL, partial, [LONG[:4], LONG[4:]], self.RECIPE)
             whole = aj.compress(partial, self.RECIPE, stats)
             for name in names:
                 a, b = name.split("/")
@@ -121,6 +124,8 @@ class TestGPTQ:
         recipe = aj.Recipe(
             rules=[aj.Rule(format="int4", group_size=16, algorithm="gptaq")]
         )
+        mask = np.arange(12) < np.arange(5, 13)[:, None]
+        masked = {"tokens": LONG, "mask": mask}
         seen: list[Any] = []
         pairs = _layer_run.observe_pairs
 
@@ -130,24 +135,24 @@ class TestGPTQ:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(_layer_run, "observe_pairs", spy)
-            done = aj.compress_sequential(MODEL, params, recipe, BATCHES[:1])
+            done = aj.compress_sequential(MODEL, params, recipe, [masked])
         found = [f[0]["mismatch"] for _, f in seen]
         assert len(found) == 3 and not np.any(found[0])
         # What the last layer's first weight sees: by hand, token by token.
         layers = MODEL.layerwise()
 
         def input_of(tree: Any) -> np.ndarray:
-            x, context = layers.embed(tree, BATCHES[0])
+            x, context = layers.embed(tree, masked)
             for i in range(2):
                 x = layers.layer(tree["layers"][i], x, context, i)
             scale = params["layers"][2]["mlp_norm"]["scale"]
-            x = layers.layer(
-                {**params["layers"][2], "mlp": jax.tree.map(jnp.zeros_like, params["layers"][2]["mlp"])},
-                x, context, 2,
-            )  # fmt: skip
+            # With an MLP of zeros a layer gives what its MLP reads.
+            layer = dict(params["layers"][2])
+            layer["mlp"] = jax.tree.map(jnp.zeros_like, layer["mlp"])
+            x = layers.layer(layer, x, context, 2)
             x = np.asarray(x, np.float64)
             rms = np.sqrt((x**2).mean(-1, keepdims=True) + CONFIG.norm_eps)
-            return (x / rms * np.asarray(scale))[MASK[:3]]
+            return (x / rms * np.asarray(scale))[mask]
 
         full, own = input_of(params), input_of({**params, "layers": done["layers"]})
         want = sum(np.outer(f - x, x) for f, x in zip(full, own, strict=True))
@@ -261,7 +266,7 @@ def test_sharded_over_outputs_and_data(params: Any, done: Any) -> None:
     mesh = jax.make_mesh((2, 4), ("data", "model"))
     put = lambda x, *axes: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))  # noqa: E731
     spread = jax.tree.map(lambda x: put(x, *(None, "model")[-x.ndim :]), params)
-    tokens = np.concatenate([TOKENS, TOKENS[:1]])
+    tokens = LONG
     recipe = TestGPTQ.RECIPE
     want = aj.compress_sequential(MODEL, params, recipe, [tokens])
     got = aj.compress_sequential(MODEL, spread, recipe, [put(tokens, "data")])
