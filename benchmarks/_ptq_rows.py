@@ -246,7 +246,15 @@ ROWS: list[PTQRow] = [
     *_rows(
         "KV cache",
         {"format": "int8"},
+        ("fp8, static", "kv", {"format": "float8_e4m3", "granularity": "tensor"}, ()),
+        (
+            "fp8, static for each head",
+            "kv",
+            {"format": "float8_e4m3", "granularity": "head"},
+            (),
+        ),
         ("fp8, scale of each token and head", "kv", {"format": "float8_e4m3"}, ()),
+        ("int8, static", "kv", {"granularity": "tensor"}, ()),
         ("int8, scale of each token and head", "kv", {}, ()),
         ("int4 g64", "kv", {"format": "int4", "group_size": 64}, ()),
         ("int4 g32", "kv", {"format": "int4", "group_size": 32}, ()),

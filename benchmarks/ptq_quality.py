@@ -26,7 +26,7 @@ import numpy as np
 import angeljax as aj
 from angeljax.evaluation import evaluate, windows
 from angeljax.formats import make_spec
-from angeljax.kv_cache import KVFormat, fake_quantize_kv
+from angeljax.kv_cache import KVCacheOptions, attach_kv_scales, calibrate_kv
 from angeljax.models import (
     DecoderConfig,
     LanguageModel,
@@ -92,7 +92,8 @@ class Bench:
             model, params = self.rotated
         recipe = row.recipe()
         if row.how == "kv":
-            return _with_kv(model, row), params
+            assert recipe.kv_cache is not None
+            return _with_kv(self, recipe.kv_cache)
         if row.how == "focus":
             few = self.batches()
             return model, learn_focus(model, params, recipe, few, steps=2 * len(few))[0]
@@ -114,16 +115,15 @@ class Bench:
         return model, aj.compress(params, recipe, stats, progress=False)
 
 
-def _with_kv(model: LanguageModel, row: PTQRow) -> LanguageModel:
-    """The model with keys and values rounded as a cache would round them."""
-    (options,) = row.rules
-    attend = model.attention_fn
-
-    def attention(q: Any, k: Any, v: Any, mask: Any) -> jax.Array:
-        k, v = (fake_quantize_kv(x, KVFormat(**options)) for x in (k, v))
-        return attend(q, k, v, mask)
-
-    return dataclasses.replace(model, attention_fn=attention)
+def _with_kv(
+    bench: Bench, options: KVCacheOptions
+) -> tuple[LanguageModel, dict[str, Any]]:
+    """A model whose logits go through a quantized cache."""
+    model, params = dataclasses.replace(bench.model, kv_cache=options), bench.params
+    if options.static:
+        scales = calibrate_kv(bench.model, params, bench.batches()[:4], options)
+        params = attach_kv_scales(params, scales)
+    return model, params
 
 
 def comparable(tree: Any) -> Any:
