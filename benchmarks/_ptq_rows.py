@@ -49,6 +49,7 @@ def _rows(section: str, base: dict[str, Any], *rows: Any) -> list[PTQRow]:
 
 
 MSE = {"options": {"scales": "mse"}}
+WEIGHTED = {"options": {"scales": "mse", "weighting": "hessian"}}
 AWQ = ({"name": "awq"},)
 SMOOTH = ({"name": "smoothquant"},)
 
@@ -63,13 +64,21 @@ def _common(*, fine: bool = True) -> list[Any]:
     rows: list[Any] = [
         ("rtn", "free", {}, ()),
         ("rtn, scales by mse", "free", MSE, ()),
+        ("rtn, scales by weighted mse", "pass", WEIGHTED, ()),
         ("awq", "pass", {}, AWQ),
+        ("awq, limits searched", "pass", {"algorithm": "awq_clip"}, AWQ),
         ("gptq, one pass", "pass", gptq(), ()),
         ("gptq", "layers", gptq(), ()),
     ]
     if fine:
         rows += [
             ("gptq, scales by mse", "layers", gptq(scales="mse"), ()),
+            (
+                "gptq, scales by weighted mse",
+                "layers",
+                gptq(scales="mse", weighting="hessian"),
+                (),
+            ),
             (
                 "gptq, act order",
                 "layers",
