@@ -180,7 +180,7 @@ def gptaq(
       >>> w = jax.random.normal(jax.random.key(2), (64, 32))
       >>> spec = make_spec(w.shape, w.dtype, format="int4", group_size=32)
       >>> gptaq(w, spec, {"hessian": x.T @ x, "mismatch": (full - x).T @ x})
-      QTensor(int4 g32 [64,32] float32, 4.5 bit/weight)
+      QTensor(int4 g32 [64,32] float32, 4.500 bit/weight)
     """
     options = GPTAQOptions() if options is None else options
     return _quantize(w, spec, stats, options.alpha * stats["mismatch"], options)
