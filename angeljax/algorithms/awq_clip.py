@@ -81,7 +81,7 @@ def awq_clip(
       >>> w = jax.random.normal(jax.random.key(0), (64, 8))
       >>> spec = make_spec(w.shape, w.dtype, format="int4", group_size=32)
       >>> awq_clip(w, spec, {"hessian": jnp.eye(64)})
-      QTensor(int4 g32 [64,8] float32, 4.5 bit/weight)
+      QTensor(int4 g32 [64,8] float32, 4.500 bit/weight)
     """
     options = AWQClipOptions() if options is None else options
     if stats is None or "hessian" not in stats:

@@ -159,9 +159,8 @@ class Rotation:
                     f"{link.producer} has {link.width} features and "
                     f"{links[0].producer} {width}: not of one stream"
                 )
-        if not self.pairs and not any(
-            "lm_head" in p for x in links for p in x.consumers
-        ):
+        readers = {p for link in links for p in link.consumers}
+        if not self.pairs and not any("lm_head" in path for path in readers):
             raise ValueError(
                 "no lm_head/kernel behind the final norm: untie the embedding first "
                 "with angeljax.models.untie(model, params), or name the head in pairs"
