@@ -183,7 +183,7 @@ def load_arrays(path: Path, remedy: str) -> dict[str, np.ndarray]:
     """
     damaged = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as f, np.load(f, allow_pickle=False) as stored:
             return {name: stored[name] for name in stored.files}
     except damaged as e:
         what = " ".join(str(e).split())

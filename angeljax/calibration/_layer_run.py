@@ -23,13 +23,13 @@ class Tap(NamedTuple):
     """A weight that is to be observed.
 
     Attributes:
-      index: of the leaf in its tree.
+      leaf: its number in the tree.
       spec: what it will be.
       batch: its batch axes.
       kinds: names of statistics.
     """
 
-    index: int
+    leaf: int
     spec: Spec
     batch: tuple[int, ...]
     kinds: tuple[str, ...]
@@ -69,7 +69,7 @@ def _tapped(
     def scalar(slots: Found) -> jax.Array:
         values = [leaf.value for leaf in leaves]
         for tap, slot in zip(taps, slots, strict=True):
-            values[tap.index] = TappedTensor.of(values[tap.index], tap.spec, slot)
+            values[tap.leaf] = TappedTensor.of(values[tap.leaf], tap.spec, slot)
         out = _run(model, part, _leaves.unflatten(treedef, leaves, values), x, i)
         floats = [
             jnp.sum(a.astype(jnp.float32))

@@ -75,6 +75,7 @@ class DecoderLayers:
             context["mask"] = mask
         if read.embeds is not None:
             return read.embeds.astype(self.model.dtype), context
+        assert read.tokens is not None, "one of the two is given"
         table = params["embed_tokens"]["embedding"]
         return ops.embed(table, read.tokens, dtype=self.model.dtype), context
 

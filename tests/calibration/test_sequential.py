@@ -161,7 +161,7 @@ class TestGPTQ:
             "/".join(str(k.key) for k in path[:2])
             for path, _ in jax.tree_util.tree_leaves_with_path(params["layers"][2])
         ]
-        place = [names[tap.index] for tap in args[1]].index("mlp/gate_proj")
+        place = [names[tap.leaf] for tap in args[1]].index("mlp/gate_proj")
         np.testing.assert_allclose(last[place]["mismatch"], want, rtol=1e-3, atol=1e-3)
 
 
@@ -263,7 +263,8 @@ class TestResume:
 def test_sharded_over_outputs_and_data(params: Any, done: Any) -> None:
     from jax.sharding import NamedSharding, PartitionSpec
 
-    mesh = jax.make_mesh((2, 4), ("data", "model"))
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=auto)
     put = lambda x, *axes: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))  # noqa: E731
     spread = jax.tree.map(lambda x: put(x, *(None, "model")[-x.ndim :]), params)
     tokens = LONG

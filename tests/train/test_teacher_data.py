@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from angeljax.models import DecoderConfig, LanguageModel
 from angeljax import _shards
+from angeljax.models import DecoderConfig, LanguageModel
 from angeljax.train._likeliest import top_k_of
 from angeljax.train.generated import generate_tokens
 from angeljax.train.losses import DistillOptions
