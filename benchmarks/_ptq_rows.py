@@ -50,6 +50,9 @@ def _rows(section: str, base: dict[str, Any], *rows: Any) -> list[PTQRow]:
 
 MSE = {"options": {"scales": "mse"}}
 WEIGHTED = {"options": {"scales": "mse", "weighting": "hessian"}}
+BEST = {"act_order": True, "scales": "mse", "weighting": "hessian"}
+FIT = {"act_order": True, "refit_scales": True}
+REFIT = {**BEST, "refit_scales": True}
 AWQ = ({"name": "awq"},)
 SMOOTH = ({"name": "smoothquant"},)
 
@@ -80,20 +83,20 @@ def _common(*, fine: bool = True) -> list[Any]:
                 (),
             ),
             (
-                "gptq, act order",
+                "gptq, act order, scales by weighted mse",
                 "layers",
-                gptq(act_order=True, static_groups=True, scales="mse"),
+                gptq(**BEST),
                 (),
             ),
             (
                 "gptaq",
                 "layers",
-                {"algorithm": "gptaq", "options": {"scales": "mse"}},
+                {"algorithm": "gptaq", "options": BEST},
                 (),
             ),
-            ("awq + gptq", "layers", gptq(scales="mse"), AWQ),
+            ("awq + gptq", "layers", gptq(**BEST), AWQ),
             ("rotated rtn", "rotated", {}, ()),
-            ("rotated gptq", "rotated layers", gptq(scales="mse"), ()),
+            ("rotated gptq", "rotated layers", gptq(**BEST), ()),
         ]
     return rows
 
@@ -153,12 +156,12 @@ ROWS: list[PTQRow] = [
         "W4A8 int8",
         {**INT4, "activation": "int8"},
         ("rtn", "free", {}, ()),
-        ("gptq", "layers", gptq(scales="mse"), ()),
-        ("smoothquant + gptq", "layers", gptq(scales="mse"), SMOOTH),
+        ("gptq", "layers", gptq(**BEST), ()),
+        ("smoothquant + gptq", "layers", gptq(**BEST), SMOOTH),
         (
             "channel, gptq",
             "layers",
-            {**gptq(scales="mse"), "group_size": None, "granularity": "channel"},
+            {**gptq(**BEST), "group_size": None, "granularity": "channel"},
             (),
         ),
     ),
@@ -203,18 +206,18 @@ ROWS: list[PTQRow] = [
         "W2",
         {"format": "int2", "group_size": 32},
         ("int2 g32, rtn", "free", {}, ()),
-        ("int2 g32, gptq", "layers", gptq(scales="mse"), ()),
+        ("int2 g32, gptq", "layers", gptq(**BEST), ()),
         ("seq2 g64, rtn", "free", {"format": "seq2", "group_size": 64}, ()),
         (
             "seq2 g64, gptq",
             "layers",
-            {"format": "seq2", "group_size": 64, **gptq()},
+            {"format": "seq2", "group_size": 64, **gptq(**REFIT)},
             (),
         ),
         (
             "seq2 g64, rotated gptq",
             "rotated layers",
-            {"format": "seq2", "group_size": 64, **gptq()},
+            {"format": "seq2", "group_size": 64, **gptq(**REFIT)},
             (),
         ),
         (
@@ -226,7 +229,7 @@ ROWS: list[PTQRow] = [
         (
             "two ternary planes g128, gptq",
             "layers",
-            {"format": "ptqtp", "group_size": 128, **gptq()},
+            {"format": "ptqtp", "group_size": 128, **gptq(act_order=True)},
             (),
         ),
     ),
@@ -235,14 +238,19 @@ ROWS: list[PTQRow] = [
         {"format": "t2", "group_size": 128},
         ("absmean", "free", {}, ()),
         ("least squares", "free", {"scale_method": "lstsq"}, ()),
-        ("gptq", "layers", {"scale_method": "lstsq", **gptq()}, ()),
+        ("gptq", "layers", {"scale_method": "lstsq", **gptq(**FIT)}, ()),
         (
             "pt2-llm",
             "layers",
             {"shift": True, "scale_method": "twn", "algorithm": "pt2_llm"},
             (),
         ),
-        ("rotated gptq", "rotated layers", {"scale_method": "lstsq", **gptq()}, ()),
+        (
+            "rotated gptq",
+            "rotated layers",
+            {"scale_method": "lstsq", **gptq(**FIT)},
+            (),
+        ),
     ),
     *_rows(
         "1.25 bits",
@@ -250,7 +258,9 @@ ROWS: list[PTQRow] = [
         ("sherry", "free", {}, ()),
         ("least squares 3:4", "pass", {"algorithm": "lstsq34"}, ()),
         ("gptq 3:4", "layers", gptq(), ()),
-        ("rotated gptq 3:4", "rotated layers", gptq(), ()),
+        ("gptq 3:4, scales refit", "layers", gptq(**FIT), ()),
+        ("pt2-llm", "layers", {"algorithm": "pt2_llm"}, ()),
+        ("rotated gptq 3:4, scales refit", "rotated layers", gptq(**FIT), ()),
     ),
     *_rows(
         "KV cache",

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from angeljax import _leaves
-from angeljax.calibration.calibrate import mask_of, as_function
+from angeljax.calibration.calibrate import as_function, mask_of
 
 # The predictions of the full model are kept whole up to so many bytes, and beyond it as
 # so many of their largest entries and one for all others.
