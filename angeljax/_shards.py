@@ -163,12 +163,12 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
         name: np.ascontiguousarray(x).reshape(-1).view(np.uint8)
         for name, x in arrays.items()
     }
+    commit(path, lambda partial: _write_arrays(partial, flat))
 
-    def write(partial: Path) -> None:
-        with partial.open("wb") as f:
-            np.savez(f, **flat)  # type: ignore[arg-type]
 
-    commit(path, write)
+def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    with path.open("wb") as f:
+        np.savez(f, **arrays)  # type: ignore[arg-type]
 
 
 def load_arrays(path: Path, remedy: str) -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ import yaml
 from typer.testing import CliRunner
 
 import angeljax as aj
-from angeljax import _workflow
+from angeljax import _shards, _workflow
 from angeljax._train_workflow.run import _set_up
 from angeljax.cli import app
 from angeljax.models import DecoderConfig, LanguageModel, add_biases
@@ -28,7 +28,6 @@ from angeljax.train import (
     ConfigError,
     PackedTokens,
     TrainConfig,
-    _kept_layers,
     load_tokens,
 )
 from angeljax.train.losses import cross_entropy, distillation
@@ -204,7 +203,7 @@ def test_layer_by_layer(folder, monkeypatch):
     assert done["evaluation"]["eval/kl"] > 0
 
     # Stopped in the second layer, half of its file written.
-    write = _kept_layers._write
+    write = _shards._write_arrays
 
     def stop(path, arrays):
         if "layer-00001" in path.name:
@@ -213,7 +212,7 @@ def test_layer_by_layer(folder, monkeypatch):
         write(path, arrays)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_kept_layers, "_write", stop)
+        patch.setattr(_shards, "_write_arrays", stop)
         train(folder, "stopped", code=130, **fields)
     kept = [p.name for p in sorted((folder / "stopped" / "layers").iterdir())]
     assert kept == ["layer-00000.npz", "manifest.json"]
