@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 import angeljax as aj
+from angeljax.transforms._base import parse as transform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +36,10 @@ class PTQRow:
         """The recipe of the row."""
         name = f"{self.section}: {self.name}"
         if self.how == "kv":
-            return aj.Recipe(name=name, kv_cache=self.rules[0])
+            return aj.Recipe.from_dict({"name": name, "kv_cache": self.rules[0]})
         rules = [aj.Rule(**rule) for rule in self.rules]
-        return aj.Recipe(name=name, rules=rules, transforms=self.transforms)
+        transforms = [transform(entry) for entry in self.transforms]
+        return aj.Recipe(name=name, rules=rules, transforms=transforms)
 
 
 def _rows(section: str, base: dict[str, Any], *rows: Any) -> list[PTQRow]:

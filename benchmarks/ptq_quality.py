@@ -38,7 +38,7 @@ from angeljax.models import (
 from angeljax.qat._tensor import FakeTensor
 from angeljax.train import load_tokens
 from angeljax.train.recovery import learn_focus
-from angeljax.transforms import apply_transforms
+from angeljax.transforms import Rotation, apply_transforms
 from benchmarks._ptq_rows import ROWS, SMOKE, PTQRow, named
 from benchmarks._results import RESULTS, Row, write
 
@@ -81,7 +81,7 @@ class Bench:
     def rotated(self) -> tuple[LanguageModel, Any]:
         """The same function with R1 and R2 merged into its weights."""
         model, params = untie(self.model, self.params)
-        rotation = {"name": "rotation", "head_dim": model.config.head_dim}
+        rotation = Rotation(head_dim=model.config.head_dim)
         recipe = aj.Recipe(rules=[aj.Rule(format="int8")], transforms=[rotation])
         return model, apply_transforms(params, recipe)[0]
 
