@@ -61,7 +61,8 @@ class Store(NamedTuple):
     Attributes:
       k, v: `[B, num_kv_heads, slots, head_dim]`, or with a leading layer axis.
       pages: bounds of the keys, likewise; None without.
-      slot: int32 scalar, where the first of the new tokens goes.
+      slot: int32 scalar, where the first of the new tokens goes; `[B]` where rows
+        differ.
       layer: index of the layer if `k` and `v` hold all of them.
       real: bool `[B, T]`, which of the new tokens are no padding; None if all are.
     """
@@ -143,7 +144,7 @@ def write(
     Args:
       store: `[B, num_kv_heads, slots, head_dim]`, or with a leading layer axis.
       new: `[B, T, num_kv_heads, head_dim]`.
-      slot: int32 scalar, where the first of them goes.
+      slot: int32 scalar, where the first of them goes; `[B]` where rows differ.
       layer: index of the layer if `store` holds all of them.
 
     Returns:
@@ -151,10 +152,19 @@ def write(
       head_dim]`.
     """
     new = jnp.swapaxes(new, 1, 2).astype(store.dtype)
-    if layer is None:
-        store = seen = jax.lax.dynamic_update_slice(store, new, (0, 0, slot, 0))
+    stacked = () if layer is None else (layer,)
+    new = new if layer is None else new[None]
+
+    def put(store: jax.Array, new: jax.Array, *at: Any) -> jax.Array:
+        return jax.lax.dynamic_update_slice(store, new, (*stacked, *at, 0))
+
+    if jnp.ndim(slot) == 0 or len(slot) == 1:
+        store = put(store, new, 0, 0, jnp.reshape(slot, ()))
     else:
-        at = (layer, 0, 0, slot, 0)
-        store = jax.lax.dynamic_update_slice(store, new[None], at)
+        rows = len(stacked)
+        each = jax.vmap(lambda s, n, at: put(s, n, 0, at), (rows, rows, 0), rows)
+        store = each(store, new, slot)
+    seen = store
+    if layer is not None:
         seen = jax.lax.dynamic_index_in_dim(store, layer, keepdims=False)
     return store, jnp.swapaxes(seen, 1, 2)

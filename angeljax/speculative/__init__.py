@@ -1,0 +1,51 @@
+"""Lossless speculative decoding: drafters propose, the model decides."""
+
+from angeljax.speculative._round import State, Stats
+from angeljax.speculative._rows import chain_mask, tree_mask
+from angeljax.speculative.core import (
+    Generated,
+    autoregressive,
+    decode,
+    generate,
+    prefill,
+)
+from angeljax.speculative.drafter import (
+    Context,
+    Draft,
+    Drafter,
+    NoDrafter,
+    Prompt,
+    Target,
+    TargetModel,
+    Verified,
+)
+from angeljax.speculative.lookup import PromptLookup, lookup
+from angeljax.speculative.sampling import Sampler, Sampling
+from angeljax.speculative.tree import DynamicTree, Tree, chain
+
+__all__ = [
+    "Context",
+    "Draft",
+    "Drafter",
+    "DynamicTree",
+    "Generated",
+    "NoDrafter",
+    "Prompt",
+    "PromptLookup",
+    "Sampler",
+    "Sampling",
+    "State",
+    "Stats",
+    "Target",
+    "TargetModel",
+    "Tree",
+    "Verified",
+    "autoregressive",
+    "chain",
+    "chain_mask",
+    "decode",
+    "generate",
+    "lookup",
+    "prefill",
+    "tree_mask",
+]
