@@ -20,24 +20,35 @@ from angeljax.speculative.drafter import (
     Verified,
 )
 from angeljax.speculative.lookup import PromptLookup, lookup
+from angeljax.speculative.model_drafter import DraftModel, SelfDrafter
+from angeljax.speculative.recycling import (
+    Hybrid,
+    TokenRecycling,
+    rank_tree,
+    successors,
+)
 from angeljax.speculative.sampling import Sampler, Sampling
 from angeljax.speculative.tree import DynamicTree, Tree, chain
 
 __all__ = [
     "Context",
     "Draft",
+    "DraftModel",
     "Drafter",
     "DynamicTree",
     "Generated",
+    "Hybrid",
     "NoDrafter",
     "Prompt",
     "PromptLookup",
     "Sampler",
     "Sampling",
+    "SelfDrafter",
     "State",
     "Stats",
     "Target",
     "TargetModel",
+    "TokenRecycling",
     "Tree",
     "Verified",
     "autoregressive",
@@ -47,5 +58,7 @@ __all__ = [
     "generate",
     "lookup",
     "prefill",
+    "rank_tree",
+    "successors",
     "tree_mask",
 ]

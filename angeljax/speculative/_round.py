@@ -161,9 +161,7 @@ def decode_round(
             drafted=state.stats.drafted + jnp.sum(proposed[:, 1:], axis=1),
             accepted=state.stats.accepted + jnp.minimum(accepted, emitted),
             hits=state.stats.hits
-            + jnp.sum(
-                (place[:-1] < accepted[:, None]) & state.active[:, None], axis=0
-            ),
+            + jnp.sum((place[:-1] < accepted[:, None]) & state.active[:, None], axis=0),
         ),
     )
     verified = Verified(

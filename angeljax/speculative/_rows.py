@@ -46,9 +46,7 @@ def move_rows(cache: Any, starts: jax.Array, path: jax.Array, nodes: int) -> Any
         window = jnp.take(window, path, axis=axis)
         return jax.lax.dynamic_update_slice_in_dim(row, window, start, axis)
 
-    return jax.tree.map(
-        lambda x: by_row(move, x, starts, path, axis=x.ndim - 4), cache
-    )
+    return jax.tree.map(lambda x: by_row(move, x, starts, path, axis=x.ndim - 4), cache)
 
 
 def chain_mask(positions: jax.Array, slots: int) -> jax.Array:

@@ -211,9 +211,7 @@ class Drafter(abc.ABC):
         return state
 
     @abc.abstractmethod
-    def draft(
-        self, target: Target, state: Any, context: Context
-    ) -> tuple[Draft, Any]:
+    def draft(self, target: Target, state: Any, context: Context) -> tuple[Draft, Any]:
         """Drafts that follow `context`, and the state."""
 
     def update(self, target: Target, state: Any, verified: Verified) -> Any:
@@ -236,8 +234,6 @@ class NoDrafter(Drafter):
     def width(self) -> int:
         return self.tokens
 
-    def draft(
-        self, target: Target, state: Any, context: Context
-    ) -> tuple[Draft, Any]:
+    def draft(self, target: Target, state: Any, context: Context) -> tuple[Draft, Any]:
         nothing = jnp.full((len(context.lengths), self.tokens - 1), -1, jnp.int32)
         return Draft(nothing), state

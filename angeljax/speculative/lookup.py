@@ -58,9 +58,7 @@ class PromptLookup(Drafter):
     def optional(self) -> bool:
         return True
 
-    def draft(
-        self, target: Target, state: Any, context: Context
-    ) -> tuple[Draft, Any]:
+    def draft(self, target: Target, state: Any, context: Context) -> tuple[Draft, Any]:
         tokens, _ = lookup(
             context.tokens,
             context.lengths,

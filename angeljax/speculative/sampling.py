@@ -81,9 +81,7 @@ class Sampling:
         """
         if isinstance(self.seed, int):
             rows = jnp.arange(batch)
-            keys = jax.vmap(lambda r: jax.random.fold_in(_key(self.seed), r))(
-                rows
-            )
+            keys = jax.vmap(lambda r: jax.random.fold_in(_key(self.seed), r))(rows)
         else:
             if len(self.seed) != batch:
                 raise ValueError(f"{len(self.seed)} seeds for {batch} rows")
@@ -258,9 +256,7 @@ class Sampler:
         )
 
     @staticmethod
-    def _scattered(
-        kept: jax.Array, ids: jax.Array | None, count: int
-    ) -> jax.Array:
+    def _scattered(kept: jax.Array, ids: jax.Array | None, count: int) -> jax.Array:
         probs = jax.nn.softmax(kept, axis=-1)
         if ids is None:
             return probs

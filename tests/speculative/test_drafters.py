@@ -1,0 +1,230 @@
+"""What each drafter proposes, against loops in Python; the text stays the target's."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import angeljax as aj
+from angeljax.models import LanguageModel, stack_layers
+from angeljax.speculative import (
+    DraftModel,
+    Hybrid,
+    PromptLookup,
+    Sampling,
+    SelfDrafter,
+    TokenRecycling,
+    autoregressive,
+    generate,
+    lookup,
+    rank_tree,
+    successors,
+)
+from tests.models._random_params import random_params
+from tests.speculative._cases import PROMPTS, HashTarget, table, tiny
+
+TOY = HashTarget()
+
+
+def found_by_hand(text, count, longest, shortest):
+    for size in range(min(longest, len(text) - 1), shortest - 1, -1):
+        tail = text[-size:]
+        for start in range(len(text) - size - 1, -1, -1):
+            if text[start : start + size] == tail:
+                after = text[start + size :]
+                return [after[j % len(after)] for j in range(count)]
+    return [-1] * count
+
+
+@pytest.mark.parametrize(("longest", "shortest"), [(3, 1), (4, 2), (1, 1)])
+def test_lookup_by_hand(longest, shortest, rng):
+    rows, size = 200, 24
+    tokens = rng.integers(0, 4, size=(rows, size)).astype(np.int32)
+    lengths = rng.integers(1, size + 1, size=rows).astype(np.int32)
+    got, found = jax.jit(
+        lambda t, n: lookup(t, n, count=5, max_ngram=longest, min_ngram=shortest)
+    )(tokens, lengths)
+    want = [
+        found_by_hand(row[:n].tolist(), 5, longest, shortest)
+        for row, n in zip(tokens, lengths, strict=True)
+    ]
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(found, np.asarray(want)[:, 0] >= 0)
+    assert 0.3 < found.mean() < 1
+
+
+def test_the_tree_of_ranks_has_the_likeliest_nodes():
+    weights = (0.5, 0.2, 0.1)
+    tree, ranks = rank_tree(14, weights)
+    score = [1.0]
+    for parent, rank in zip(tree.parents[1:], ranks[1:], strict=True):
+        score.append(score[parent] * weights[rank])
+    assert score == sorted(score, reverse=True)
+    # All products of weights, by brute force.
+    every = [1.0]
+    level = [1.0]
+    for _ in range(6):
+        level = [s * w for s in level for w in weights]
+        every += level
+    np.testing.assert_allclose(score, sorted(every, reverse=True)[:14])
+
+
+def test_recycling_drafts_through_its_table_and_learns():
+    model, params = tiny()
+    drafter = TokenRecycling(nodes=9, weights=(0.5, 0.2, 0.1))
+    want = autoregressive(model, params, PROMPTS, max_new_tokens=32)
+    got = generate(model, params, PROMPTS, drafter=drafter, max_new_tokens=32)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    assert got.tau > 1.2
+    start = successors(model, params, count=3, chunk=12)
+    alone = jax.jit(model.logits)(params, jnp.arange(32)[:, None])[:, 0]
+    np.testing.assert_array_equal(start, jax.lax.top_k(alone, 3)[1])
+    warm = dataclasses.replace(drafter, table=start, from_prompt=False)
+    got = generate(model, params, PROMPTS, drafter=warm, max_new_tokens=32)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    assert got.tau > 1.2
+
+
+def test_what_recycling_drafts_by_hand(rng):
+    known = rng.integers(-1, 16, size=(16, 3)).astype(np.int32)
+    drafter = TokenRecycling(nodes=12, weights=(0.5, 0.2, 0.1), table=known)
+    tree, ranks = rank_tree(12, drafter.weights)
+    context = _Last(jnp.asarray([3, 7]))
+    got, _ = drafter.draft(None, jnp.asarray(known), context)
+    for row, last in enumerate((3, 7)):
+        nodes = [last]
+        for parent, rank in zip(tree.parents[1:], ranks[1:], strict=True):
+            above = nodes[parent]
+            nodes.append(-1 if above < 0 else int(known[above, rank]))
+        assert got.tokens[row].tolist() == nodes[1:]
+
+
+@dataclasses.dataclass
+class _Last:
+    last: jax.Array
+
+
+def test_hybrid_takes_both():
+    prompts = [[1, 2, 3, 4, 5, 6, 1, 2, 3], [7, 8, 9]]
+    drafter = Hybrid(
+        TokenRecycling(nodes=8, weights=(0.5, 0.2)), PromptLookup(4, min_ngram=2)
+    )
+    options = {"max_new_tokens": 40, "sampling": Sampling(temperature=0.3)}
+    want = autoregressive(TOY, table(), prompts, **options)
+    got = generate(TOY, table(), prompts, drafter=drafter, **options)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    known = jnp.asarray(np.arange(32).reshape(16, 2) % 16)
+
+    @dataclasses.dataclass
+    class Text(_Last):
+        tokens: jax.Array
+        lengths: jax.Array
+
+    tokens = np.zeros((2, 12), np.int32)
+    tokens[0, :9], tokens[1, :3] = prompts
+    context = Text(jnp.asarray([3, 9]), jnp.asarray(tokens), jnp.asarray([9, 3]))
+    draft, _ = drafter.draft(None, known, context)
+    tree = drafter.recycling.draft(None, known, context)[0].tokens
+    # Found: a chain, then the likeliest nodes of the tree, below the same root.
+    assert draft.tokens[0].tolist() == [4, 5, 6, 1, *tree[0, :3].tolist()]
+    parents = drafter.recycling.tree.parents
+    moved = [0 if p == 0 else p + 4 for p in parents[1:4]]
+    assert draft.parents[0].tolist() == [-1, 0, 1, 2, 3, *moved]
+    assert draft.tokens[1].tolist() == tree[1].tolist()
+    assert draft.parents[1].tolist() == list(parents)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_copy_that_shares_the_cache_is_always_right(scan):
+    model, params = tiny()
+    model = dataclasses.replace(model, scan_layers=scan)
+    params = stack_layers(params) if scan else params
+    want = autoregressive(model, params, PROMPTS, max_new_tokens=16)
+    got = generate(
+        model, params, PROMPTS, drafter=SelfDrafter(params, 3), max_new_tokens=16
+    )
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    assert got.tau == 4
+    skip = SelfDrafter(num_tokens=3, layers=(1,))
+    got = generate(model, params, PROMPTS, drafter=skip, max_new_tokens=16)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    assert 1 <= got.tau < 4
+
+
+def test_a_compressed_copy_and_both_rules():
+    model, params = tiny()
+    rule = aj.Rule(format="int4", group_size=16)
+    small = aj.compress(params, aj.Recipe(rules=[rule]))
+    drafter = SelfDrafter(small, num_tokens=3)
+    for temperature in (0.0, 0.7):
+        options = {
+            "max_new_tokens": 24,
+            "sampling": Sampling(temperature=temperature),
+        }
+        want = autoregressive(model, params, PROMPTS, **options)
+        got = generate(model, params, PROMPTS, drafter=drafter, **options)
+        np.testing.assert_array_equal(got.tokens, want.tokens)
+        assert got.tau > 2
+    rejection = Sampling(temperature=0.7, rule="rejection")
+    got = generate(
+        model,
+        params,
+        PROMPTS,
+        drafter=drafter,
+        max_new_tokens=24,
+        sampling=rejection,
+    )
+    assert got.tau > 2
+
+
+def test_a_draft_model_with_its_own_cache():
+    model, params = tiny()
+    want = autoregressive(model, params, PROMPTS, max_new_tokens=16)
+    # The target itself is never wrong, also right after a whole run was accepted, and
+    # with a prompt of one token.
+    got = generate(
+        model, params, PROMPTS, drafter=DraftModel(model, params, 3), max_new_tokens=16
+    )
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    assert got.tau == 4
+    config = dataclasses.replace(model.config, num_layers=1, head_dim=4)
+    other = LanguageModel(config)
+    drafter = DraftModel(other, random_params(other, seed=3, std=0.3), 2)
+    got = generate(model, params, PROMPTS, drafter=drafter, max_new_tokens=16)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: PromptLookup(0), "num_tokens must be"),
+        (lambda: PromptLookup(2, max_ngram=1, min_ngram=2), "in order"),
+        (lambda: TokenRecycling(nodes=1), "nodes must be"),
+        (lambda: TokenRecycling(weights=(1.0,)), "between 0 and 1"),
+        (lambda: Hybrid(TokenRecycling(nodes=4)), "at most 3"),
+        (lambda: SelfDrafter(num_tokens=0), "num_tokens must be"),
+    ],
+)
+def test_drafters_that_cannot_be(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()
+
+
+def test_drafters_that_do_not_fit_the_target():
+    model, params = tiny()
+    other = LanguageModel(dataclasses.replace(model.config, vocab_size=31, head_dim=4))
+    cases = [
+        (SelfDrafter(num_tokens=2), "needs params or layers"),
+        (SelfDrafter(num_tokens=2, layers=(2,)), "some of the model's 2"),
+        (SelfDrafter(params, 2, model=other), "vocab_size=31 and the target 32"),
+        (DraftModel(other, {}, 2), "must share a tokenizer"),
+        (TokenRecycling(table=jnp.zeros((4, 8), int)), "must be (32, 8), not (4, 8)"),
+    ]
+    for drafter, says in cases:
+        with pytest.raises(ValueError) as e:
+            generate(model, params, [[1]], drafter=drafter, max_new_tokens=4)
+        assert says in str(e.value)
