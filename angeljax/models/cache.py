@@ -151,19 +151,19 @@ def write(
       The store, and what the layer now attends to, `[B, slots, num_kv_heads,
       head_dim]`.
     """
-    new = jnp.swapaxes(new, 1, 2).astype(store.dtype)
+    new = new.astype(store.dtype)
     stacked = () if layer is None else (layer,)
-    new = new if layer is None else new[None]
-
-    def put(store: jax.Array, new: jax.Array, *at: Any) -> jax.Array:
-        return jax.lax.dynamic_update_slice(store, new, (*stacked, *at, 0))
-
     if jnp.ndim(slot) == 0 or len(slot) == 1:
-        store = put(store, new, 0, 0, jnp.reshape(slot, ()))
+        put = jnp.swapaxes(new, 1, 2)
+        put = put if layer is None else put[None]
+        at = (*stacked, 0, 0, jnp.reshape(slot, ()), 0)
+        store = jax.lax.dynamic_update_slice(store, put, at)
     else:
-        rows = len(stacked)
-        each = jax.vmap(lambda s, n, at: put(s, n, 0, at), (rows, rows, 0), rows)
-        store = each(store, new, slot)
+        # Mapped over the rows, the update of a stack would copy all of it.
+        row = jnp.arange(len(slot))[:, None]
+        at = (*stacked, row, slice(None), slot[:, None] + jnp.arange(new.shape[1]))
+        where = {"mode": "promise_in_bounds", "unique_indices": True}
+        store = store.at[at].set(new, **where)
     seen = store
     if layer is not None:
         seen = jax.lax.dynamic_index_in_dim(store, layer, keepdims=False)

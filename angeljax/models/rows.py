@@ -149,7 +149,7 @@ def _scan(
     carry, _ = jax.lax.scan(step, (x, cache.k, cache.v, kept), order)
     x, k, v, kept = carry
     # A layer may have been asked for twice.
-    found = tuple(kept[wanted.index(i)] for i in wanted)
+    found = () if kept is None else tuple(kept[wanted.index(i)] for i in wanted)
     return Rows(x, found, RowCache(k, v))
 
 

@@ -2,6 +2,7 @@
 
 from angeljax.speculative._round import State, Stats
 from angeljax.speculative._rows import chain_mask, tree_mask
+from angeljax.speculative.compare import Divergence, divergences
 from angeljax.speculative.core import (
     Generated,
     autoregressive,
@@ -32,6 +33,7 @@ from angeljax.speculative.tree import DynamicTree, Tree, chain
 
 __all__ = [
     "Context",
+    "Divergence",
     "Draft",
     "DraftModel",
     "Drafter",
@@ -55,6 +57,7 @@ __all__ = [
     "chain",
     "chain_mask",
     "decode",
+    "divergences",
     "generate",
     "lookup",
     "prefill",

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 
-def by_row(fn: Callable[..., Any], array: jax.Array, *rows: Any, axis: int) -> Any:
-    """`fn(row, ...)` for each row of `array` along `axis`; `rows` are `[B, ...]`.
-
-    One row alone is not vmapped: a slice at a traced place then stays a slice and does
-    not become a gather, or a scatter that copies.
-    """
-    if array.shape[axis] == 1:
-        one = fn(jnp.squeeze(array, axis), *(r[0] for r in rows))
-        return jnp.expand_dims(one, axis)
-    return jax.vmap(fn, (axis, *(0 for _ in rows)), axis)(array, *rows)
-
-
 def put_rows(array: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Array:
-    """`array` `[B, S]` with `new` `[B, T]` written from `starts` `[B]` on."""
+    """`array` `[B, ..., S]` with `new` `[B, ..., T]` written from `starts` `[B]` on."""
 
-    def put(row: jax.Array, start: jax.Array, new: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(row, new.astype(row.dtype), (start,))
+    def put(row: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+        at = (*(0 for _ in row.shape[1:]), start)
+        return jax.lax.dynamic_update_slice(row, new.astype(row.dtype), at)
 
-    return by_row(put, array, starts, new, axis=0)
+    if len(starts) == 1:
+        return put(array[0], new[0], starts[0])[None]
+    return jax.vmap(put)(array, new, starts)
 
 
 def move_rows(cache: Any, starts: jax.Array, path: jax.Array, nodes: int) -> Any:
@@ -40,13 +30,27 @@ def move_rows(cache: Any, starts: jax.Array, path: jax.Array, nodes: int) -> Any
       nodes: how many slots from `starts` on are looked at.
     """
 
-    def move(row: jax.Array, start: jax.Array, path: jax.Array) -> jax.Array:
-        axis = row.ndim - 2
-        window = jax.lax.dynamic_slice_in_dim(row, start, nodes, axis)
-        window = jnp.take(window, path, axis=axis)
-        return jax.lax.dynamic_update_slice_in_dim(row, window, start, axis)
+    if len(starts) > 1:
+        # As below, but mapped over the rows that would copy a stack of layers whole.
+        row, start = jnp.arange(len(starts))[:, None], starts[:, None]
+        source = (..., row, slice(None), start + path, slice(None))
+        goal = (..., row, slice(None), start + jnp.arange(path.shape[1]), slice(None))
+        return jax.tree.map(
+            lambda x: x.at[goal].set(
+                x.at[source].get(mode="promise_in_bounds"),
+                mode="promise_in_bounds",
+                unique_indices=True,
+            ),
+            cache,
+        )
 
-    return jax.tree.map(lambda x: by_row(move, x, starts, path, axis=x.ndim - 4), cache)
+    def move(x: jax.Array) -> jax.Array:
+        axis = x.ndim - 2
+        window = jax.lax.dynamic_slice_in_dim(x, starts[0], nodes, axis)
+        window = jnp.take(window, path[0], axis=axis)
+        return jax.lax.dynamic_update_slice_in_dim(x, window, starts[0], axis)
+
+    return jax.tree.map(move, cache)
 
 
 def chain_mask(positions: jax.Array, slots: int) -> jax.Array:
@@ -74,11 +78,7 @@ def tree_mask(ancestors: jax.Array, starts: jax.Array, slots: int) -> jax.Array:
     before = jnp.arange(slots) < starts[:, None, None]
     before = jnp.broadcast_to(before, (batch, count, slots))
     given = jnp.broadcast_to(ancestors, (batch, *ancestors.shape[1:]))
-
-    def put(row: jax.Array, start: jax.Array, given: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(row, given, (0, start))
-
-    return by_row(put, before, starts, given, axis=0)[:, None]
+    return put_rows(before, given, starts)[:, None]
 
 
 def cache_slots(cache: Any) -> int:

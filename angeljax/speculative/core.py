@@ -173,7 +173,8 @@ def generate(
       model: such as `angeljax.models.LanguageModel`.
       params: its param tree, compressed or not.
       prompts: a sequence of token sequences, or int32 `[B, T]` padded on the right.
-      lengths: int32 `[B]`, tokens of each prompt where `prompts` is an array; default T.
+      lengths: int32 `[B]`, tokens of each prompt where `prompts` is an array; default
+        T.
       drafter: what proposes tokens.
       max_new_tokens: upper limit for each row.
       sampling: temperature, filters, rule and seed; default greedy.
@@ -294,7 +295,7 @@ def _look(
     detokenize: Callable[[list[int]], str] | None,
     on_tokens: Callable[[int, list[int]], None] | None,
 ) -> State:
-    """Ends rows at stop strings, and tells what is new; `told` is brought up to date."""
+    """Ends rows at stop strings and tells what is new, which `told` then counts."""
     tokens, ends = np.asarray(state.tokens), np.array(state.lengths)
     active = np.array(state.active)
     for row, (start, end) in enumerate(zip(starts, ends, strict=True)):

@@ -201,6 +201,7 @@ class Drafter(abc.ABC):
         Raises:
           ValueError: one line that says what would work.
         """
+        return None
 
     def init(self, target: Target, batch: int, slots: int) -> Any:
         """A state for `batch` rows of up to `slots` tokens."""

@@ -94,7 +94,8 @@ class SelfDrafter(Drafter):
             raise ValueError(
                 f"layers={self.layers}: some of the model's {count}, 0 first"
             )
-        if self.model is not None and self.model.scan_layers != model.scan_layers:
+        scans = [getattr(m, "scan_layers", None) for m in (self.model or model, model)]
+        if scans[0] != scans[1]:
             raise ValueError("drafter and target must have the same scan_layers")
 
     def draft(self, target: Target, state: Any, context: Context) -> tuple[Draft, Any]:
@@ -122,7 +123,7 @@ class SelfDrafter(Drafter):
 
         first = context.last, context.lengths - 1, context.cache
         (_, _, cache), drawn = jax.lax.scan(step, first, length=self.num_tokens)
-        return _chain(*drawn, cache), state
+        return _chain(drawn, cache), state
 
 
 @jax.tree_util.register_dataclass
@@ -190,7 +191,7 @@ class DraftModel(Drafter):
         new, log_q = target.sampler.draft(logits, at[:, None])
         last = new[:, 0], log_q
         drawn = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), drawn, last)
-        return _chain(*drawn, None), state
+        return _chain(drawn, None), state
 
     def _read(
         self, cache: Any, tokens: jax.Array, at: jax.Array, start: jax.Array
@@ -206,7 +207,8 @@ class DraftModel(Drafter):
         return self.model.head_rows(self.params, rows.final), rows.cache
 
 
-def _chain(tokens: jax.Array, log_q: jax.Array | None, cache: Any) -> Draft:
-    """A draft of `[T, B]` tokens and `[T, B, 1, V]` logarithms."""
+def _chain(drawn: Any, cache: Any) -> Draft:
+    """A draft of `[T, B]` tokens and `[T, B, 1, V]` logarithms, or None."""
+    tokens, log_q = drawn
     log_probs = None if log_q is None else jnp.swapaxes(log_q[:, :, 0], 0, 1)
     return Draft(tokens.T, log_probs=log_probs, cache=cache)

@@ -80,8 +80,9 @@ class Sampling:
           ValueError: there are seeds for another number of rows.
         """
         if isinstance(self.seed, int):
-            rows = jnp.arange(batch)
-            keys = jax.vmap(lambda r: jax.random.fold_in(_key(self.seed), r))(rows)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(
+                _key(self.seed), jnp.arange(batch)
+            )
         else:
             if len(self.seed) != batch:
                 raise ValueError(f"{len(self.seed)} seeds for {batch} rows")
@@ -162,6 +163,21 @@ class Sampler:
         tokens = self._sample(kept, positions, _DRAFT)
         return tokens, jnp.log(self._scattered(*kept, logits.shape[-1]))
 
+    def scores(self, logits: jax.Array, positions: jax.Array) -> jax.Array:
+        """float32 `[B, T, V]` of which `choose` takes the largest.
+
+        Args:
+          logits, positions: as in `choose`.
+        """
+        if self.greedy:
+            return logits.astype(jnp.float32)
+        kept, ids = self._kept(logits, None)
+        noise = self._noise(kept, ids, positions, _TARGET)
+        if ids is None:
+            return kept + noise
+        out = jnp.full(logits.shape, -jnp.inf)
+        return jnp.put_along_axis(out, ids, kept + noise, axis=-1, inplace=False)
+
     def probabilities(self, logits: jax.Array) -> jax.Array:
         """float32 `[B, T, V]` that `choose` samples from; a temperature is needed."""
         return self._scattered(*self._kept(logits, None), logits.shape[-1])
@@ -229,19 +245,20 @@ class Sampler:
         self, kept: tuple[jax.Array, jax.Array | None], positions: jax.Array, use: int
     ) -> jax.Array:
         logits, ids = kept
-        count = logits.shape[-1]
-        if ids is None:
-            noise = self._map(
-                use, positions, lambda key: _gumbel(key, jnp.arange(count))
-            )
-        else:
-            ids = jnp.broadcast_to(ids, logits.shape)
-            noise = self._map(use, positions, _gumbel, ids)
-        index = jnp.argmax(logits + noise, axis=-1)
+        index = jnp.argmax(logits + self._noise(logits, ids, positions, use), axis=-1)
         if ids is None:
             return index.astype(jnp.int32)
+        ids = jnp.broadcast_to(ids, logits.shape)
         chosen = jnp.take_along_axis(ids, index[..., None], axis=-1).squeeze(-1)
         return chosen.astype(jnp.int32)
+
+    def _noise(
+        self, logits: jax.Array, ids: jax.Array | None, positions: jax.Array, use: int
+    ) -> jax.Array:
+        if ids is None or ids.ndim == 1:
+            every = jnp.arange(logits.shape[-1]) if ids is None else ids
+            return self._map(use, positions, lambda key: _gumbel(key, every))
+        return self._map(use, positions, _gumbel, ids)
 
     def _map(self, use: int, positions: jax.Array, fn: Any, *rest: Any) -> Any:
         """`fn(key, ...)` for each row and position."""
@@ -284,7 +301,7 @@ def _key(seed: int) -> jax.Array:
 
 
 def acceptance(p: jax.Array, q: jax.Array) -> jax.Array:
-    """Probability `[..., V]` with which a draft drawn from `q` is accepted: min(1, p/q).
+    """Chance `[..., V]` that a draft drawn from `q` is accepted: min(1, p / q).
 
     Args:
       p, q: probabilities `[..., V]` of target and draft.

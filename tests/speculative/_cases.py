@@ -1,4 +1,4 @@
-"""A target whose every choice depends on all that it sees, and drafters to test with."""
+"""A target whose choices depend on all that it sees, and drafters to test with."""
 
 from __future__ import annotations
 

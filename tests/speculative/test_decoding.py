@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from angeljax.models import LanguageModel, stack_layers
 from angeljax.models import generate as plain
-from angeljax.models import stack_layers
 from angeljax.speculative import (
     NoDrafter,
     PromptLookup,
@@ -18,6 +18,7 @@ from angeljax.speculative import (
     Target,
     autoregressive,
     decode,
+    divergences,
     generate,
     prefill,
 )
@@ -25,6 +26,7 @@ from tests.speculative._cases import (
     PROMPTS,
     HashTarget,
     Oracle,
+    TreeOracle,
     table,
     tiny,
     whole,
@@ -202,6 +204,27 @@ def test_nothing_passes_between_host_and_device_inside():
     assert state.lengths.tolist() == [9]
 
 
+def test_a_loop_holds_one_cache():
+    # What else it needs does not grow with the layers.
+    small, _ = tiny()
+    extra = []
+    for layers in (2, 32):
+        config = dataclasses.replace(small.config, num_layers=layers)
+        model = LanguageModel(config, scan_layers=True)
+        target = Target(model, model.abstract(), Sampling().sampler(2))
+        drafter = TreeOracle(jnp.zeros((2, 32), int), (-1, 0, 0, 1), 32)
+        sizes = jnp.asarray([3, 4])
+        state = prefill.eval_shape(
+            target, drafter, jnp.zeros((2, 8), int), sizes, sizes + 8, slots=2048
+        )
+        compiled = decode.lower(
+            target, drafter, state, jnp.zeros(0, int), jnp.int32(4)
+        ).compile()
+        extra.append(compiled.memory_analysis().temp_size_in_bytes)
+    cache = sum(x.size * 4 for x in jax.tree.leaves(state.cache))
+    assert extra[1] - extra[0] < cache / 32
+
+
 def test_a_round_without_drafts_is_one_token_wide():
     widths = []
 
@@ -225,6 +248,32 @@ def test_a_round_without_drafts_is_one_token_wide():
         np.testing.assert_array_equal(got.tokens, want.tokens)
         expected = {1, 64} if exact == "fast" else {4, 64}
         assert set(widths) == expected and not got.stats.drafted.any()
+
+
+def test_where_two_texts_part_and_how_close_it_was():
+    sampling = Sampling(temperature=0.9, top_k=8)
+    options = {"max_new_tokens": 12, "sampling": sampling}
+    one = autoregressive(TOY, table(), PROMPTS, **options)
+    assert divergences(TOY, table(), PROMPTS, one, one, sampling=sampling) == []
+    # Each row of the logits moves a little: what parts was close, by their scores.
+    other = table() + 0.3 * table(seed=9)
+    two = autoregressive(TOY, other, PROMPTS, **options)
+    found = divergences(TOY, table(), PROMPTS, one, two, sampling=sampling)
+    assert len(found) >= 2
+    for at in found:
+        text = PROMPTS[at.row] + one.tokens[at.row, : at.index].tolist()
+        same = two.tokens[at.row, : at.index].tolist()
+        assert text[len(PROMPTS[at.row]) :] == same
+        pair = int(one.tokens[at.row, at.index]), int(two.tokens[at.row, at.index])
+        assert at.tokens == pair and pair[0] != pair[1]
+        row = TOY.row_of(text)
+        moved = (other - table())[row] / sampling.temperature
+        change = float(moved[pair[1]] - moved[pair[0]])
+        assert 0 < at.gap < change or at.gap == np.inf
+    assert any(at.gap < 2 for at in found)
+    short = dataclasses.replace(one, lengths=one.lengths.at[1].set(3))
+    cut = divergences(TOY, table(), PROMPTS, one, short, sampling=sampling)
+    assert [(at.row, at.index, at.gap) for at in cut] == [(1, 3, np.inf)]
 
 
 def test_tokens_arrive_call_by_call():
