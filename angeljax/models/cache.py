@@ -162,8 +162,7 @@ def write(
         # Mapped over the rows, the update of a stack would copy all of it.
         row = jnp.arange(len(slot))[:, None]
         at = (*stacked, row, slice(None), slot[:, None] + jnp.arange(new.shape[1]))
-        where = {"mode": "promise_in_bounds", "unique_indices": True}
-        store = store.at[at].set(new, **where)
+        store = store.at[at].set(new, mode="promise_in_bounds", unique_indices=True)
     seen = store
     if layer is not None:
         seen = jax.lax.dynamic_index_in_dim(store, layer, keepdims=False)

@@ -12,7 +12,7 @@ def put_rows(array: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Array:
     """`array` `[B, ..., S]` with `new` `[B, ..., T]` written from `starts` `[B]` on."""
 
     def put(row: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-        at = (*(0 for _ in row.shape[1:]), start)
+        at: Any = (*(0 for _ in row.shape[1:]), start)
         return jax.lax.dynamic_update_slice(row, new.astype(row.dtype), at)
 
     if len(starts) == 1:
@@ -54,7 +54,11 @@ def move_rows(cache: Any, starts: jax.Array, path: jax.Array, nodes: int) -> Any
 
 
 def chain_mask(positions: jax.Array, slots: int) -> jax.Array:
-    """What tokens at `positions` `[B, T]` see where slot and position are the same.
+    """What tokens see where slot and position are the same: all up to their own.
+
+    Args:
+      positions: int32 `[B, T]`.
+      slots: of the cache.
 
     Returns:
       bool `[B, 1, T, slots]`.

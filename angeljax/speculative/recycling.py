@@ -51,7 +51,7 @@ def rank_tree(nodes: int, weights: Sequence[float] = RANKS) -> tuple[Tree, tuple
       >>> from angeljax.speculative import rank_tree
       >>> tree, ranks = rank_tree(5, (0.5, 0.3))
       >>> tree.parents, ranks
-      ((-1, 0, 0, 1, 1), (0, 0, 1, 0, 1))
+      ((-1, 0, 0, 1, 2), (0, 0, 1, 0, 0))
     """
     parents, ranks = [-1], [0]
     # (minus the probability, when it was found, parent, rank)
@@ -88,7 +88,7 @@ class TokenRecycling(Drafter):
       >>> from angeljax.speculative import TokenRecycling
       >>> drafter = TokenRecycling(nodes=15)
       >>> drafter.width, drafter.tree.depth
-      (15, 6)
+      (15, 4)
     """
 
     nodes: int = dataclasses.field(default=15, metadata=_static)

@@ -90,7 +90,14 @@ class DynamicTree:
 
 
 def chain(nodes: int) -> Tree:
-    """The tree in which each node follows the one before it."""
+    """The tree in which each node follows the one before it.
+
+    Args:
+      nodes: the root included.
+
+    Returns:
+      A `Tree` of depth `nodes - 1`.
+    """
     return Tree(tuple(range(-1, nodes - 1)))
 
 

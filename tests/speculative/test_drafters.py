@@ -12,20 +12,32 @@ import pytest
 import angeljax as aj
 from angeljax.models import LanguageModel, stack_layers
 from angeljax.speculative import (
+    Drafter,
     DraftModel,
     Hybrid,
     PromptLookup,
     Sampling,
     SelfDrafter,
+    Target,
     TokenRecycling,
     autoregressive,
+    decode,
     generate,
     lookup,
+    prefill,
     rank_tree,
     successors,
 )
 from tests.models._random_params import random_params
-from tests.speculative._cases import PROMPTS, HashTarget, table, tiny
+from tests.speculative._cases import (
+    PROMPTS,
+    HashTarget,
+    Oracle,
+    TreeOracle,
+    table,
+    tiny,
+    whole,
+)
 
 TOY = HashTarget()
 
@@ -196,6 +208,70 @@ def test_a_draft_model_with_its_own_cache():
     drafter = DraftModel(other, random_params(other, seed=3, std=0.3), 2)
     got = generate(model, params, PROMPTS, drafter=drafter, max_new_tokens=16)
     np.testing.assert_array_equal(got.tokens, want.tokens)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Recorder(Drafter):
+    """Writes down what it is handed, by position, and drafts as another does."""
+
+    other: Drafter
+
+    width = property(lambda self: self.other.width)
+    tree = property(lambda self: self.other.tree)
+    hidden = property(lambda self: (1, 0))
+    top_k = property(lambda self: 3)
+
+    def init(self, target, batch, slots):
+        hidden = tuple(jnp.zeros((batch, slots, 16)) for _ in self.hidden)
+        return hidden, jnp.zeros((batch, slots, 3), jnp.int32)
+
+    def prefill(self, target, state, prompt):
+        hidden, top = state
+        count = prompt.tokens.shape[1]
+        put = [
+            s.at[:, :count].set(h) for s, h in zip(hidden, prompt.hidden, strict=True)
+        ]
+        logits = target.model.head_rows(target.params, prompt.final)
+        return tuple(put), top.at[:, :count].set(jax.lax.top_k(logits, 3)[1])
+
+    def draft(self, target, state, context):
+        return self.other.draft(target, (), context)[0], state
+
+    def update(self, target, state, verified):
+        hidden, top = state
+        start = verified.context.lengths - verified.emitted - 1
+        row = jnp.arange(verified.path.shape[1])
+        at = jnp.where(row < verified.emitted[:, None], start[:, None] + row, 10**6)
+        rows = jnp.arange(len(start))[:, None]
+        put = [
+            s.at[rows, at].set(h, mode="drop")
+            for s, h in zip(hidden, verified.hidden, strict=True)
+        ]
+        ids = jnp.take_along_axis(verified.top_ids, verified.path[..., None], axis=1)
+        return tuple(put), top.at[rows, at].set(ids, mode="drop")
+
+
+@pytest.mark.parametrize(("scan", "tree"), [(False, False), (True, True)])
+def test_what_a_drafter_is_handed(scan, tree):
+    model, params = tiny()
+    model = dataclasses.replace(model, scan_layers=scan)
+    params = stack_layers(params) if scan else params
+    want = autoregressive(model, params, PROMPTS, max_new_tokens=16)
+    text = whole(PROMPTS, want)
+    other = TreeOracle(text, (-1, 0, 0, 1, 1, 2), 32) if tree else Oracle(text, 3, 32)
+    target = Target(model, params, Sampling().sampler(4))
+    sizes = jnp.asarray([len(p) for p in PROMPTS])
+    tokens, drafter = text[:, : sizes.max()], Recorder(other)
+    state = prefill(target, drafter, tokens, sizes, sizes + 16, slots=40)
+    state = decode(target, drafter, state, jnp.zeros(0, int), jnp.int32(99))
+    (second, first), top = state.drafter
+    truth = jax.jit(lambda t: model.features(params, t, hidden=(0, 1)).hidden)(text)
+    likely = jax.lax.top_k(jax.jit(model.logits)(params, text), 3)[1]
+    for row, n in enumerate(state.lengths - 1):
+        for got, right in zip((first, second), truth, strict=True):
+            np.testing.assert_allclose(got[row, :n], right[row, :n], atol=1e-5)
+        np.testing.assert_array_equal(top[row, :n], likely[row, :n])
 
 
 @pytest.mark.parametrize(
