@@ -11,6 +11,7 @@ at every temperature. `rule="rejection"` is speculative sampling (arXiv 2211.171
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,9 +81,7 @@ class Sampling:
           ValueError: there are seeds for another number of rows.
         """
         if isinstance(self.seed, int):
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(
-                _key(self.seed), jnp.arange(batch)
-            )
+            keys = _row_keys(_key(self.seed), batch)
         else:
             if len(self.seed) != batch:
                 raise ValueError(f"{len(self.seed)} seeds for {batch} rows")
@@ -298,6 +297,11 @@ def _gumbel(key: jax.Array, ids: jax.Array) -> jax.Array:
 
 def _key(seed: int) -> jax.Array:
     return jax.random.key(seed, impl="threefry2x32")
+
+
+@functools.partial(jax.jit, static_argnames=("batch",))
+def _row_keys(key: jax.Array, batch: int) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
 
 
 def acceptance(p: jax.Array, q: jax.Array) -> jax.Array:

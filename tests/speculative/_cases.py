@@ -115,7 +115,7 @@ class Oracle(Drafter):
     text: jax.Array
     num_tokens: int = static(default=3)
     vocab: int = static(default=16)
-    luck: int = static(default=100)
+    luck: int = 100
 
     @property
     def width(self) -> int:

@@ -51,8 +51,7 @@ def test_plain_decoding_is_what_a_loop_in_python_does():
     assert out.lengths.tolist() == [12] * 4 and out.tau == 1
 
 
-@pytest.mark.parametrize("gamma", [1, 3, 7])
-@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize(("rows", "gamma"), [(4, 1), (4, 3), (4, 7), (1, 3)])
 def test_drafts_change_the_speed_only(gamma, rows):
     prompts = PROMPTS[:rows]
     want = autoregressive(TOY, table(), prompts, max_new_tokens=24)
@@ -71,25 +70,18 @@ def test_drafts_change_the_speed_only(gamma, rows):
     np.testing.assert_array_equal(lookup.tokens, want.tokens)
 
 
-@pytest.mark.parametrize("scan", [False, True])
-def test_a_decoder_gives_the_text_of_models_generate(scan):
+@pytest.mark.parametrize(("scan", "windows"), [(False, ()), (True, (3, 0))])
+def test_a_decoder_gives_the_text_of_models_generate(scan, windows):
     model, params = tiny()
-    if scan:
-        model = dataclasses.replace(model, scan_layers=True)
-        params = stack_layers(params)
-    reading = [
-        plain(model, params, jnp.asarray([p]), max_new_tokens=16).tokens[0]
-        for p in PROMPTS[:2]
-    ]
-    drafter = Oracle(whole(PROMPTS[:2], _Tokens(jnp.stack(reading))), 3, 32, luck=70)
-    got = generate(model, params, PROMPTS[:2], drafter=drafter, max_new_tokens=16)
-    np.testing.assert_array_equal(got.tokens, jnp.stack(reading))
+    config = dataclasses.replace(model.config, windows=windows)
+    model = dataclasses.replace(model, config=config, scan_layers=scan)
+    params = stack_layers(params) if scan else params
+    prompts = [PROMPTS[0], PROMPTS[0][::-1]]
+    want = plain(model, params, jnp.asarray(prompts), max_new_tokens=16)
+    drafter = Oracle(whole(prompts, want), 3, 32, luck=70)
+    got = generate(model, params, prompts, drafter=drafter, max_new_tokens=16)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
     assert got.tau > 1.5
-
-
-@dataclasses.dataclass
-class _Tokens:
-    tokens: jax.Array
 
 
 def test_the_program_of_one_width_is_the_same_with_and_without_drafts():
@@ -105,22 +97,11 @@ def test_the_program_of_one_width_is_the_same_with_and_without_drafts():
     assert got.tau > 1.5
 
 
-def test_sliding_windows():
-    model, params = tiny()
-    config = dataclasses.replace(model.config, windows=(3, 0))
-    model = dataclasses.replace(model, config=config)
-    reading = plain(model, params, jnp.asarray([PROMPTS[3]]), max_new_tokens=16)
-    drafter = Oracle(whole(PROMPTS[3:], reading), 3, 32, luck=70)
-    got = generate(model, params, PROMPTS[3:], drafter=drafter, max_new_tokens=16)
-    np.testing.assert_array_equal(got.tokens, reading.tokens)
-
-
-@pytest.mark.parametrize("gamma", [3, 7])
-def test_rows_end_where_plain_decoding_ends_them(gamma):
+def test_rows_end_where_plain_decoding_ends_them():
     # Each token of the text in turn ends it: as the first of a run, inside, as bonus.
     want = autoregressive(TOY, table(), PROMPTS, max_new_tokens=24)
     text = whole(PROMPTS, want)
-    drafter = Oracle(text, gamma)
+    drafter = Oracle(text, 3)
     for stop in sorted(set(np.asarray(want.tokens[:, :12]).ravel().tolist())):
         got = generate(
             TOY,
@@ -137,7 +118,7 @@ def test_rows_end_where_plain_decoding_ends_them(gamma):
             assert (got.tokens[row, n:] == stop).all()  # the padding
 
 
-@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("count", [1, 5])
 def test_the_limit_cuts_an_accepted_run(count):
     want = autoregressive(TOY, table(), PROMPTS, max_new_tokens=24)
     drafter = Oracle(whole(PROMPTS, want), 7)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from angeljax.models import stack_layers
 from angeljax.speculative import (
     DynamicTree,
     Tree,
@@ -84,7 +83,7 @@ def test_the_walk_by_following_children(rng):
     assert longest > 3
 
 
-@pytest.mark.parametrize(("dynamic", "rows"), [(False, 4), (True, 4), (True, 1)])
+@pytest.mark.parametrize(("dynamic", "rows"), [(False, 4), (True, 1)])
 def test_trees_change_the_speed_only(dynamic, rows):
     prompts = PROMPTS[:rows]
     want = autoregressive(TOY, table(), prompts, max_new_tokens=40)
@@ -94,13 +93,11 @@ def test_trees_change_the_speed_only(dynamic, rows):
     assert got.tau > 1.3
 
 
-@pytest.mark.parametrize("scan", [False, True])
-def test_a_decoder_reads_a_tree_and_keeps_one_path(scan):
+def test_a_decoder_reads_a_tree_and_keeps_one_path():
     model, params = tiny()
     # A window is shorter than the deepest path: distances follow the tree.
     config = dataclasses.replace(model.config, windows=(4, 0))
-    model = dataclasses.replace(model, config=config, scan_layers=scan)
-    params = stack_layers(params) if scan else params
+    model = dataclasses.replace(model, config=config)
     want = autoregressive(model, params, PROMPTS, max_new_tokens=24)
     drafter = TreeOracle(whole(PROMPTS, want), BUSHY, 32)
     got = generate(model, params, PROMPTS, drafter=drafter, max_new_tokens=24)
