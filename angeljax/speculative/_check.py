@@ -51,6 +51,7 @@ def prompts(
         raise ValueError(
             f"prompt {int(np.argmin(sizes))} is empty: begin with a token, such as bos"
         )
+    tokens = tokens[:, : sizes.max()]
     real = np.arange(tokens.shape[1]) < sizes[:, None]
     vocabulary = model.config.vocab_size
     wrong = real & ((tokens < 0) | (tokens >= vocabulary))

@@ -96,6 +96,7 @@ def decode_round(
     before, batch = state.context, len(state.lengths)
     draft, memory = drafter.draft(target, state.drafter, before)
     cache = state.cache if draft.cache is None else draft.cache
+    _check(drafter, draft, batch, target.sampler.rejection)
     tokens = jnp.concatenate([before.last[:, None], draft.tokens], axis=1)
     tokens = tokens.astype(jnp.int32)
     proposed = (tokens >= 0) & state.active[:, None]
@@ -200,7 +201,7 @@ class _Shape:
             lines = jnp.asarray(tree.ancestors)[None]
         else:
             assert isinstance(tree, DynamicTree) and draft.parents is not None
-            parents = draft.parents
+            parents = draft.parents.astype(jnp.int32)
             lines = ancestors(parents, tree.depth)
         depths = jnp.sum(lines, axis=-1, dtype=jnp.int32) - 1
         positions = root + depths
@@ -210,6 +211,30 @@ class _Shape:
             tree_mask(lines, root[:, 0], slots),
             put_rows(keys, positions, root[:, 0]),
             parents,
+        )
+
+
+def _check(drafter: Drafter, draft: Draft, batch: int, rejection: bool) -> None:
+    """Refuses a draft of the wrong form, with a ValueError, while tracing."""
+    name, width = type(drafter).__name__, drafter.width
+    if draft.tokens.shape != (batch, width - 1):
+        raise ValueError(
+            f"{name} is {width} wide and must draft {(batch, width - 1)} tokens, not "
+            f"{draft.tokens.shape}"
+        )
+    dynamic = isinstance(drafter.tree, DynamicTree)
+    if dynamic != (draft.parents is not None):
+        raise ValueError(
+            f"{name} must give parents where its tree is a DynamicTree, and only there"
+        )
+    if draft.parents is not None and draft.parents.shape != (batch, width):
+        raise ValueError(
+            f"{name} must give {(batch, width)} parents, not {draft.parents.shape}"
+        )
+    if draft.log_probs is not None and not rejection:
+        raise ValueError(
+            f"{name} gives log_probs, which only the rejection rule looks at: draw "
+            "with sampler.draft, which says when they are wanted"
         )
 
 

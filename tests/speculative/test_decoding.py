@@ -12,6 +12,8 @@ import pytest
 from angeljax.models import LanguageModel, stack_layers
 from angeljax.models import generate as plain
 from angeljax.speculative import (
+    Draft,
+    Drafter,
     NoDrafter,
     PromptLookup,
     Sampling,
@@ -122,10 +124,17 @@ def test_rows_end_where_plain_decoding_ends_them():
 def test_the_limit_cuts_an_accepted_run(count):
     want = autoregressive(TOY, table(), PROMPTS, max_new_tokens=24)
     drafter = Oracle(whole(PROMPTS, want), 7)
-    # The smallest cache that will do.
+    # The smallest cache that will do; the array of prompts is wider than it.
     slots = max(map(len, PROMPTS)) + count + 7
+    prompts = whole(PROMPTS, want)
     got = generate(
-        TOY, table(), PROMPTS, drafter=drafter, max_new_tokens=count, slots=slots
+        TOY,
+        table(),
+        prompts,
+        list(map(len, PROMPTS)),
+        drafter=drafter,
+        max_new_tokens=count,
+        slots=slots,
     )
     np.testing.assert_array_equal(got.tokens, want.tokens[:, :count])
     assert got.stats.rounds.tolist() == [1] * 4
@@ -300,6 +309,21 @@ def test_stop_strings_end_a_row_with_the_token_that_completes_them():
     assert got.lengths[0] <= 7 and got.lengths[1] <= 7
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Careless(Drafter):
+    """Says one thing and does another."""
+
+    count: int = dataclasses.field(default=4, metadata={"static": True})
+
+    width = property(lambda self: 4)
+
+    def draft(self, target, state, context):
+        shape = len(context.lengths), self.count
+        parents = None if self.count == 4 else jnp.zeros((shape[0], 4), int)
+        return Draft(jnp.zeros(shape, int), parents), state
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -307,6 +331,8 @@ def test_stop_strings_end_a_row_with_the_token_that_completes_them():
         ({"prompts": [[1], []]}, "prompt 1 is empty"),
         ({"prompts": [[1, 16]]}, "token 16 in a prompt: the model has 16"),
         ({"prompts": np.ones((2, 3))}, "must be integers"),
+        ({"drafter": Careless()}, "must draft \\(1, 3\\) tokens, not \\(1, 4\\)"),
+        ({"drafter": Careless(3)}, "parents where its tree is a DynamicTree"),
         ({"prompts": np.ones((2, 3), int), "lengths": [3, 4]}, "none above 3"),
         ({"prompts": [[1] * 990]}, "exceed the context of 1000"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),

@@ -122,9 +122,8 @@ def test_hybrid_takes_both():
     drafter = Hybrid(
         TokenRecycling(nodes=8, weights=(0.5, 0.2)), PromptLookup(4, min_ngram=2)
     )
-    options = {"max_new_tokens": 40, "sampling": Sampling(temperature=0.3)}
-    want = autoregressive(TOY, table(), prompts, **options)
-    got = generate(TOY, table(), prompts, drafter=drafter, **options)
+    want = autoregressive(TOY, table(), PROMPTS, max_new_tokens=24)
+    got = generate(TOY, table(), PROMPTS, drafter=drafter, max_new_tokens=24)
     np.testing.assert_array_equal(got.tokens, want.tokens)
     known = jnp.asarray(np.arange(32).reshape(16, 2) % 16)
 
@@ -189,14 +188,13 @@ def test_a_compressed_copy_and_both_rules():
     rule = aj.Rule(format="int4", group_size=16)
     small = aj.compress(params, aj.Recipe(rules=[rule]))
     drafter = SelfDrafter(small, num_tokens=3)
-    options = {"max_new_tokens": 24, "sampling": Sampling(temperature=0.7)}
-    want = autoregressive(model, params, PROMPTS, **options)
-    got = generate(model, params, PROMPTS, drafter=drafter, **options)
+    options = {"drafter": drafter, "max_new_tokens": 24}
+    want = autoregressive(model, params, PROMPTS, max_new_tokens=24)
+    got = generate(model, params, PROMPTS, **options)
     np.testing.assert_array_equal(got.tokens, want.tokens)
     assert got.tau > 2
-    options["sampling"] = Sampling(temperature=0.7, rule="rejection")
-    got = generate(model, params, PROMPTS, drafter=drafter, **options)
-    assert got.tau > 2
+    rejection = Sampling(temperature=0.7, rule="rejection")
+    assert generate(model, params, PROMPTS, sampling=rejection, **options).tau > 2
 
 
 def test_a_draft_model_with_its_own_cache():
