@@ -1,7 +1,12 @@
 """Lossless speculative decoding: drafters propose, the model decides."""
 
 from angeljax.speculative._round import State, Stats
-from angeljax.speculative._rows import chain_mask, tree_mask
+from angeljax.speculative._rows import (
+    cache_slots,
+    chain_mask,
+    key_positions,
+    tree_mask,
+)
 from angeljax.speculative.compare import Divergence, divergences
 from angeljax.speculative.core import (
     Generated,
@@ -20,6 +25,7 @@ from angeljax.speculative.drafter import (
     TargetModel,
     Verified,
 )
+from angeljax.speculative.grow import Frontier, grow_tree
 from angeljax.speculative.lookup import PromptLookup, lookup
 from angeljax.speculative.model_drafter import DraftModel, SelfDrafter
 from angeljax.speculative.recycling import (
@@ -38,6 +44,7 @@ __all__ = [
     "DraftModel",
     "Drafter",
     "DynamicTree",
+    "Frontier",
     "Generated",
     "Hybrid",
     "NoDrafter",
@@ -54,11 +61,14 @@ __all__ = [
     "Tree",
     "Verified",
     "autoregressive",
+    "cache_slots",
     "chain",
     "chain_mask",
     "decode",
     "divergences",
     "generate",
+    "grow_tree",
+    "key_positions",
     "lookup",
     "prefill",
     "rank_tree",

@@ -123,13 +123,14 @@ def slots(
             f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed "
             f"the context of {context}: shorten one of them"
         )
-    need = longest + max_new_tokens + drafter.width - 1
+    reach = max(drafter.width, drafter.reach)
+    need = longest + max_new_tokens + reach - 1
     if given is None:
-        return bucket(longest) + bucket(max_new_tokens + drafter.width)
+        return bucket(longest) + bucket(max_new_tokens + reach)
     if given < need:
         raise ValueError(
             f"slots={given}: a prompt of {longest} tokens, max_new_tokens="
-            f"{max_new_tokens} and drafts {drafter.width} wide need {need}"
+            f"{max_new_tokens} and drafts {reach} wide need {need}"
         )
     return given
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from angeljax.speculative._rows import (
     cache_slots,
     chain_mask,
+    key_positions,
     move_rows,
     put_rows,
     tree_mask,
@@ -205,11 +206,10 @@ class _Shape:
             lines = ancestors(parents, tree.depth)
         depths = jnp.sum(lines, axis=-1, dtype=jnp.int32) - 1
         positions = root + depths
-        keys = jnp.broadcast_to(jnp.arange(slots), (len(lengths), slots))
         return cls(
             positions,
             tree_mask(lines, root[:, 0], slots),
-            put_rows(keys, positions, root[:, 0]),
+            key_positions(positions, root[:, 0], slots),
             parents,
         )
 

@@ -85,6 +85,28 @@ def tree_mask(ancestors: jax.Array, starts: jax.Array, slots: int) -> jax.Array:
     return put_rows(before, given, starts)[:, None]
 
 
+def key_positions(positions: jax.Array, starts: jax.Array, slots: int) -> jax.Array:
+    """Positions of the slots of a cache, for layers with a sliding window.
+
+    Args:
+      positions: int32 `[B, N]`, of slots `starts` and on, which hold a tree.
+      starts: int32 `[B]`.
+      slots: of the cache.
+
+    Returns:
+      int32 `[B, slots]`; before `starts` the number of the slot.
+    """
+    plain = jnp.broadcast_to(jnp.arange(slots), (len(starts), slots))
+    return put_rows(plain, positions, starts)
+
+
 def cache_slots(cache: Any) -> int:
-    """How many tokens a row of a cache can hold."""
+    """How many tokens a row of a cache can hold.
+
+    Args:
+      cache: pytree of arrays `[..., B, heads, slots, features]`.
+
+    Returns:
+      A Python integer.
+    """
     return jax.tree.leaves(cache)[0].shape[-2]

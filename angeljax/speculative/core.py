@@ -68,7 +68,7 @@ def prefill(
       tokens: int32 `[B, T]`, padded on the right.
       lengths: int32 `[B]`, from 1 to T.
       limits: int32 `[B]`, length of prompt and text that a row may reach.
-      slots: of the cache: `max(limits) + drafter.width - 1` or more, and T or more.
+      slots: of the cache: `max(limits) + drafter.reach - 1` or more, and T or more.
 
     Returns:
       The state before the first round.

@@ -195,6 +195,11 @@ class Drafter(abc.ABC):
         """Whether a round may pass without any draft, and then be one token wide."""
         return False
 
+    @property
+    def reach(self) -> int:
+        """Slots of the target's cache, from the last token's on, that it may write."""
+        return self.width
+
     def check(self, model: TargetModel, sampling: Sampling) -> None:
         """Refuses what it cannot draft for, before anything is compiled.
 

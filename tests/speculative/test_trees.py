@@ -10,12 +10,17 @@ import numpy as np
 import pytest
 
 from angeljax.speculative import (
+    Draft,
+    Drafter,
     DynamicTree,
     Tree,
     autoregressive,
+    cache_slots,
     chain,
     chain_mask,
     generate,
+    grow_tree,
+    key_positions,
     tree_mask,
 )
 from angeljax.speculative.tree import ancestors, walk
@@ -133,6 +138,112 @@ def test_logits_of_each_path_are_those_of_a_chain(rng):
         alone[node, : ends[-1] + 1] = np.concatenate([text[0], tokens[0, line]])
     want = jax.jit(model.logits)(params, alone)[jnp.arange(10), jnp.asarray(ends)]
     np.testing.assert_allclose(got[0], want, atol=1e-5, rtol=1e-5)
+
+
+def grown_by_hand(first, after, branches, levels, nodes):
+    """EAGLE-2's rule with lists: (path of tokens) of each kept node, in order."""
+
+    def best(log_probs, path, score):
+        order = np.argsort(-log_probs, kind="stable")[:branches]
+        return [((*path, int(t)), score + log_probs[t]) for t in order]
+
+    level = best(first, (), 0.0)
+    every = list(level)
+    for _ in range(levels):
+        below = [c for path, score in level for c in best(after(path), path, score)]
+        every += below
+        level = sorted(below, key=lambda c: -c[1])[:branches]
+    every.sort(key=lambda c: -c[1])
+    return {path for path, _ in every[: nodes - 1]}
+
+
+def test_a_grown_tree_has_the_nodes_of_the_rule(rng):
+    vocab, branches, levels, nodes = 12, 3, 3, 14
+    table = np.log(rng.dirichlet(np.ones(vocab), size=(vocab, vocab)))
+    first = np.log(rng.dirichlet(np.ones(vocab), size=2))
+
+    def read(frontier, before):
+        # What follows depends on the last two tokens: on the parent too.
+        mine = jnp.take_along_axis(before, frontier.parents, axis=1)
+        return jnp.asarray(table)[mine, frontier.tokens], frontier.tokens
+
+    tokens, parents, _ = grow_tree(
+        jnp.asarray(first),
+        read,
+        jnp.zeros((2, branches), jnp.int32),
+        branches=branches,
+        levels=levels,
+        nodes=nodes,
+    )
+    for row in range(2):
+        Tree(tuple(parents[row].tolist()))  # parents before children
+        every = [None, *tokens[row].tolist()]
+        paths = {
+            tuple(every[j] for j in climb(parents[row].tolist(), node)[-2::-1])
+            for node in range(1, nodes)
+        }
+        want = grown_by_hand(
+            first[row],
+            lambda path: table[path[-2] if len(path) > 1 else 0, path[-1]],
+            branches,
+            levels,
+            nodes,
+        )
+        assert paths == want and max(map(len, paths)) > 2
+    with pytest.raises(ValueError, match="a tree of 2 to 31"):
+        grow_tree(jnp.asarray(first), read, None, branches=3, levels=3, nodes=32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Grown(Drafter):
+    """The target itself grows a tree behind the committed text, in its own cache."""
+
+    width = property(lambda self: 2 + 2 * 4 + 1)
+    tree = property(lambda self: DynamicTree(self.width, 3))
+    reach = property(lambda self: 1 + 2 * 2)
+
+    def draft(self, target, state, context):
+        model, slots = target.model, cache_slots(context.cache)
+        n, columns = context.lengths, jnp.arange(4)
+
+        def logits_of(cache, tokens, positions, start, mask, keys):
+            rows = model.read_rows(
+                target.params,
+                cache,
+                tokens,
+                positions=positions,
+                slots=start,
+                mask=mask,
+                key_positions=keys,
+            )
+            logits = model.head_rows(target.params, rows.final)
+            return jax.nn.log_softmax(logits), rows.cache
+
+        at = n[:, None] - 1
+        first, cache = logits_of(
+            context.cache, context.last[:, None], at, n - 1, chain_mask(at, slots), None
+        )
+
+        def read(frontier, cache):
+            positions = jnp.broadcast_to(n[:, None] + frontier.level, (len(n), 2))
+            keys = key_positions(n[:, None] + columns // 2, n, slots)
+            mask = tree_mask(frontier.seen, n, slots)
+            start = n + 2 * frontier.level
+            return logits_of(cache, frontier.tokens, positions, start, mask, keys)
+
+        tokens, parents, cache = grow_tree(
+            first[:, 0], read, cache, branches=2, levels=2, nodes=self.width
+        )
+        return Draft(tokens, parents, cache=cache), state
+
+
+def test_a_tree_grown_in_the_cache_of_the_target():
+    want = autoregressive(TOY, table(), PROMPTS, max_new_tokens=24)
+    got = generate(TOY, table(), PROMPTS, drafter=Grown(), max_new_tokens=24)
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    # All that was found is kept, so that the target's own choices are among it.
+    assert got.tau == 4
 
 
 @pytest.mark.parametrize(
