@@ -22,6 +22,7 @@ PUBLIC = (
     "angeljax.qat.diagnostics",
     "angeljax.qat.lora",
     "angeljax.qat.plots",
+    "angeljax.speculative",
     "angeljax.tokens",
     "angeljax.train",
 )

@@ -69,7 +69,8 @@ class Store(NamedTuple):
       k, v: `[B, num_kv_heads, slots, head_dim]`, or with a leading layer axis; arrays,
         or `QuantizedKV` of that shape.
       pages: bounds of the keys, likewise; None without.
-      slot: int32 scalar, where the first of the new tokens goes.
+      slot: int32 scalar, where the first of the new tokens goes; `[B]` where rows
+        differ.
       layer: index of the layer if `k` and `v` hold all of them.
       real: bool `[B, T]`, which of the new tokens are no padding; None if all are.
     """
@@ -186,26 +187,36 @@ def write(
     Args:
       store: `[B, num_kv_heads, slots, head_dim]`, or with a leading layer axis.
       new: `[B, T, num_kv_heads, head_dim]`.
-      slot: int32 scalar, where the first of them goes.
+      slot: int32 scalar, where the first of them goes; `[B]` where rows differ.
       layer: index of the layer if `store` holds all of them.
 
     Returns:
       The store, and what the layer now attends to, `[B, slots, num_kv_heads,
       head_dim]`.
     """
-    at = (0, 0, slot, 0) if layer is None else (layer, 0, 0, slot, 0)
-    new = jnp.swapaxes(new, 1, 2)
+    stacked = () if layer is None else (layer,)
     seen: Any
     if isinstance(store, QuantizedKV):
+        if jnp.ndim(slot) != 0:
+            raise ValueError("rows of a quantized cache cannot differ in length")
         part = store if layer is None else store.at(layer)
-        store = store.put(part.encode(new), at)
+        new = part.encode(jnp.swapaxes(new, 1, 2))
+        store = store.put(new, (*stacked, 0, 0, slot, 0))
         seen = (store if layer is None else store.at(layer)).dequantize()
         return store, jnp.swapaxes(seen, 1, 2)
     new = new.astype(store.dtype)
-    if layer is None:
-        store = seen = jax.lax.dynamic_update_slice(store, new, at)
+    if jnp.ndim(slot) == 0 or len(slot) == 1:
+        put = jnp.swapaxes(new, 1, 2)
+        put = put if layer is None else put[None]
+        at = (*stacked, 0, 0, jnp.reshape(slot, ()), 0)
+        store = jax.lax.dynamic_update_slice(store, put, at)
     else:
-        store = jax.lax.dynamic_update_slice(store, new[None], at)
+        # Mapped over the rows, the update of a stack would copy all of it.
+        row = jnp.arange(len(slot))[:, None]
+        at = (*stacked, row, slice(None), slot[:, None] + jnp.arange(new.shape[1]))
+        store = store.at[at].set(new, mode="promise_in_bounds", unique_indices=True)
+    seen = store
+    if layer is not None:
         seen = jax.lax.dynamic_index_in_dim(store, layer, keepdims=False)
     return store, jnp.swapaxes(seen, 1, 2)
 

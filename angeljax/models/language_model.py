@@ -21,6 +21,7 @@ from angeljax.models.config import DecoderConfig
 from angeljax.models.decoder import Decoder
 from angeljax.models.features import Features
 from angeljax.models.layers import AttentionFn, Block
+from angeljax.models.rows import RowCache, Rows, init_rows, read_rows
 from angeljax.models.staged import StagedCache, apply_staged
 
 
@@ -193,6 +194,63 @@ class LanguageModel:
             start=start,
             total=total,
         )
+
+    def init_rows(self, batch: int, slots: int) -> RowCache:
+        """An empty cache for rows that advance at different speeds, in `dtype`."""
+        return init_rows(
+            self.config, batch, slots, self.dtype, stacked=self.scan_layers
+        )
+
+    def read_rows(
+        self,
+        params: dict[str, Any],
+        cache: RowCache,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array,
+        slots: jax.Array,
+        mask: jax.Array,
+        key_positions: jax.Array | None = None,
+        layers: Sequence[int] | None = None,
+        hidden: Sequence[int] = (),
+    ) -> Rows:
+        """Reads T tokens of each row where that row stands.
+
+        Args:
+          params: the param tree.
+          cache: of `init_rows`. Its keys and values are written before they are read.
+          tokens: int32 `[B, T]`.
+          positions: int32 `[B, T]`, rotary positions.
+          slots: int32 `[B]`, where each row's T entries go; `slots + T` must not
+            exceed the slots of the cache.
+          mask: bool `[B, 1, T, slots]`, what each token sees, itself included.
+          key_positions: int32 `[B, slots]`, positions of the slots for layers with a
+            sliding window; default the number of the slot.
+          layers: numbers of the layers that run; default all.
+          hidden: numbers of the layers whose outputs are wanted, from 0.
+
+        Returns:
+          `Rows`: the last layer's output, what was asked for, and the cache.
+
+        Raises:
+          ValueError: a layer does not exist, or is wanted and does not run.
+        """
+        return read_rows(
+            self.bind(params),
+            cache,
+            tokens,
+            positions=positions,
+            slots=slots,
+            mask=mask,
+            key_positions=key_positions,
+            layers=layers,
+            hidden=hidden,
+        )
+
+    def head_rows(self, params: dict[str, Any], final: jax.Array) -> jax.Array:
+        """float32 logits `[B, T, V]` of what `read_rows` calls `final`."""
+        module = self.bind(params)
+        return module.head(module.norm(final))
 
     def embed(self, params: dict[str, Any], tokens: jax.Array) -> jax.Array:
         """Embeddings `[B, T, hidden_size]` of int32 tokens `[B, T]`."""

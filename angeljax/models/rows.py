@@ -1,0 +1,157 @@
+"""Rows that advance at different speeds: a cache without a common length.
+
+`KVCache` holds rows of one length, padded on the left. Here every row starts at slot 0,
+the slot of a token is its position, and each row is written where it stands. Nothing is
+said about which slots hold a token: whoever reads gives a mask, so that going back is a
+matter of not looking, and nothing is copied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from angeljax.attention.prefill import SparseAttention
+from angeljax.models.attention import causal_attention, dense_attention
+from angeljax.models.cache import Layers, Store
+from angeljax.models.features import check_layers
+from angeljax.models.rope import cos_sin
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowCache:
+    """Keys and values by position.
+
+    Attributes:
+      k, v: as those of a `KVCache`: a tuple with `[B, num_kv_heads, slots, head_dim]`
+        for each layer, or one array `[layers, B, num_kv_heads, slots, head_dim]`.
+    """
+
+    k: Layers
+    v: Layers
+
+
+class Rows(NamedTuple):
+    """What `read_rows` returns.
+
+    Attributes:
+      final: `[B, T, hidden_size]` of the last layer, before the final norm.
+      hidden: outputs of the layers that were asked for, `[B, T, hidden_size]` each.
+      cache: with the keys and values of what was read.
+    """
+
+    final: jax.Array
+    hidden: tuple[jax.Array, ...]
+    cache: Any
+
+
+def init_rows(
+    config: Any, batch: int, slots: int, dtype: Any, *, stacked: bool
+) -> RowCache:
+    """A cache of zeros; see `LanguageModel.init_rows`."""
+    shape = (batch, config.num_kv_heads, slots, config.head_dim)
+
+    def empty() -> Layers:
+        if stacked:
+            return jnp.zeros((config.num_layers, *shape), dtype)
+        return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
+
+    return RowCache(empty(), empty())
+
+
+def read_rows(
+    module: Any,
+    cache: RowCache,
+    tokens: jax.Array,
+    *,
+    positions: jax.Array,
+    slots: jax.Array,
+    mask: jax.Array,
+    key_positions: jax.Array | None = None,
+    layers: Sequence[int] | None = None,
+    hidden: Sequence[int] = (),
+) -> Rows:
+    """Reads T tokens of each row; see `LanguageModel.read_rows`."""
+    config, count = module.config, module.config.num_layers
+    run = check_layers(range(count) if layers is None else layers, count)
+    wanted = check_layers(hidden, count)
+    if missing := set(wanted) - set(run):
+        raise ValueError(f"hidden layer {min(missing)} is not among those that run")
+    x = module.embed(tokens)
+    rotation = cos_sin(config, positions)
+    if key_positions is None:
+        key_positions = jnp.arange(mask.shape[-1], dtype=jnp.int32)[None]
+    distance = positions[:, :, None] - key_positions[:, None, :]
+    windows = list(config.windows) or [0] * count
+
+    def seen(window: Any) -> jax.Array:
+        near = (distance < window) | (jnp.asarray(window) == 0)
+        return mask & near[:, None]
+
+    fn = module.attention_fn
+    if fn is causal_attention or isinstance(fn, SparseAttention):
+        fn = dense_attention
+    if module.scan_layers:
+        mixed = any(windows)
+        told = seen if mixed else lambda _: mask
+        order = [(i, windows[i], _place(wanted, i)) for i in run]
+
+        def block(state: Any, x: Any, store: Store, window: Any) -> Any:
+            layer = nnx.merge(graphdef, state)
+            return layer(x, rotation, told(window), store, fn)
+
+        graphdef, state = nnx.split(module.layers)
+        return _scan(block, state, cache, x, slots, jnp.asarray(order), wanted)
+    masks = {w: seen(w) if w else mask for w in set(windows)}
+    k, v = list(cache.k), list(cache.v)
+    outputs = {}
+    for i in run:
+        store = Store(k[i], v[i], None, slots)
+        x, store = module.layers[i](x, rotation, masks[windows[i]], store, fn)
+        k[i], v[i] = store.k, store.v
+        outputs[i] = x
+    found = tuple(outputs[i] for i in wanted)
+    return Rows(x, found, RowCache(tuple(k), tuple(v)))
+
+
+def _place(wanted: tuple[int, ...], layer: int) -> int:
+    """Where a layer's output is kept; what nobody asked for goes to the last place."""
+    return wanted.index(layer) if layer in wanted else len(wanted)
+
+
+def _scan(
+    block: Any,
+    stack: Any,
+    cache: RowCache,
+    x: jax.Array,
+    slots: jax.Array,
+    order: jax.Array,
+    wanted: tuple[int, ...],
+) -> Rows:
+    """The layers of a stack; `order` has (layer, window, place of its output)."""
+    kept = jnp.zeros((len(wanted) + 1, *x.shape), x.dtype) if wanted else None
+
+    def step(carry: Any, entry: jax.Array) -> tuple[Any, None]:
+        x, k, v, kept = carry
+        layer, window, place = entry
+        state = jax.tree.map(lambda a: _at(a, layer), stack)
+        x, store = block(state, x, Store(k, v, None, slots, layer), window)
+        if kept is not None:
+            kept = jax.lax.dynamic_update_index_in_dim(kept, x, place, 0)
+        return (x, store.k, store.v, kept), None
+
+    carry, _ = jax.lax.scan(step, (x, cache.k, cache.v, kept), order)
+    x, k, v, kept = carry
+    # A layer may have been asked for twice.
+    found = () if kept is None else tuple(kept[wanted.index(i)] for i in wanted)
+    return Rows(x, found, RowCache(k, v))
+
+
+def _at(stack: jax.Array, layer: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)

@@ -1,0 +1,244 @@
+"""One round: draft, read, choose, accept, commit.
+
+Invariants at the beginning, for each row of length n:
+  1. tokens before n are final;
+  2. slots before n - 1 of the target's cache hold their keys and values, in order;
+  3. everything else, in both, is junk, and is overwritten before anything sees it.
+Going back after a rejected draft is therefore nothing but a smaller n.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from angeljax.speculative._rows import (
+    cache_slots,
+    chain_mask,
+    key_positions,
+    move_rows,
+    put_rows,
+    tree_mask,
+)
+from angeljax.speculative.drafter import Context, Draft, Drafter, Target, Verified
+from angeljax.speculative.tree import DynamicTree, Tree, ancestors, walk
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """Counts over all rounds in which a row was not finished.
+
+    Attributes:
+      rounds: int32 `[B]`, forwards of the target.
+      drafted: int32 `[B]`, tokens that were proposed.
+      accepted: int32 `[B]`, proposed tokens that became text.
+      hits: int32 `[R]`, over all rows: rounds in which the first r + 1 drafts in a row
+        were what the target chose.
+    """
+
+    rounds: jax.Array
+    drafted: jax.Array
+    accepted: jax.Array
+    hits: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """All that a round changes.
+
+    Attributes:
+      tokens, lengths, cache, active: see `Context`.
+      limits: int32 `[B]`, lengths that no row may exceed.
+      drafter: state of the drafter.
+      stats: counts so far.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    cache: Any
+    active: jax.Array
+    limits: jax.Array
+    drafter: Any
+    stats: Stats
+
+    @property
+    def context(self) -> Context:
+        """What a drafter sees."""
+        return Context(self.tokens, self.lengths, self.cache, self.active)
+
+
+def depth_of(drafter: Drafter) -> int:
+    """How many drafts one round can accept."""
+    return drafter.width - 1 if drafter.tree is None else drafter.tree.depth
+
+
+def decode_round(
+    target: Target,
+    drafter: Drafter,
+    state: State,
+    stops: jax.Array,
+    *,
+    always_wide: bool,
+) -> State:
+    """The state after one round.
+
+    Args:
+      target: whose text it is.
+      drafter: proposes.
+      state: see `State`.
+      stops: int32 `[n]`, tokens that end a row.
+      always_wide: read `width` tokens even where nothing was drafted.
+    """
+    before, batch = state.context, len(state.lengths)
+    draft, memory = drafter.draft(target, state.drafter, before)
+    cache = state.cache if draft.cache is None else draft.cache
+    _check(drafter, draft, batch, target.sampler.rejection)
+    tokens = jnp.concatenate([before.last[:, None], draft.tokens], axis=1)
+    tokens = tokens.astype(jnp.int32)
+    proposed = (tokens >= 0) & state.active[:, None]
+    shape = _Shape.of(drafter, draft, before.lengths, cache_slots(cache))
+
+    def read(width: int) -> Any:
+        rows = target.model.read_rows(
+            target.params,
+            cache,
+            jnp.maximum(tokens[:, :width], 0),
+            positions=shape.positions[:, :width],
+            slots=before.lengths - 1,
+            mask=shape.mask[:, :, :width],
+            key_positions=shape.keys,
+            hidden=drafter.hidden,
+        )
+        logits = target.model.head_rows(target.params, rows.final)
+        rest = [(0, 0), (0, drafter.width - width), (0, 0)]
+        hidden = tuple(jnp.pad(h, rest) for h in rows.hidden)
+        return jnp.pad(logits, rest), hidden, rows.cache
+
+    if drafter.optional and drafter.width > 1 and not always_wide:
+        some = jnp.any(proposed[:, 1:])
+        out = jax.lax.cond(some, lambda: read(drafter.width), lambda: read(1))
+    else:
+        out = read(drafter.width)
+    logits, hidden, cache = out
+    after = shape.positions + 1
+    sampler = target.sampler
+    if sampler.rejection:
+        chosen, good = sampler.reject(logits, draft.tokens, draft.log_probs, after)
+    else:
+        chosen = sampler.choose(logits, after)
+        good = draft.tokens == chosen[:, :-1]
+
+    if drafter.tree is None:
+        path = jnp.broadcast_to(jnp.arange(drafter.width), (batch, drafter.width))
+        accepted = jnp.sum(jnp.cumprod(good.astype(jnp.int32), axis=1), axis=1)
+        path, text = jnp.minimum(path, accepted[:, None]), chosen
+    else:
+        depth = drafter.tree.depth
+        path, accepted = walk(shape.parents, tokens, chosen, depth)
+        text = jnp.take_along_axis(chosen, path, axis=1)
+        cache = move_rows(cache, before.lengths - 1, path, drafter.width)
+        hidden = tuple(jnp.take_along_axis(h, path[..., None], axis=1) for h in hidden)
+
+    place = jnp.arange(text.shape[1])
+    ends = jnp.isin(text, stops)
+    last = jnp.where(ends.any(axis=1), jnp.argmax(ends, axis=1), text.shape[1])
+    room = state.limits - before.lengths
+    emitted = jnp.minimum(jnp.minimum(accepted + 1, last + 1), room)
+    emitted = jnp.where(state.active, emitted, 0).astype(jnp.int32)
+    lengths = before.lengths + emitted
+    active = state.active & (last >= emitted) & (lengths < state.limits)
+    now = dataclasses.replace(
+        state,
+        tokens=put_rows(state.tokens, text, before.lengths),
+        lengths=lengths,
+        cache=cache,
+        active=active,
+        stats=Stats(
+            rounds=state.stats.rounds + state.active,
+            drafted=state.stats.drafted + jnp.sum(proposed[:, 1:], axis=1),
+            accepted=state.stats.accepted + jnp.minimum(accepted, emitted),
+            hits=state.stats.hits
+            + jnp.sum((place[:-1] < accepted[:, None]) & state.active[:, None], axis=0),
+        ),
+    )
+    verified = Verified(
+        context=now.context,
+        emitted=emitted,
+        accepted=jnp.where(state.active, accepted, 0),
+        tokens=tokens,
+        read=proposed,
+        chosen=chosen,
+        path=path,
+        hidden=hidden,
+        top_ids=_likeliest(logits, drafter.top_k),
+    )
+    return dataclasses.replace(now, drafter=drafter.update(target, memory, verified))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """Where the nodes of a draft stand and what they see."""
+
+    positions: jax.Array
+    mask: jax.Array
+    keys: jax.Array | None = None
+    parents: Any = None
+
+    @classmethod
+    def of(
+        cls, drafter: Drafter, draft: Draft, lengths: jax.Array, slots: int
+    ) -> _Shape:
+        tree, root = drafter.tree, lengths[:, None] - 1
+        if tree is None:
+            positions = root + jnp.arange(drafter.width)
+            return cls(positions, chain_mask(positions, slots))
+        if isinstance(tree, Tree):
+            parents = jnp.asarray(tree.parents)[None]
+            lines = jnp.asarray(tree.ancestors)[None]
+        else:
+            assert isinstance(tree, DynamicTree) and draft.parents is not None
+            parents = draft.parents.astype(jnp.int32)
+            lines = ancestors(parents, tree.depth)
+        depths = jnp.sum(lines, axis=-1, dtype=jnp.int32) - 1
+        positions = root + depths
+        return cls(
+            positions,
+            tree_mask(lines, root[:, 0], slots),
+            key_positions(positions, root[:, 0], slots),
+            parents,
+        )
+
+
+def _check(drafter: Drafter, draft: Draft, batch: int, rejection: bool) -> None:
+    """Refuses a draft of the wrong form, with a ValueError, while tracing."""
+    name, width = type(drafter).__name__, drafter.width
+    if draft.tokens.shape != (batch, width - 1):
+        raise ValueError(
+            f"{name} is {width} wide and must draft {(batch, width - 1)} tokens, not "
+            f"{draft.tokens.shape}"
+        )
+    dynamic = isinstance(drafter.tree, DynamicTree)
+    if dynamic != (draft.parents is not None):
+        raise ValueError(
+            f"{name} must give parents where its tree is a DynamicTree, and only there"
+        )
+    if draft.parents is not None and draft.parents.shape != (batch, width):
+        raise ValueError(
+            f"{name} must give {(batch, width)} parents, not {draft.parents.shape}"
+        )
+    if draft.log_probs is not None and not rejection:
+        raise ValueError(
+            f"{name} gives log_probs, which only the rejection rule looks at: draw "
+            "with sampler.draft, which says when they are wanted"
+        )
+
+
+def _likeliest(logits: jax.Array, k: int) -> jax.Array | None:
+    if not k:
+        return None
+    return jax.lax.top_k(logits, k)[1].astype(jnp.int32)
