@@ -1,0 +1,49 @@
+"""`brief_jit`: `jax.jit` for programs that run a few times only.
+
+On a GPU XLA tries several kernels for each matrix product of a program while it
+compiles it. That pays for a step of training; for the program that quantizes a weight
+it is most of the time that a whole model takes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+_GPU_OPTIONS = {"xla_gpu_autotune_level": 0}
+
+
+def brief_jit(
+    f: Callable[..., Any],
+    *,
+    static_argnums: tuple[int, ...] = (),
+    static_argnames: tuple[str, ...] = (),
+    donate_argnums: tuple[int, ...] = (),
+) -> Callable[..., Any]:
+    """As `jax.jit`; called on arrays on a GPU it is compiled without autotuning."""
+    options: dict[str, Any] = {
+        "static_argnums": static_argnums,
+        "static_argnames": static_argnames,
+        "donate_argnums": donate_argnums,
+    }
+    tuned = jax.jit(f, **options)
+
+    @functools.cache
+    def untuned() -> Callable[..., Any]:
+        return jax.jit(f, compiler_options=_GPU_OPTIONS, **options)
+
+    @functools.wraps(f)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # A program inside of another is compiled with that one's options.
+        leaves = jax.tree.leaves((args, kwargs))
+        traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
+        if traced or jax.default_backend() != "gpu":
+            return tuned(*args, **kwargs)
+        return untuned()(*args, **kwargs)
+
+    for name in ("clear_cache", "_cache_size"):
+        setattr(call, name, getattr(tuned, name))
+    return call
