@@ -3,8 +3,8 @@
     python -m benchmarks.gptq_time --shapes 512x512,4096x4096,4096x14336 --tag h100
 
 With `--model` and `--calibration` also a whole model layer by layer, 128 x 2048 tokens,
-in this process for the first time and again. Symmetric int4 in groups of 128. Compilation is measured
-apart from the run, and the run is the best of `--repeats`.
+in this process for the first time and again. Symmetric int4 in groups of 128.
+Compilation is measured apart from the run, and the run is the best of `--repeats`.
 """
 
 from __future__ import annotations
