@@ -1,8 +1,8 @@
 """`brief_jit`: `jax.jit` for programs that run a few times only.
 
 On a GPU XLA tries several kernels for each matrix product of a program while it
-compiles it. That pays for a step of training; for the program that quantizes a weight
-it is most of the time that a whole model takes.
+compiles it. That pays where products are large, as those that measure Hessians are; for
+the program that quantizes a weight it is most of the time that a whole model takes.
 """
 
 from __future__ import annotations
@@ -44,6 +44,4 @@ def brief_jit(
             return tuned(*args, **kwargs)
         return untuned()(*args, **kwargs)
 
-    for name in ("clear_cache", "_cache_size"):
-        setattr(call, name, getattr(tuned, name))
     return call

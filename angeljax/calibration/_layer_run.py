@@ -64,7 +64,7 @@ def _run(model: Any, part: str, tree: Any, x: Any, i: Any) -> Any:
     return model.layer(tree, state, context, i)
 
 
-forward = brief_jit(_run, static_argnums=(0, 1))
+forward = jax.jit(_run, static_argnums=(0, 1))
 
 
 def _tapped(
@@ -88,7 +88,7 @@ def _tapped(
     return jax.grad(scalar)(_zeros(taps, measured=True))
 
 
-@functools.partial(brief_jit, static_argnums=(0, 1, 2), donate_argnums=(3,))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
 def observe(
     model: Any,
     part: str,
@@ -105,7 +105,7 @@ def observe(
     return [_measure.combine(a, b) for a, b in zip(found, new, strict=True)]
 
 
-@functools.partial(brief_jit, static_argnums=(0, 1), donate_argnums=(2,))
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def observe_pairs(
     model: Any,
     taps: tuple[Tap, ...],

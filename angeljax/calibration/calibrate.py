@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from angeljax import _leaves
-from angeljax._brief import brief_jit
 from angeljax._plan import Assignment, make_plan
 from angeljax.calibration import _measure
 from angeljax.calibration._statistics import Statistics, StatisticsError
@@ -86,7 +85,7 @@ def calibrate(
             out.append(value)
         return _leaves.unflatten(treedef, leaves, out)
 
-    @functools.partial(brief_jit, donate_argnums=(0,))
+    @functools.partial(jax.jit, donate_argnums=0)
     def step(found: dict[str, Any], values: list[Any], batch: Any) -> dict[str, Any]:
         def scalar(slots: dict[str, Any]) -> jax.Array:
             with token_mask(mask_of(batch)):
