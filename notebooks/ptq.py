@@ -62,7 +62,7 @@ if SMOKE:
 else:
     from angeljax.models import load_model
 
-    ROWS, HELD_OUT, LENGTH, GROUP = 8, 4, 256, 128
+    ROWS, HELD_OUT, LENGTH, GROUP = 16, 4, 128, 128
 
 # %% [markdown]
 # ## The model, and two texts
@@ -82,7 +82,7 @@ params = jax.jit(stack_layers)(loaded.params)
 
 rows = calibration_tokens(tokenizer, rows=ROWS + HELD_OUT, length=LENGTH)
 calibration, held_out = rows[:ROWS], rows[ROWS:]
-batches = [calibration[i : i + 4] for i in range(0, ROWS, 4)]
+batches = [calibration[i : i + 8] for i in range(0, ROWS, 8)]
 cut = windows(held_out.reshape(-1), LENGTH, LENGTH)
 
 # What the original predicts is kept, and every model below is compared with it.
@@ -226,7 +226,7 @@ def one_weight(bits, path=QUERY, layer=LAYER):
     return out
 
 
-errors = {bits: one_weight(bits) for bits in ((4,) if SMOKE else (2, 3, 4))}
+errors = {bits: one_weight(bits) for bits in ((4,) if SMOKE else (3, 4))}
 print(f"q_proj of layer {LAYER}")
 for name, (on_seen, on_fresh) in errors[4].items():
     print(f"{name:27} 4 bits: seen {on_seen:.4f}, other text {on_fresh:.4f}")
@@ -245,7 +245,9 @@ axes[0].legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# TEXT_ONE_WEIGHT
+# Why does the search by plain mse not help, though it makes the error of the *weights*
+# smaller? And why does it help to weigh? Look at the features that stood out above, and at
+# the error of the weights that read them:
 
 # %%
 w = params["layers"]["attn"]["q_proj"]["kernel"][LAYER]
@@ -298,7 +300,7 @@ def int4(transforms=(), **rule):
     return aj.Recipe(rules=rules, transforms=list(transforms))
 
 
-AWQ = [{"name": "awq", "grid": 10}]
+AWQ = [{"name": "awq", "grid": 8}]
 recipes = {
     "rounding": int4(),
     "scales by mse": int4(options={"scales": "mse"}),
@@ -307,12 +309,10 @@ recipes = {
     "gptq, one pass": int4(algorithm="gptq"),
 }
 by_layer = {
-    "gptq, layer by layer": int4(algorithm="gptq"),
-    "gptq, best options, layer by layer": int4(algorithm="gptq", options=best),
+    "gptq, act order, weighted, by layer": int4(algorithm="gptq", options=best),
 }
 if SMOKE:
     recipes = {name: recipes[name] for name in ("rounding", "awq")}
-    by_layer = {"gptq, layer by layer": int4(algorithm="gptq", options=best)}
 
 results, trees = {}, {}
 for name, recipe in recipes.items():
@@ -347,7 +347,23 @@ def bars(results, title):
 bars(results, f"4 bits, groups of {GROUP}")
 
 # %% [markdown]
-# TEXT_WHOLE_MODEL
+# In the kept run, on 508 tokens:
+#
+# * **Scales by plain mse are worse than rounding** (0.67 against 0.57). Of the inputs of the
+#   weight above, five features of 576 have 87% of the energy. The search makes the error of
+#   all weights smaller and that of those five hardly, so that what is gained is in features
+#   that matter little; in some layers (`down_proj` of layer 11, exercise 2) it clips the very
+#   weights that read the outliers.
+# * **Weighted by the inputs, the same search halves the loss.** It gives the errors to the
+#   features that are small. AWQ does much the same by other means.
+# * **Plain GPTQ in one pass** has a far smaller error in the product of each weight, yet in the
+#   model it is behind weighted scales. Its own scales know nothing of outliers, it makes the
+#   errors of their weights larger and relies on other features to make up for them. That holds
+#   as long as the inputs are those of the calibration, and a quantized model has others.
+# * **Both together, layer by layer**, are best by far: scales that spare the outliers, large
+#   features first, and inputs as the quantized layers before give them.
+#
+# Other models have fewer outliers, and there the order may be another: measure.
 #
 # ## Activations too
 #
@@ -408,17 +424,23 @@ for name, found in activations.items():
 bars(activations, "weights and activations in int8")
 
 # %% [markdown]
-# TEXT_W8A8
+# One static scale for all tokens is the problem, not eight bits: with a scale for each token
+# little is lost. SmoothQuant in the norms alone helps little here, for the largest outliers
+# are in what `down_proj` reads; with part "up" they are gone from there, too. Rotation does
+# better still, at the price of a Hadamard product before each `down_proj`.
+#
+# With four bits for both, rounding to nearest gives nonsense, and rotated it is still far from
+# usable for a model this small: a rotation is where to begin, not all that it takes.
 
 # %%
 int4_both = {"format": "int4", "group_size": GROUP, "activation": "int4"}
-for name, m, p, recipe in (
-    ("as it is", model, params, aj.Recipe(rules=[aj.Rule(**int4_both)])),
-    ("rotated", free, rotated, on_the_fly(**int4_both)),
-):
-    if not SMOKE:
-        found = measure(aj.compress(p, recipe, progress=False), m)
-        print(f"W4A4 {name:9} KL {found.kl:.3f}, perplexity {found.perplexity:.4g}")
+trials = {
+    "as it is": (model, params, aj.Recipe(rules=[aj.Rule(**int4_both)])),
+    "rotated": (free, rotated, on_the_fly(**int4_both)),
+}
+for name, (m, p, recipe) in ({} if SMOKE else trials).items():
+    found = measure(aj.compress(p, recipe, progress=False), m)
+    print(f"W4A4 {name:9} KL {found.kl:.3f}, perplexity {found.perplexity:.4g}")
 
 # %% [markdown]
 # ## Bits where they are needed
@@ -476,13 +498,13 @@ plt.show()
 
 # %%
 curve = {}
-for budget in (4.5,) if SMOKE else (3.5, 4.0, 4.5):
+for budget in (4.5,) if SMOKE else (4.0, 4.5):
     mixed = choice.at(budget_bits=budget)
     found = measure(dense(aj.compress(single, mixed.recipe, progress=False)))
     curve[mixed.bits_per_weight] = found.kl
     print(f"mixed        {mixed.bits_per_weight:.3f} bits: KL {found.kl:.4f}")
 uniform = {}
-for name in ("int4:32",) if SMOKE else (formats[0], formats[1], "int4:32"):
+for name in ("int4:32",) if SMOKE else (formats[1], "int4:32"):
     kind, _, size = name.partition(":")
     recipe = aj.Recipe(rules=[aj.Rule(format=kind, group_size=int(size))])
     tree = aj.compress(params, recipe, progress=False)
@@ -502,7 +524,11 @@ axis.legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# TEXT_ALLOCATION
+# At the same size the mixture loses less than one format everywhere, and the picture says why:
+# last layers and the `down_proj` with outliers get eight bits, and many others do with three.
+# It is a choice of formats only. A better algorithm at 4.1 bits, as above, gains more than
+# that, and both go together: exercise 5. The predicted loss, a sum of losses measured one by
+# one, is too small here: with three bits, losses do not quite add up.
 #
 # ## The KV cache
 #
