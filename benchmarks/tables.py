@@ -56,7 +56,7 @@ PTQ_HEAD = (
     + """
 `KL` (nats) and `top-1` compare with the original model, `float32`: a smaller KL and a
 larger agreement are better. Weights outside of the layers are not compressed and not
-counted in `bit/weight`. Rows that share a device at a time (`--threads`) take longer to compress
+counted in `bit/weight`. Rows that share a device (`--threads`) take longer to compress
 than they would alone. [What the rows are](guides/ptq.md).
 """
 )
