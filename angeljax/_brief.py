@@ -17,31 +17,19 @@ _GPU_OPTIONS = {"xla_gpu_autotune_level": 0}
 
 
 def brief_jit(
-    f: Callable[..., Any],
-    *,
-    static_argnums: tuple[int, ...] = (),
-    static_argnames: tuple[str, ...] = (),
-    donate_argnums: tuple[int, ...] = (),
+    f: Callable[..., Any], *, static_argnums: tuple[int, ...] = ()
 ) -> Callable[..., Any]:
     """As `jax.jit`; called on arrays on a GPU it is compiled without autotuning."""
-    options: dict[str, Any] = {
-        "static_argnums": static_argnums,
-        "static_argnames": static_argnames,
-        "donate_argnums": donate_argnums,
-    }
-    tuned = jax.jit(f, **options)
-
-    @functools.cache
-    def untuned() -> Callable[..., Any]:
-        return jax.jit(f, compiler_options=_GPU_OPTIONS, **options)
+    tuned = jax.jit(f, static_argnums=static_argnums)
+    untuned = jax.jit(f, static_argnums=static_argnums, compiler_options=_GPU_OPTIONS)
 
     @functools.wraps(f)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        # A program inside of another is compiled with that one's options.
-        leaves = jax.tree.leaves((args, kwargs))
-        traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
+    def call(*args: Any) -> Any:
+        # A program inside of another is compiled with that one's options, and other
+        # backends do not know this one.
+        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(args))
         if traced or jax.default_backend() != "gpu":
-            return tuned(*args, **kwargs)
-        return untuned()(*args, **kwargs)
+            return tuned(*args)
+        return untuned(*args)
 
     return call
