@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from angeljax._brief import brief_jit
 from angeljax._leaves import Leaf, flatten
 from angeljax._plan import Assignment
 from angeljax.algorithms import get_algorithm
@@ -73,9 +74,7 @@ class Job:
         return q
 
 
-@functools.partial(
-    jax.jit, static_argnames=("spec", "algorithm", "options", "activation_scale")
-)
+@functools.partial(brief_jit, static_argnums=(2, 3, 4, 5))
 def _run(
     w: jax.Array,
     found: dict[str, jax.Array],

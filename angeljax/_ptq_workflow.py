@@ -38,6 +38,11 @@ class Calibration:
     resume: Path | None = None
     base: str | None = None
 
+    @property
+    def text(self) -> str | None:
+        """What `load_text` is given."""
+        return None if self.source == DEFAULT else self.source
+
     def check(self, recipe: Recipe, params: Any) -> None:
         """Refuses options that a recipe does not need, and a recipe that lacks one.
 
@@ -54,7 +59,8 @@ class Calibration:
                 f"{why} needs calibration: pass --calibrate with a .txt or .jsonl file "
                 f"or a dataset, or --calibrate {DEFAULT}"
             )
-        if not needs - {BASE} and self.source is not None:
+        cache = recipe.kv_cache is not None and bool(recipe.kv_cache.static)
+        if not needs - {BASE} and not cache and self.source is not None:
             raise ValueError("this recipe needs no calibration: leave --calibrate out")
         if self.source is None:
             for name in ("rows", "length", "sequential", "resume"):
@@ -118,7 +124,7 @@ def compress_model(
     recipe.check_model(opened.config_dict)
     how.check(recipe, opened.params)
     base = None if how.base is None else open_model(how.base, dtype=dtype).params
-    if how.source is None:
+    if how.source is None or not needed(recipe, opened.params)[0] - {BASE}:
         start = time.perf_counter()
         params = compress(opened.params, recipe, base=base, progress=progress or None)
         jax.block_until_ready(params)
@@ -126,7 +132,7 @@ def compress_model(
     limit = opened.model.config.max_positions
     tokens = calibration_tokens(
         opened.need_tokenizer(),
-        None if how.source == DEFAULT else how.source,
+        how.text,
         rows=how.rows or 128,
         length=how.length or min(2048, limit or 2048),
         allow_fewer=how.rows is None,

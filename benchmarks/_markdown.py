@@ -46,7 +46,7 @@ def entries(data: dict[str, Any]) -> list[Entry]:
 def source(data: dict[str, Any]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in data["versions"].items())
     # Folders of the machine that measured are of no use to anybody.
-    command = re.sub(r"(?<!\S)/\S*/(?=\S)", "", data["command"])
+    command = re.sub(r"(?<![^\s=])/\S*/(?=\S)", "", data["command"])
     return f"{data['device']}, {data['date'][:10]}, {versions}. `{command}`\n"
 
 

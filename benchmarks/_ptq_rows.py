@@ -56,6 +56,7 @@ BEST = {"act_order": True, "scales": "mse", "weighting": "hessian"}
 FIT = {"act_order": True, "refit_scales": True}
 REFIT = {**BEST, "refit_scales": True}
 AWQ = ({"name": "awq"},)
+SMOOTH_UP = ({"name": "smoothquant", "alpha": "search", "parts": ("norm", "up")},)
 SMOOTH = ({"name": "smoothquant"},)
 
 
@@ -71,12 +72,13 @@ def _common(*, fine: bool = True) -> list[Any]:
         ("rtn, scales by mse", "free", MSE, ()),
         ("rtn, scales by weighted mse", "pass", WEIGHTED, ()),
         ("awq", "pass", {}, AWQ),
-        ("awq, limits searched", "pass", {"algorithm": "awq_clip"}, AWQ),
-        ("gptq, one pass", "pass", gptq(), ()),
-        ("gptq", "layers", gptq(), ()),
+        ("gptq, act order, scales by weighted mse", "layers", gptq(**BEST), ()),
     ]
     if fine:
         rows += [
+            ("awq, limits searched", "pass", {"algorithm": "awq_clip"}, AWQ),
+            ("gptq, one pass", "pass", gptq(), ()),
+            ("gptq", "layers", gptq(), ()),
             ("gptq, scales by mse", "layers", gptq(scales="mse"), ()),
             (
                 "gptq, scales by weighted mse",
@@ -84,18 +86,7 @@ def _common(*, fine: bool = True) -> list[Any]:
                 gptq(scales="mse", weighting="hessian"),
                 (),
             ),
-            (
-                "gptq, act order, scales by weighted mse",
-                "layers",
-                gptq(**BEST),
-                (),
-            ),
-            (
-                "gptaq",
-                "layers",
-                {"algorithm": "gptaq", "options": BEST},
-                (),
-            ),
+            ("gptaq", "layers", {"algorithm": "gptaq", "options": BEST}, ()),
             ("awq + gptq", "layers", gptq(**BEST), AWQ),
             ("rotated rtn", "rotated", {}, ()),
             ("rotated gptq", "rotated layers", gptq(**BEST), ()),
@@ -118,7 +109,8 @@ ROWS: list[PTQRow] = [
         ("rtn, static by percentile", "pass", {"activation_scale": "percentile"}, ()),
         ("rtn, static by mse", "pass", {"activation_scale": "mse"}, ()),
         ("smoothquant, static", "pass", STATIC, SMOOTH),
-        ("smoothquant, scale of each token", "pass", {}, SMOOTH),
+        ("smoothquant of norms and up, searched, static", "pass", STATIC, SMOOTH_UP),
+        ("smoothquant of norms and up, searched", "pass", {}, SMOOTH_UP),
         ("rotated inputs, scale of each token", "free", {"rotation": "full"}, ()),
         ("rotated inputs, static", "pass", {**STATIC, "rotation": "full"}, ()),
     ),
@@ -159,13 +151,20 @@ ROWS: list[PTQRow] = [
         {**INT4, "activation": "int8"},
         ("rtn", "free", {}, ()),
         ("gptq", "layers", gptq(**BEST), ()),
-        ("smoothquant + gptq", "layers", gptq(**BEST), SMOOTH),
+        ("smoothquant + gptq", "layers", gptq(**BEST), SMOOTH_UP),
         (
             "channel, gptq",
             "layers",
             {**gptq(**BEST), "group_size": None, "granularity": "channel"},
             (),
         ),
+    ),
+    *_rows(
+        "W4A4 int4",
+        {**INT4, "activation": "int4"},
+        ("rtn", "free", {}, ()),
+        ("rotated inputs, rtn", "free", {"rotation": "full"}, ()),
+        ("rotated inputs, gptq", "layers", {**gptq(**BEST), "rotation": "full"}, ()),
     ),
     *_rows(
         "W4A8 FP8",
@@ -186,7 +185,6 @@ ROWS: list[PTQRow] = [
         {"format": "nvfp4", "activation": "nvfp4"},
         ("rtn", "free", {}, ()),
         ("gptq", "layers", gptq(), ()),
-        ("gptq, static tensor scale", "layers", {**gptq(), **STATIC}, ()),
     ),
     *_rows(
         "MXFP4",

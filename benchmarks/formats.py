@@ -30,8 +30,10 @@ def main() -> None:
     args = parser.parse_args()
 
     files = [f for f in recipe_files() if f.parent.name != "qat"]
-    # Those that are about attention or tokens alone change no weight.
-    recipes = [recipe for recipe in map(Recipe.load, files) if recipe.rules]
+    # Those about attention, tokens or caches alone change no weight; `ptq_quality` has
+    # those that need data, or transforms.
+    recipes = [r for r in map(Recipe.load, files) if r.rules and not r.transforms]
+    recipes = [r for r in recipes if not any(rule.needs() for rule in r.rules)]
     opened = _workflow.open_model(args.model)
     windows = _workflow.text_windows(opened, args.text, 512, None, args.tokens)
     console, rows, results = Console(width=140), [], []

@@ -3,8 +3,8 @@
     python -m benchmarks.tables [--check]
 
 They are docs/results.md, docs/results_kernels.md, docs/results_training.md,
-docs/results_attention.md, docs/results_tokens.md and the parts of README.md and of
-guides between two marks.
+docs/results_attention.md, docs/results_tokens.md, docs/results_ptq.md and the parts of
+README.md and of guides between two marks.
 `--check` fails if a page is out of date, and writes nothing.
 """
 
@@ -15,7 +15,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import _attention_tables, _token_tables, _training_tables
+from benchmarks import (
+    _attention_tables,
+    _ptq_tables,
+    _token_tables,
+    _training_tables,
+)
 from benchmarks._results import RESULTS, ROOT
 
 DOCS = ROOT / "docs"
@@ -46,6 +51,15 @@ Shares are of the vision or audio tokens. A benchmark that has not been run has 
 section here. [What is measured](guides/token_pruning.md#measured).
 """
 )
+PTQ_HEAD = (
+    HEAD
+    + """
+`KL` (nats) and `top-1` compare with the original model, `float32`: a smaller KL and a
+larger agreement are better. Weights outside of the layers are not compressed and not
+counted in `bit/weight`. Rows that share a device (`--threads`) take longer to compress
+than they would alone. [What the rows are](guides/ptq.md).
+"""
+)
 # Claims about speed; every other one is about quality.
 KERNELS = {
     "packed_matmul": "Packed products on a GPU",
@@ -63,6 +77,7 @@ MARKS = ("<!-- what one token gains -->", "<!-- end -->")
 GUIDE = "guides/ternary_qat.md"
 ATTENTION_GUIDE = "guides/sparse_attention.md"
 TOKENS_GUIDE = "guides/token_pruning.md"
+PTQ_GUIDE = "guides/ptq.md"
 END = "<!-- end -->"
 README_SHAPES = ("4096 x 4096", "4096 x 14336", "8192 x 8192", "8192 x 28672")
 README_FORMATS = {
@@ -157,7 +172,7 @@ def render(directory: Path = RESULTS) -> dict[str, str]:
     files = sorted(directory.glob("*.json"))
     claims = {f: f.name.split(".")[0] for f in files}
     speed = [f for claim in KERNELS for f in files if claims[f] == claim]
-    own = *_attention_tables.CLAIMS, *_token_tables.CLAIMS
+    own = *_attention_tables.CLAIMS, *_token_tables.CLAIMS, *_ptq_tables.CLAIMS
     others = *KERNELS, *TRAINING, *own
     quality = [f for f in files if claims[f] not in others]
     heads = {
@@ -182,6 +197,8 @@ def render(directory: Path = RESULTS) -> dict[str, str]:
     )
     head = TOKENS_HEAD.format(title="Results of token pruning")
     pages["results_tokens.md"] = "\n".join([head, *_token_tables.sections(directory)])
+    head = PTQ_HEAD.format(title="Results of post-training quantization")
+    pages["results_ptq.md"] = "\n".join([head, *_ptq_tables.sections(directory)])
     return pages
 
 
@@ -190,6 +207,7 @@ def guides(directory: Path = RESULTS) -> dict[str, dict[str, str]]:
     found = {
         ATTENTION_GUIDE: _attention_tables.guide(directory),
         TOKENS_GUIDE: _token_tables.guide(directory),
+        PTQ_GUIDE: _ptq_tables.guide(directory),
     }
     if (directory / "qat_quality.h100.json").is_file():
         found[GUIDE] = {"measured": _training_tables.quality(directory)}

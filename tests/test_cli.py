@@ -308,6 +308,20 @@ class TestCalibration:
         assert found["layers"] != found["once"]
         assert found["layers"] == pytest.approx(found["once"], rel=0.3)
 
+    def test_static_scales_of_the_cache_are_of_the_text(self, checkpoint, tmp_path):
+        scales = []
+        for text in ("the quick brown fox jumps. ", "over the lazy dog and so on, "):
+            (tmp_path / "text.txt").write_text(text * 8)
+            run(
+                "compress", "-m", checkpoint, "-r", "kv-fp8-head-static",
+                "-o", tmp_path / "out", "--calibrate", tmp_path / "text.txt",
+                "--overwrite",
+            )  # fmt: skip
+            params, _ = aj.load(tmp_path / "out")
+            scales.append(np.asarray(params["layers"][1]["attn"]["k_cache"]["scale"]))
+        assert scales[0].shape == scales[1].shape
+        assert not np.allclose(*scales)
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [

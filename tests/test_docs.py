@@ -18,7 +18,9 @@ import typer
 import yaml
 
 import angeljax as aj
-from angeljax import cli, tokens
+from angeljax import algorithms, cli, tokens
+from angeljax._data import recipe_files
+from angeljax.algorithms import input_scale
 from angeljax.attention import Stem, selector, selector_names
 from angeljax.formats import format_names, get_format
 from angeljax.recipe import DEFAULT_SKIP, AttentionOptions, TokensOptions
@@ -31,6 +33,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FORMATS = ROOT / "docs" / "formats.md"
 COMPRESS = ROOT / "docs" / "guides" / "compress.md"
 TRAINING = ROOT / "docs" / "guides" / "ternary_qat.md"
+PTQ = ROOT / "docs" / "guides" / "ptq.md"
 ATTENTION = ROOT / "docs" / "guides" / "sparse_attention.md"
 TOKENS = ROOT / "docs" / "guides" / "token_pruning.md"
 
@@ -274,6 +277,44 @@ def test_yaml_blocks_of_training_load():
     recipe, *trainings = (yaml.safe_load(b) for _, b in blocks(TRAINING, "yaml"))
     assert aj.Recipe.from_dict(recipe).arenas is not None
     assert [TrainConfig.from_dict(t).mode for t in trainings] == list(MODES)
+
+
+# docs/guides/ptq.md
+
+
+def test_every_algorithm_is_described():
+    rows = table(PTQ, "`algorithm`")
+    assert set(rows) == set(algorithms.algorithm_names())
+    for name, (_, formats) in rows.items():
+        own = algorithms.get_algorithm(name).formats
+        named = set(re.findall(r"\w+", formats)) & set(format_names())
+        assert own is None or named == set(own), name
+    assert set(table(PTQ, "`activation_scale`")) == set(input_scale.METHODS)
+
+
+@pytest.mark.parametrize(
+    ("head", "cls", "base"),
+    [
+        ("option of scales", algorithms.ScaleOptions, None),
+        ("option of `gptq`", algorithms.GPTQOptions, algorithms.ScaleOptions),
+    ],
+)
+def test_options_of_algorithms_are_described(head, cls, base):
+    rows = table(PTQ, head)
+    inherited = {f.name for f in dataclasses.fields(base)} if base else set()
+    fields = [f for f in dataclasses.fields(cls) if f.name not in inherited]
+    assert list(rows) == [f.name for f in fields]
+    for field in fields:
+        assert yaml.safe_load(rows[field.name][0].strip("`")) == field.default
+
+
+def test_recipes_of_the_guide_load():
+    for _, block in blocks(PTQ, "yaml"):
+        aj.Recipe.from_yaml(block)
+    text = PTQ.read_text(encoding="utf-8")
+    shipped = {f.stem for f in recipe_files()}
+    found = set(re.findall(r"`((?:int4|int8|fp8|nvfp4|mxfp4|w4a[48])-[\w-]+)`", text))
+    assert len(found) > 10 and found <= shipped
 
 
 # docs/guides/sparse_attention.md

@@ -84,6 +84,7 @@ def compress(
         loaded, what, how, dtype=dtype, progress=False if as_json else None
     )
     result = report(loaded.params, cparams)
+    cparams = _workflow.kv_scaled(loaded, cparams, what, how.text)
     _workflow.save_model(out, loaded, cparams, what, overwrite=overwrite)
     if html is not None:
         result.to_html(html, title=f"{model} · {what.name}")

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
+from angeljax.algorithms._base import require
+
 # How much the damping grows from one try to the next.
 GROWTH = 10.0
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -31,6 +33,26 @@ class Factored(NamedTuple):
     damped: jax.Array
     upper: jax.Array
     ok: jax.Array
+
+
+def require_definite(ok: jax.Array, damping: float, tries: int) -> None:
+    """Tells `angeljax.compress` what to say where `factor` did not succeed."""
+    require(
+        ok,
+        "the Hessian of its inputs is not positive definite even with damping "
+        f"{damping * GROWTH ** (tries - 1):g}: calibrate with more tokens, or raise "
+        "damping",
+    )
+
+
+def marked(planes: dict[str, jax.Array], ok: jax.Array) -> dict[str, jax.Array]:
+    """Planes whose floating-point numbers are NaN unless all is well."""
+    return {
+        name: jnp.where(ok, p, jnp.nan).astype(p.dtype)
+        if jnp.issubdtype(p.dtype, jnp.floating)
+        else p
+        for name, p in planes.items()
+    }
 
 
 def mean_diagonal(h: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from angeljax.algorithms._base import Algorithm, Found, register, require
+from angeljax.algorithms._base import Algorithm, Found, register
 from angeljax.algorithms._blocks import (
     as_matrix,
     check_matrix,
@@ -18,7 +18,13 @@ from angeljax.algorithms._blocks import (
     padded,
     to_matrix,
 )
-from angeljax.algorithms._hessian import GROWTH, HIGHEST, factor, mean_diagonal
+from angeljax.algorithms._hessian import (
+    HIGHEST,
+    factor,
+    marked,
+    mean_diagonal,
+    require_definite,
+)
 from angeljax.algorithms._refit import check_refit, refit_scales
 from angeljax.algorithms._scales import ScaleOptions, scale_weights, search_scales
 from angeljax.algorithms._sweep import (
@@ -31,11 +37,6 @@ from angeljax.algorithms._sweep import (
 )
 from angeljax.formats import QTensor, Spec
 from angeljax.formats.sherry import from_quads
-
-_NOT_DEFINITE = (
-    "the Hessian of its inputs is not positive definite even with damping "
-    "{damping:g}: calibrate with more tokens, or raise damping"
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -209,8 +210,7 @@ def _quantize(
     for _ in range(blocks.ndim - 3):
         one = jax.vmap(one)
     levels, planes, ok = one(blocks, h, mismatch, weights)
-    most = options.damping * GROWTH ** (options.damping_tries - 1)
-    require(ok, _NOT_DEFINITE.format(damping=most))
+    require_definite(ok, options.damping, options.damping_tries)
     return from_matrix(levels, planes, spec)
 
 
@@ -252,13 +252,7 @@ def _matrix(
         w = blocks.reshape(levels.shape)
         planes = refit_scales(w, levels, planes, damped, spec)
     levels = levels.reshape(blocks.shape)
-    planes = {
-        name: jnp.where(factored.ok, p, jnp.nan).astype(p.dtype)
-        if jnp.issubdtype(p.dtype, jnp.floating)
-        else p
-        for name, p in planes.items()
-    }
-    return levels, planes, factored.ok
+    return levels, marked(planes, factored.ok), factored.ok
 
 
 def _taken(x: jax.Array, order: Any, axis: int = 0) -> jax.Array:

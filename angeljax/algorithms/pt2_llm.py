@@ -11,9 +11,15 @@ from jax.lax import dynamic_slice_in_dim, dynamic_update_slice_in_dim, fori_loop
 from jax.scipy.linalg import solve_triangular
 
 from angeljax.algorithms import _fit
-from angeljax.algorithms._base import Algorithm, Found, register, require
+from angeljax.algorithms._base import Algorithm, Found, register
 from angeljax.algorithms._blocks import as_matrix, from_matrix, padded, to_matrix
-from angeljax.algorithms._hessian import GROWTH, HIGHEST, factor, mean_diagonal
+from angeljax.algorithms._hessian import (
+    HIGHEST,
+    factor,
+    marked,
+    mean_diagonal,
+    require_definite,
+)
 from angeljax.algorithms._sweep import natural_order, sweep, with_group
 from angeljax.formats import QTensor, Spec, get_format
 from angeljax.formats._blocks import rounded
@@ -114,12 +120,7 @@ def pt2_llm(
     for _ in range(blocks.ndim - 3):
         one = jax.vmap(one)
     levels, planes, ok = one(blocks, h)
-    most = options.damping * GROWTH ** (options.damping_tries - 1)
-    require(
-        ok,
-        "the Hessian of its inputs is not positive definite even with damping "
-        f"{most:g}: calibrate with more tokens, or raise damping",
-    )
+    require_definite(ok, options.damping, options.damping_tries)
     return from_matrix(levels, planes, spec)
 
 
@@ -189,12 +190,7 @@ def _matrix(
         start = (x, jnp.zeros_like(x), planes)
         _, levels, planes = fori_loop(0, spec.groups, step, start)
     levels = levels[jnp.argsort(order)].T.reshape(blocks.shape)
-    # Every plane of these formats is of a float dtype.
-    planes = {
-        name: jnp.where(factored.ok, p, jnp.nan).astype(p.dtype)
-        for name, p in planes.items()
-    }
-    return levels, planes, factored.ok
+    return levels, marked(planes, factored.ok), factored.ok
 
 
 def fit_group(

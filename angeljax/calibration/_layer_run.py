@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from angeljax import _leaves
+from angeljax._brief import brief_jit
 from angeljax.calibration import _measure
 from angeljax.calibration._tap import TappedTensor, paired_rows, token_mask
 from angeljax.formats import Spec
@@ -35,8 +36,8 @@ class Tap(NamedTuple):
     kinds: tuple[str, ...]
 
 
-def nothing(taps: tuple[Tap, ...], *, measured: bool = False) -> Found:
-    """Statistics of no tokens at all; only those that a batch gives by itself."""
+def _zeros(taps: tuple[Tap, ...], measured: bool) -> Found:
+    """Statistics of no tokens at all; `measured`: those a batch gives by itself."""
     skip = ("ema", "batches") if measured else ()
     return [
         {
@@ -46,6 +47,12 @@ def nothing(taps: tuple[Tap, ...], *, measured: bool = False) -> Found:
         }
         for t in taps
     ]
+
+
+@functools.partial(brief_jit, static_argnums=(0,))
+def nothing(taps: tuple[Tap, ...]) -> Found:
+    """Statistics of no tokens at all, made in one call."""
+    return _zeros(taps, measured=False)
 
 
 def _run(model: Any, part: str, tree: Any, x: Any, i: Any) -> Any:
@@ -78,7 +85,7 @@ def _tapped(
         ]
         return sum(floats, jnp.float32(0))
 
-    return jax.grad(scalar)(nothing(taps, measured=True))
+    return jax.grad(scalar)(_zeros(taps, measured=True))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)

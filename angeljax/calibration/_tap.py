@@ -15,13 +15,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from angeljax.calibration import _measure
-from angeljax.formats import QTensor, Spec
+from angeljax.formats import Spec
+from angeljax.formats._dense import DenseTensor
 from angeljax.formats._qtensor import register_type
 
 _PREFIX = "slot_"
@@ -58,33 +59,17 @@ def paired_rows() -> Iterator[None]:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class TappedTensor(QTensor):
+class TappedTensor(DenseTensor):
     """A dense weight that stands where the QTensor will stand, and observes its inputs.
 
     Its planes are `codes`, the weight itself, and one slot for each statistic.
     """
-
-    packed: ClassVar[bool] = False
 
     @classmethod
     def of(cls, w: jax.Array, spec: Spec, slots: dict[str, jax.Array]) -> TappedTensor:
         """A weight with slots `[*batch, ...]` by the names of statistics."""
         named = {_PREFIX + kind: slot for kind, slot in slots.items()}
         return cls(planes={"codes": w, **named}, spec=spec)
-
-    @property
-    def _code_rank(self) -> int:
-        return len(self.spec.shape)
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """Of the stored weight."""
-        return jnp.dtype(self.planes["codes"].dtype)
-
-    def dequantize(self, dtype: Any = None) -> jax.Array:
-        """The weight, in `dtype` (default: as it is)."""
-        w = self.planes["codes"]
-        return w if dtype is None else w.astype(dtype)
 
     def observe(
         self,
@@ -184,11 +169,11 @@ def _ragged_forward(x: Any, slots: Any, valid: Any, sizes: Any) -> tuple[Any, An
     return x, _measure.measure_ragged(x, valid, sizes, kinds=tuple(slots))
 
 
-def _ragged_backward(found: Any, g: Any) -> tuple[Any, Any, None, None]:
+def _hand_over(found: Any, g: Any) -> tuple[Any, Any, None, None]:
     return g, found, None, None
 
 
-_tap_ragged.defvjp(_ragged_forward, _ragged_backward)
+_tap_ragged.defvjp(_ragged_forward, _hand_over)
 
 
 @jax.custom_vjp
@@ -206,8 +191,4 @@ def _pairs_forward(x: Any, slots: Any, full: Any, valid: Any) -> tuple[Any, Any]
     return x, {kind: found[kind] for kind in slots}
 
 
-def _pairs_backward(found: Any, g: Any) -> tuple[Any, Any, None, None]:
-    return g, found, None, None
-
-
-_tap_pairs.defvjp(_pairs_forward, _pairs_backward)
+_tap_pairs.defvjp(_pairs_forward, _hand_over)

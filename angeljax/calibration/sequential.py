@@ -119,7 +119,7 @@ def compress_sequential(
       >>> rule = aj.Rule(format="int8", activation="int8", activation_scale="amax")
       >>> done = aj.compress_sequential(model, params, aj.Recipe(rules=[rule]), tokens)
       >>> done["layers"][1]["mlp"]["down_proj"]["kernel"]
-      QTensor(int8 channel [64,32] float32, 8.5156 bit/weight)
+      QTensor(int8 channel [64,32] float32, 8.516 bit/weight)
     """
     if inputs not in ("quantized", "full"):
         raise ValueError(f"inputs must be quantized or full, not {inputs!r}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from angeljax.calibration._statistics import Statistics
 
@@ -16,6 +17,8 @@ class Transform(Protocol):
     under the `name` that recipes call them by. They work on leaves by path, on params
     with or without layer axes in front.
     """
+
+    name: ClassVar[str]
 
     def needs(self) -> tuple[str, ...]:
         """Names of the statistics that it reads."""
@@ -92,6 +95,19 @@ def apply_transforms(
         leaves, make_plan(leaves, recipe), recipe, stats
     )
     return _leaves.unflatten(treedef, leaves, [x.value for x in new]), stats
+
+
+def changed_fields(transform: Transform) -> dict[str, Any]:
+    """Name and fields that differ from their defaults, as plain YAML values."""
+    out: dict[str, Any] = {"name": transform.name}
+    for field in dataclasses.fields(transform):  # type: ignore[arg-type]
+        value = getattr(transform, field.name)
+        if value == field.default:
+            continue
+        if field.name == "pairs":
+            value = [pair.to_dict() for pair in value]
+        out[field.name] = list(value) if isinstance(value, tuple) else value
+    return out
 
 
 _TRANSFORMS: dict[str, Callable[..., Transform]] = {}

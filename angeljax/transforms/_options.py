@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 
 from angeljax.calibration._statistics import Statistics
 from angeljax.formats import Spec
+from angeljax.transforms._base import changed_fields
 from angeljax.transforms._graph import (
     DEFAULTS,
     PARTS,
@@ -24,7 +26,7 @@ from angeljax.transforms._rescale import found_of, output_error, rescale
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PairOptions:
+class PairOptions(abc.ABC):
     """Producers and readers; see the transforms."""
 
     name: ClassVar[str]
@@ -48,10 +50,11 @@ class PairOptions:
         """Those of the user, or the defaults of the parts."""
         return tuple(self.pairs) or tuple(p for x in self.parts for p in DEFAULTS[x])
 
+    @abc.abstractmethod
     def needs(self) -> tuple[str, ...]:
         """Names of the statistics that `scales` reads."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def scales(
         self,
         link: Link,
@@ -67,15 +70,14 @@ class PairOptions:
           found: statistics of its readers that are quantized.
           plan: path -> spec.
         """
-        raise NotImplementedError
 
-    def rescale_all(
+    def apply(
         self,
         leaves: Mapping[str, Any],
         stats: Statistics | None,
         plan: Mapping[str, Spec],
     ) -> tuple[dict[str, Any], Statistics | None]:
-        """One producer after another; a later one sees the weights of the earlier.
+        """See `Transform`. A later producer sees what an earlier one did to weights.
 
         Raises:
           ValueError: pairs do not fit the tree, or no reader is quantized by a rule.
@@ -126,12 +128,4 @@ class PairOptions:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain YAML values."""
-        out: dict[str, Any] = {"name": self.name}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value == field.default:
-                continue
-            if field.name == "pairs":
-                value = [pair.to_dict() for pair in value]
-            out[field.name] = list(value) if isinstance(value, tuple) else value
-        return out
+        return changed_fields(self)

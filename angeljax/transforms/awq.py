@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from angeljax.calibration._statistics import Statistics
 from angeljax.formats import Spec
 from angeljax.transforms._base import register
 from angeljax.transforms._graph import Link
@@ -74,15 +73,6 @@ class AWQ(PairOptions):
     def needs(self) -> tuple[str, ...]:
         """See `Transform`."""
         return ("abs_sum", "hessian")
-
-    def apply(
-        self,
-        leaves: Mapping[str, Any],
-        stats: Statistics | None,
-        plan: Mapping[str, Spec],
-    ) -> tuple[dict[str, Any], Statistics | None]:
-        """See `Transform`."""
-        return self.rescale_all(leaves, stats, plan)
 
     def scales(
         self,

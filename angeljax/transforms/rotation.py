@@ -14,7 +14,7 @@ import numpy as np
 from angeljax.calibration._statistics import Statistics
 from angeljax.formats import QTensor, Spec
 from angeljax.formats._rotation import largest_block, rotate
-from angeljax.transforms._base import register
+from angeljax.transforms._base import changed_fields, register
 from angeljax.transforms._graph import (
     DEFAULTS,
     Link,
@@ -118,15 +118,7 @@ class Rotation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain YAML values."""
-        out: dict[str, Any] = {"name": self.name}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value == field.default:
-                continue
-            if field.name == "pairs":
-                value = [pair.to_dict() for pair in value]
-            out[field.name] = list(value) if isinstance(value, tuple) else value
-        return out
+        return changed_fields(self)
 
     def apply(
         self,

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from angeljax.calibration._statistics import Statistics
 from angeljax.formats import Spec
 from angeljax.transforms._base import register
 from angeljax.transforms._graph import Link
@@ -84,15 +83,6 @@ class SmoothQuant(PairOptions):
         """See `Transform`."""
         more = ("hessian",) if self.alpha == "search" else ()
         return ("amax_channel", *more)
-
-    def apply(
-        self,
-        leaves: Mapping[str, Any],
-        stats: Statistics | None,
-        plan: Mapping[str, Spec],
-    ) -> tuple[dict[str, Any], Statistics | None]:
-        """See `Transform`."""
-        return self.rescale_all(leaves, stats, plan)
 
     def scales(
         self,

@@ -102,6 +102,29 @@ def test_against_numpy(case: str) -> None:
     assert not same_codes(decoded(rtn(jnp.asarray(w), spec)).T, want)
 
 
+@pytest.mark.parametrize("act_order", [False, True])
+def test_codes_of_a_larger_weight(act_order: bool) -> None:
+    """Float32 against float64: fewer than one code in 10,000 is another one."""
+    rng = np.random.default_rng(2)
+    k, n = 512, 64
+    mix = np.eye(k) + 0.3 * rng.normal(size=(k, k)) / np.sqrt(k)
+    h = hessian(rng.normal(size=(2 * k, k)) @ mix)
+    w = np.asarray(rng.normal(size=(k, n)), np.float32)
+    spec = make_spec(w.shape, w.dtype, format="int4", group_size=128)
+    options = GPTQOptions(act_order=act_order)
+    got = decoded(run("gptq", w, spec, {"hessian": h}, options))
+    levels, _ = oracle.gptq(
+        w.T, h, oracle.Int4(BF16), 128, act_order=act_order, static=True
+    )
+    # One scale for 128 inputs: a value over it is its code.
+    blocks = w.reshape(-1, 128, n)
+    scale = (np.abs(blocks).max(axis=1, keepdims=True) / np.float32(7.5)).astype(BF16)
+    codes = np.rint(got.reshape(blocks.shape) / scale.astype(np.float64))
+    assert np.mean(codes.reshape(k, n) == levels.T) > 0.9999
+    nearest = np.rint(blocks / scale.astype(np.float64)).reshape(k, n)
+    assert np.mean(nearest == levels.T) < 0.95
+
+
 def test_gptaq_against_numpy() -> None:
     w, x, full = data(64)
     spec = make_spec(w.shape, w.dtype, format="int4", group_size=32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def test_main_writes_and_checks(tmp_path: Path) -> None:
         tables.main(["--check"], docs=tmp_path, front=tmp_path)
     tables.main([], docs=tmp_path, front=tmp_path)
     tables.main(["--check"], docs=tmp_path, front=tmp_path)
-    others = ("attention", "kernels", "tokens", "training")
+    others = ("attention", "kernels", "ptq", "tokens", "training")
     names = {"results", *(f"results_{other}" for other in others)}
     assert {p.name for p in tmp_path.iterdir()} == {f"{name}.md" for name in names}
     (tmp_path / "results_kernels.md").write_text("old")
@@ -58,10 +59,13 @@ def test_readme_shows_what_one_token_gains() -> None:
 
 def test_commands_name_no_folder_of_a_machine() -> None:
     data = {"device": "GPU", "date": "2026-11-27", "versions": {"jax": "1"}}
-    command = "python -m a.b --images /tmp/x/images --out results/y --tag h100"
+    command = (
+        "python -m a.b --images /tmp/x/images --text z=/tmp/z --out results/y "
+        "--tag h100"
+    )
     assert md.source({**data, "command": command}) == (
         "GPU, 2026-11-27, jax 1. "
-        "`python -m a.b --images images --out results/y --tag h100`\n"
+        "`python -m a.b --images images --text z=z --out results/y --tag h100`\n"
     )
 
 
@@ -311,3 +315,56 @@ def test_tokens_have_a_page_and_three_tables_of_their_guide(tmp_path: Path) -> N
     (tmp_path / "whisper_pruning.h100.json").unlink()
     assert "## Whisper" not in tables.render(tmp_path)["results_tokens.md"]
     assert "whisper" not in tables.guides(tmp_path)[tables.TOKENS_GUIDE]
+
+
+def test_quantization_after_training_has_a_page_and_two_tables_of_its_guide(
+    tmp_path: Path,
+) -> None:
+    def row(name: str, kl: float, section: str = "W4 g128") -> list[Row]:
+        case = {"section": section, "row": name}
+        text = {**case, "text": "wikitext2"}
+        return [
+            Row(case, "compress_time", 2.0, "s"),
+            Row(text, "perplexity", 30.0, "1"),
+            Row(text, "kl", kl, "nats"),
+            Row(text, "top1_agreement", 0.75, "1"),
+            Row({**case, "text": "heldout"}, "perplexity", 1e30, "1"),
+            Row({**case, "text": "heldout"}, "kl", kl / 2, "nats"),
+        ]
+
+    original = {"section": "original", "row": "float32", "text": "wikitext2"}
+    rows = [Row(original, "perplexity", 20.0, "1"), *row("rtn", 0.5)]
+    bits = {"section": "W4 g128", "row": "rtn"}
+    rows += [Row(bits, "bits_per_weight", 4.125, "bit"), *row("gptq", 0.25)]
+    rows += row("int8", 0.125, "KV cache")
+    write("ptq_quality", rows, device_tag="h100", directory=tmp_path)
+    case = {"inputs": 512, "outputs": 256, "act order": True}
+    times = [Row(case, "compile_time", 9.0, "s"), Row(case, "run_time", 0.125, "s")]
+    write("gptq_time", times, device_tag="h100", directory=tmp_path)
+    pages = tables.render(tmp_path)
+    assert not _lines(pages["results.md"])
+    parts = re.split(r"\n##+ ", pages["results_ptq.md"])
+    found = {part.split("\n")[0]: _lines(part) for part in parts[1:]}
+    assert found["W4 g128"] == [
+        "| row | bit/weight | wikitext-2 perplexity | KL | top-1 |"
+        " held-out perplexity | KL | top-1 | compress (s) |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| float32 |  | 20.00 |  |  |  |  |  |  |",
+        "| rtn | 4.125 | 30.00 | 0.5000 | 75.0% | 1.000e+30 | 0.2500 |  | 2.0 |",
+        "| gptq |  | 30.00 | 0.2500 | 75.0% | 1.000e+30 | 0.1250 |  | 2.0 |",
+    ]
+    assert "bit/weight" not in found["KV cache"][0]
+    assert found["Time of GPTQ"] == [
+        "| inputs | outputs | act order | compile (s) | run (s) |",
+        "| ---: | ---: | --- | ---: | ---: |",
+        "| 512 | 256 | yes | 9.0 | 0.125 |",
+    ]
+    own = tables.guides(tmp_path)[tables.PTQ_GUIDE]
+    assert _lines(own["ptq table"]) == found["W4 g128"]
+    assert _lines(own["ptq sections"])[2:] == [
+        "| W4 g128 | rtn | 0.5000 | gptq | 0.2500 |",
+        "| KV cache | int8 | 0.1250 | int8 | 0.1250 |",
+    ]
+    (tmp_path / "ptq_quality.h100.json").unlink()
+    assert not tables.guides(tmp_path)[tables.PTQ_GUIDE]
+    assert "## Quality" not in tables.render(tmp_path)["results_ptq.md"]
