@@ -206,12 +206,16 @@ class DraftOptions:
         if self.rules is not None:
             if not isinstance(self.rules, list | tuple) or not self.rules:
                 raise ValueError("draft.rules must be a list of rules")
-            rules = [r if isinstance(r, Rule) else Rule.from_dict(r) for r in self.rules]
+            rules = [
+                r if isinstance(r, Rule) else Rule.from_dict(r) for r in self.rules
+            ]
             object.__setattr__(self, "rules", tuple(rules))
         if self.method == "self_quant" and (self.rules is None) == (
             self.recipe is None
         ):
-            raise ValueError("draft.method self_quant needs one of `rules` and `recipe`")
+            raise ValueError(
+                "draft.method self_quant needs one of `rules` and `recipe`"
+            )
 
     def kept_layers(self, num_layers: int) -> tuple[int, ...] | None:
         """Numbers from 0 of the layers that draft; None for all.
