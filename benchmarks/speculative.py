@@ -4,8 +4,8 @@
     python -m benchmarks.speculative --smoke
 
 PROMPTS has lines {"category": ..., "turns": [first question, ...]}. Parts:
-`equality` counts texts that differ from plain decoding: float32; bfloat16 with rounds of
-one width, and fast ones; `speed` times whole generations in bfloat16, one prompt at a
+`equality` counts texts that differ from plain decoding: float32; bfloat16 with rounds
+of one width, and fast ones; `speed` times whole generations in bfloat16, one prompt at a
 time, against plain decoding by the same code (`autoregressive`, the baseline of all
 ratios) and by `models.generate` ("plain decode"); `width` times rounds by their width;
 `large` does so for random weights of 8B shape. Weights are fused and stored as
@@ -42,11 +42,12 @@ from angeljax.speculative import (
     profile_target,
     successors,
 )
+from angeljax.speculative._check import bucket
 from benchmarks._results import RESULTS, Row, write
 from benchmarks.decode_step import MODELS, random_params
 
 PARTS = ("equality", "speed", "width", "large")
-LENGTH, NEW = 256, 128
+LENGTH, NEW = 512, 128
 WIDTHS = (1, 2, 4, 8, 15, 16, 32)
 
 
@@ -102,11 +103,10 @@ def equality(
         if exact == "same_width" and drafter.tree is not None:
             continue
         differ, gap, count = 0, 0.0, 0
-        for at in range(0, len(prompts) - batch + 1, batch):
-            part = list(prompts[at : at + batch])
-            ids, size = padded(part, length)
-            # The array keeps its width, so that all batches share a program.
-            size[0] = length if size.max() < length else size[0]
+        for first in range(0, len(prompts), batch):
+            # The last batch is as large as the others; what it repeats is not counted.
+            at = min(first, len(prompts) - batch)
+            ids, size = padded(prompts[at : at + batch], length)
             width = drafter.width if exact == "same_width" else 1
             options = {"max_new_tokens": new, "slots": length + new + 64}
             plain = autoregressive(model, params, ids, size, width=width, **options)
@@ -114,9 +114,10 @@ def equality(
                 model, params, ids, size, drafter=drafter, exact=exact, **options
             )
             found = divergences(model, params, ids, plain, fast, size)
+            found = [d for d in found if at + d.row >= first]
             differ += len(found)
             gap = max([gap, *(d.gap for d in found)])
-            count += len(part)
+            count += at + batch - first
         case = {"drafter": label, "dtype": name, "exact": exact, "prompts": count}
         out.append(Row(case, "texts that differ", differ, "1"))
         out.append(Row(case, "largest gap", min(gap, 1e9), "logits"))
@@ -140,14 +141,17 @@ def speed(
     seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
     taus: dict[tuple[str, str], list[float]] = defaultdict(list)
     gains: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for number, group in enumerate(groups):
+    compiled: set[int] = set()
+    for group in groups:
         task = group[0][0] if len({t for t, _ in group}) == 1 else "mixed"
         ids, size = padded([p for _, p in group], length)
-        size[0] = length if size.max() < length else size[0]
+        # Prompts of one bucket share the program that reads them.
+        fresh = bucket(int(size.max())) not in compiled
+        compiled.add(bucket(int(size.max())))
         base = 0.0
         for label, how in ways.items():
-            if not number:  # compiles
-                jax.block_until_ready(run_one(model, params, ids, size, how, new))
+            if fresh:
+                run_one(model, params, ids, size, how, new)
             start = time.perf_counter()
             done = run_one(model, params, ids, size, how, new)
             jax.block_until_ready(done.tokens)
@@ -188,7 +192,7 @@ def plain_decode(model: LanguageModel, params: Any, length: int, new: int) -> Ro
 
 
 def width_rows(profile: Profile, name: str) -> list[Row]:
-    """Times of rounds, and how often the first draft must be right to pay for itself."""
+    """Times of rounds, and the chance of each draft at which they pay."""
     base = profile.seconds[0] * 1e3
     rows = []
     for width, seconds in zip(profile.widths, profile.seconds, strict=True):
@@ -273,7 +277,7 @@ def _small(args: Any) -> list[Row]:
         drafters = drafters_of(model, params)
         sizes = {"length": LENGTH, "new": NEW}
         if name == "bfloat16" and "width" in args.parts:
-            found = profile_target(model, params, WIDTHS, slots=448, cache=False)
+            found = profile_target(model, params, WIDTHS, slots=704, cache=False)
             rows += width_rows(found, "smollm2")
         if name == "bfloat16" and "speed" in args.parts:
             rows.append(plain_decode(model, params, LENGTH, NEW))
