@@ -5,8 +5,8 @@
 
 PROMPTS has lines {"category": ..., "turns": [first question, ...]}. Parts:
 `equality` counts texts that differ from plain decoding: float32; bfloat16 with rounds
-of one width, and fast ones; `speed` times whole generations in bfloat16, one prompt at a
-time, against plain decoding by the same code (`autoregressive`, the baseline of all
+of one width, and fast ones; `speed` times whole generations in bfloat16, by batches,
+against plain decoding by the same code (`autoregressive`, the baseline of all
 ratios) and by `models.generate` ("plain decode"); `width` times rounds by their width;
 `large` does so for random weights of 8B shape. Weights are fused and stored as
 `prepare_decoder` does. A generation is one call; its prompt is read in it.
@@ -79,7 +79,7 @@ def run_one(
 ) -> Generated:
     """A batch of padded prompts; `how` is a drafter, or None for plain decoding."""
     # Slots by the padded length: prompts of all lengths share a program.
-    options = {"max_new_tokens": new, "slots": ids.shape[1] + new + 64}
+    options: dict[str, Any] = {"max_new_tokens": new, "slots": ids.shape[1] + new + 64}
     if how is None:
         return autoregressive(model, params, ids, size, **options)
     return generate(model, params, ids, size, drafter=how, **options)
@@ -108,7 +108,10 @@ def equality(
             at = min(first, len(prompts) - batch)
             ids, size = padded(prompts[at : at + batch], length)
             width = drafter.width if exact == "same_width" else 1
-            options = {"max_new_tokens": new, "slots": length + new + 64}
+            options: dict[str, Any] = {
+                "max_new_tokens": new,
+                "slots": length + new + 64,
+            }
             plain = autoregressive(model, params, ids, size, width=width, **options)
             fast = generate(
                 model, params, ids, size, drafter=drafter, exact=exact, **options
@@ -275,7 +278,7 @@ def _small(args: Any) -> list[Row]:
 
         prompts = read_prompts(args.prompts, encode, LENGTH, None)
         drafters = drafters_of(model, params)
-        sizes = {"length": LENGTH, "new": NEW}
+        sizes: dict[str, Any] = {"length": LENGTH, "new": NEW}
         if name == "bfloat16" and "width" in args.parts:
             found = profile_target(model, params, WIDTHS, slots=704, cache=False)
             rows += width_rows(found, "smollm2")
@@ -315,8 +318,8 @@ def smoke() -> list[Row]:
     model = LanguageModel(config)
     model, params = prepare_decoder(model, model.init(jax.random.key(0)))
     some = [("chat", [5, 6, 7, 5, 6]), ("code", [9, 9, 8])]
-    drafters = {"prompt_lookup": PromptLookup(3)}
-    sizes = {"length": 8, "new": 8}
+    drafters: dict[str, Drafter] = {"prompt_lookup": PromptLookup(3)}
+    sizes: dict[str, Any] = {"length": 8, "new": 8}
     rows = width_rows(profile_target(model, params, (1, 4), slots=64, cache=False), "t")
     rows += speed(model, params, some, drafters, batch=1, **sizes)
     ids = [p for _, p in some]
