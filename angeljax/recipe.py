@@ -18,6 +18,7 @@ import yaml
 
 from angeljax import _train_options
 from angeljax._attention_options import AttentionOptions
+from angeljax._draft_options import DraftOptions
 from angeljax._fields import known_fields
 from angeljax._kv_cache_options import KVCacheOptions
 from angeljax._tokens_options import TokensOptions
@@ -50,9 +51,9 @@ FORMAT_OPTIONS = (
     "tied",
 )
 # Parts beside the rules, one of which is enough for a recipe.
-SECTIONS = ("attention", "tokens", "kv_cache")
+SECTIONS = ("attention", "tokens", "kv_cache", "draft")
 # Parts of the schema that hold no options yet; a recipe that fills one is refused.
-RESERVED_SECTIONS = ("activations", "draft")
+RESERVED_SECTIONS = ("activations",)
 
 
 class RecipeError(ValueError):
@@ -285,7 +286,8 @@ class Recipe:
 
     Attributes:
       rules: the first rule that matches a leaf decides; a leaf that none matches stays.
-        There may be none if there is a section `attention`, `tokens` or `kv_cache`.
+        There may be none if there is a section `attention`, `tokens`, `kv_cache` or
+        `draft`.
       name, description: for people.
       skip: regular expressions of paths that rules without `match` leave alone.
       requires: fields of a model's configuration that this recipe was made for, such as
@@ -304,6 +306,8 @@ class Recipe:
       kv_cache: how a decoder's cache is stored; `KVCacheOptions`, or a mapping of its
         fields. It goes into a `LanguageModel`, and the command line does so by itself.
         None stores keys and values in the dtype of the model.
+      draft: how it decodes speculatively; `DraftOptions`, or a mapping of its fields.
+        `angeljax spec` does so. None decodes plainly.
 
     Example:
       >>> import angeljax as aj
@@ -323,6 +327,7 @@ class Recipe:
     attention: AttentionOptions | None = None
     tokens: TokensOptions | None = None
     kv_cache: KVCacheOptions | None = None
+    draft: DraftOptions | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
@@ -350,12 +355,14 @@ class Recipe:
             options = AttentionOptions.parse(self.attention)
             tokens = TokensOptions.parse(self.tokens)
             kv_cache = KVCacheOptions.parse(self.kv_cache)
+            draft = DraftOptions.parse(self.draft)
         except ValueError as e:
             raise RecipeError(str(e)) from None
         object.__setattr__(self, "transforms", transforms)
         object.__setattr__(self, "attention", options)
         object.__setattr__(self, "tokens", tokens)
         object.__setattr__(self, "kv_cache", kv_cache)
+        object.__setattr__(self, "draft", draft)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain YAML / JSON values; `from_dict` restores an equal recipe."""
@@ -379,6 +386,8 @@ class Recipe:
             out["tokens"] = self.tokens.to_dict()
         if self.kv_cache is not None:
             out["kv_cache"] = self.kv_cache.to_dict()
+        if self.draft is not None:
+            out["draft"] = self.draft.to_dict()
         return out
 
     @classmethod

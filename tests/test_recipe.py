@@ -45,7 +45,7 @@ def test_shipped_recipe_loads_round_trips_and_fits(file):
     assert recipe.name == file.stem
     assert aj.Recipe.from_yaml(recipe.to_yaml()) == recipe
     assert aj.Recipe.from_dict(recipe.to_dict()) == recipe
-    sections = recipe.attention, recipe.tokens, recipe.kv_cache
+    sections = recipe.attention, recipe.tokens, recipe.kv_cache, recipe.draft
     assert formats_of(recipe) or any(s is not None for s in sections)
 
 
@@ -118,7 +118,7 @@ def test_recipe_is_hashable_by_value_and_frozen():
         ("rules: int8", "list `rules`"),
         ("rules: [int8]", "must be a mapping"),
         ("[1, 2]", "must be a mapping"),
-        ("rules: [{format: int8}]\ndraft: {name: x}", "'draft'"),
+        ("rules: [{format: int8}]\ndraft: {name: x}", "draft has no field 'name'"),
         ("rules: [{format: int8}]\nskip: ['(']", "skip '('"),
         ("rules: [{format: int8}]\nskip: abc", "list of regular expressions"),
         ("rules: [{format: int8}]\nrequires: 3", "requires must be a mapping"),

@@ -7,6 +7,18 @@ from angeljax.speculative._rows import (
     key_positions,
     tree_mask,
 )
+from angeljax.speculative.auto import (
+    Candidate,
+    Estimate,
+    Plan,
+    auto_generate,
+    calibrate_choice,
+    candidates_of,
+    choose,
+    draft_costs,
+    survival,
+    variants,
+)
 from angeljax.speculative.compare import Divergence, divergences
 from angeljax.speculative.core import (
     Generated,
@@ -28,6 +40,12 @@ from angeljax.speculative.drafter import (
 from angeljax.speculative.grow import Frontier, grow_tree
 from angeljax.speculative.lookup import PromptLookup, lookup
 from angeljax.speculative.model_drafter import DraftModel, SelfDrafter
+from angeljax.speculative.profile import (
+    Profile,
+    cache_folder,
+    profile_drafter,
+    profile_target,
+)
 from angeljax.speculative.recycling import (
     Hybrid,
     TokenRecycling,
@@ -38,16 +56,20 @@ from angeljax.speculative.sampling import Sampler, Sampling
 from angeljax.speculative.tree import DynamicTree, Tree, chain
 
 __all__ = [
+    "Candidate",
     "Context",
     "Divergence",
     "Draft",
     "DraftModel",
     "Drafter",
     "DynamicTree",
+    "Estimate",
     "Frontier",
     "Generated",
     "Hybrid",
     "NoDrafter",
+    "Plan",
+    "Profile",
     "Prompt",
     "PromptLookup",
     "Sampler",
@@ -60,18 +82,28 @@ __all__ = [
     "TokenRecycling",
     "Tree",
     "Verified",
+    "auto_generate",
     "autoregressive",
+    "cache_folder",
     "cache_slots",
+    "calibrate_choice",
+    "candidates_of",
     "chain",
     "chain_mask",
+    "choose",
     "decode",
     "divergences",
+    "draft_costs",
     "generate",
     "grow_tree",
     "key_positions",
     "lookup",
     "prefill",
+    "profile_drafter",
+    "profile_target",
     "rank_tree",
     "successors",
+    "survival",
     "tree_mask",
+    "variants",
 ]

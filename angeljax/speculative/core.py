@@ -213,9 +213,99 @@ def generate(
       >>> bool((fast.tokens == plain.tokens).all()), fast.tau >= plain.tau == 1.0
       (True, True)
     """
+    _check.strings(stop_strings, detokenize)
+    run, state = begin(
+        model,
+        params,
+        prompts,
+        lengths,
+        drafter=drafter,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop_tokens=stop_tokens,
+        stop_strings=stop_strings,
+        detokenize=detokenize,
+        on_tokens=on_tokens,
+        rounds_per_call=rounds_per_call,
+        exact=exact,
+        slots=slots,
+    )
+    return run.result(run.finish(drafter, state))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A generation under way: what the host knows of it."""
+
+    target: Target
+    sizes: np.ndarray
+    told: np.ndarray
+    stops: tuple[int, ...]
+    max_new_tokens: int
+    rounds_per_call: int
+    always_wide: bool
+    stop_strings: Sequence[str]
+    detokenize: Callable[[list[int]], str] | None
+    on_tokens: Callable[[int, list[int]], None] | None
+
+    @property
+    def looked_at(self) -> bool:
+        """Whether the host looks at the text before it is finished."""
+        return self.on_tokens is not None or bool(self.stop_strings)
+
+    def advance(self, drafter: Drafter, state: State, rounds: int) -> State:
+        """One call of the compiled loop, and what the host does after it."""
+        state = decode(
+            self.target,
+            drafter,
+            state,
+            stops=jnp.asarray(self.stops, jnp.int32),
+            rounds=jnp.int32(rounds),
+            always_wide=self.always_wide,
+        )
+        if self.looked_at:
+            look = self.stop_strings, self.detokenize, self.on_tokens
+            state = _look(state, self.sizes, self.told, *look)
+        return state
+
+    def finish(self, drafter: Drafter, state: State) -> State:
+        """The state in which all rows have ended."""
+        state = self.advance(drafter, state, self.rounds_per_call)
+        while self.looked_at or self.rounds_per_call < self.max_new_tokens:
+            if not np.any(state.active):
+                break
+            state = self.advance(drafter, state, self.rounds_per_call)
+        return state
+
+    def result(self, state: State) -> Generated:
+        """The text of a state."""
+        pad = self.target.model.config.pad_id
+        pad = (self.stops[0] if self.stops else 0) if pad is None else pad
+        new, count = state.lengths - self.sizes, self.max_new_tokens
+        tokens = _collect(state.tokens, self.sizes, new, jnp.int32(pad), count=count)
+        return Generated(tokens, new, state.stats)
+
+
+def begin(
+    model: TargetModel,
+    params: Any,
+    prompts: Any,
+    lengths: Any,
+    *,
+    drafter: Drafter,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop_tokens: Sequence[int] | None,
+    stop_strings: Sequence[str],
+    detokenize: Callable[[list[int]], str] | None,
+    on_tokens: Callable[[int, list[int]], None] | None,
+    rounds_per_call: int | None,
+    exact: str,
+    slots: int | None,
+) -> tuple[Run, State]:
+    """Checks all options and reads the prompts; see `generate`."""
     tokens, sizes = _check.prompts(model, prompts, lengths)
     _check.options(model, drafter, sampling, max_new_tokens, exact, rounds_per_call)
-    _check.strings(stop_strings, detokenize)
     slots = _check.slots(model, drafter, sizes, max_new_tokens, slots)
     stops = model.config.eos_ids if stop_tokens is None else tuple(stop_tokens)
     tokens = _check.padded(tokens, min(_check.bucket(tokens.shape[1]), slots))
@@ -231,30 +321,19 @@ def generate(
     looked_at = on_tokens is not None or bool(stop_strings)
     if rounds_per_call is None:
         rounds_per_call = 8 if looked_at else max_new_tokens
-    step = functools.partial(
-        decode,
-        target,
-        drafter,
-        stops=jnp.asarray(stops, jnp.int32),
-        rounds=jnp.int32(rounds_per_call),
+    run = Run(
+        target=target,
+        sizes=sizes,
+        told=sizes.copy(),
+        stops=tuple(stops),
+        max_new_tokens=max_new_tokens,
+        rounds_per_call=rounds_per_call,
         always_wide=exact == "same_width",
+        stop_strings=stop_strings,
+        detokenize=detokenize,
+        on_tokens=on_tokens,
     )
-    state = step(state)
-    told = sizes.copy()
-    while looked_at or rounds_per_call < max_new_tokens:
-        if looked_at:
-            state = _look(state, sizes, told, stop_strings, detokenize, on_tokens)
-        if not np.any(state.active):
-            break
-        state = step(state)
-    pad = model.config.pad_id
-    pad = (stops[0] if stops else 0) if pad is None else pad
-    new = state.lengths - sizes
-    return Generated(
-        _collect(state.tokens, sizes, new, jnp.int32(pad), count=max_new_tokens),
-        new,
-        state.stats,
-    )
+    return run, state
 
 
 def autoregressive(

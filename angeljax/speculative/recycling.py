@@ -108,7 +108,12 @@ class TokenRecycling(Drafter):
 
     @property
     def tree(self) -> Tree:
-        return _tree(self.nodes, self.weights)[0]
+        return self.ranked[0]
+
+    @property
+    def ranked(self) -> tuple[Tree, tuple[int, ...]]:
+        """The tree, and the rank of each of its nodes below its parent."""
+        return _tree(self.nodes, self.weights)
 
     @property
     def top_k(self) -> int:
