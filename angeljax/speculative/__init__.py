@@ -25,6 +25,14 @@ from angeljax.speculative.drafter import (
     TargetModel,
     Verified,
 )
+from angeljax.speculative.eagle import (
+    EagleConfig,
+    EagleDrafter,
+    EagleTree,
+    init_eagle,
+    load_eagle,
+    save_eagle,
+)
 from angeljax.speculative.grow import Frontier, grow_tree
 from angeljax.speculative.lookup import PromptLookup, lookup
 from angeljax.speculative.model_drafter import DraftModel, SelfDrafter
@@ -44,6 +52,9 @@ __all__ = [
     "DraftModel",
     "Drafter",
     "DynamicTree",
+    "EagleConfig",
+    "EagleDrafter",
+    "EagleTree",
     "Frontier",
     "Generated",
     "Hybrid",
@@ -68,10 +79,13 @@ __all__ = [
     "divergences",
     "generate",
     "grow_tree",
+    "init_eagle",
     "key_positions",
+    "load_eagle",
     "lookup",
     "prefill",
     "rank_tree",
+    "save_eagle",
     "successors",
     "tree_mask",
 ]
