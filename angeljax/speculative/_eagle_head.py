@@ -128,8 +128,10 @@ def init_eagle(
 def _checked(config: EagleConfig, ids: Any) -> np.ndarray:
     found = np.asarray(ids)
     whole = found.shape == (config.draft_vocab_size,)
-    if not whole or len(np.unique(found)) < len(found) or found.max(initial=0) >= (
-        config.vocab_size
+    if (
+        not whole
+        or len(np.unique(found)) < len(found)
+        or found.max(initial=0) >= (config.vocab_size)
     ):
         raise ValueError(
             f"ids must be {config.draft_vocab_size} different tokens below "

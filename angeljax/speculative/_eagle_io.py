@@ -176,19 +176,19 @@ def load_eagle(
     folder = Path(path)
     file = folder / "config.json"
     config = _read_config(file, target, target_layers)
-    flat = {}
-    for name, _, read in read_tensors(folder, lambda name: (name,)):
-        flat[str(name[0])] = read
+    flat: dict[str, np.ndarray] = {}
+    for where, _, read in read_tensors(folder, _place):
+        # A file is closed when the next begins.
+        flat[where[0]] = read()
     params: Params = {}
     for where, shape in jax.tree_util.tree_leaves_with_path(
         shapes(config), is_leaf=lambda x: isinstance(x, tuple)
     ):
         *names, last = path_string(where).split("/")
         key = ".".join([*names, "weight"])
-        found = flat.get(key) or flat.get(key.replace("midlayer.", "layers.0."))
-        if found is None:
+        array = flat.get(key, flat.get(key.replace("midlayer.", "layers.0.")))
+        if array is None:
             raise ModelError(f"{folder}: has no tensor {key}")
-        array = found()
         array = array.T if last == "kernel" else array
         if array.shape != shape:
             raise ModelError(
@@ -201,7 +201,7 @@ def load_eagle(
         at[last] = jnp.asarray(array, dtype)
     own = flat.get("embed_tokens.weight")
     if config.hidden_size != target.hidden_size and own is not None:
-        params["embed_tokens"] = {"embedding": jnp.asarray(own(), dtype)}
+        params["embed_tokens"] = {"embedding": jnp.asarray(own, dtype)}
     config.check_target(target, own_embedding="embed_tokens" in params)
     if (offsets := _offsets(folder)) is not None:
         ids = offsets + np.arange(len(offsets))
@@ -218,6 +218,11 @@ def load_eagle(
             f"{config.vocab_size} tokens needs a tensor d2t"
         )
     return config, params
+
+
+def _place(name: str) -> tuple[str] | None:
+    """Integers are read apart."""
+    return None if name in ("d2t", "t2d") else (name,)
 
 
 def _offsets(folder: Path) -> np.ndarray | None:

@@ -117,7 +117,9 @@ class EagleTask:
             "scales": scales.astype(jnp.float32),
             "ids": ids,
             # The rows of the target's head that the draft head has too.
-            "rows": None if ids is None else target_head(params, ids).astype(self.dtype),
+            "rows": None
+            if ids is None
+            else target_head(params, ids).astype(self.dtype),
         }
         trainable = {k: v for k, v in head.items() if k not in ("d2t", "embed_tokens")}
         return trainable, frozen
