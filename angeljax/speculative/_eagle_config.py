@@ -10,7 +10,7 @@ from angeljax.models import DecoderConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EagleConfig:
-    """One decoder layer that reads the target's features and its own (arXiv 2503.01840).
+    """One decoder layer that reads the target's features (arXiv 2503.01840).
 
     Attributes:
       hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim: of the layer.

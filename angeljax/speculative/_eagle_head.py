@@ -166,7 +166,7 @@ def eagle_ids(params: Params) -> jax.Array | None:
 
 
 def fused_features(params: Params, features: Any) -> jax.Array:
-    """f `[..., D]` of the outputs of the target's layers `[..., D_target]`, in order."""
+    """f `[..., D]` of outputs of the target's layers `[..., D_target]`, in order."""
     return ops.dot(jnp.concatenate(features, axis=-1), params["fc"]["kernel"])
 
 

@@ -72,7 +72,8 @@ def answer_mask(
     Example:
       >>> import numpy as np
       >>> from angeljax.train.eagle_data import answer_mask
-      >>> answer_mask(np.asarray([1, 5, 7, 8, 2, 1, 3]), [1, 5], [2]).astype(int).tolist()
+      >>> ids = np.asarray([1, 5, 7, 8, 2, 1, 3])
+      >>> answer_mask(ids, [1, 5], [2]).astype(int).tolist()
       [0, 0, 1, 1, 1, 0, 0]
     """
     place = np.arange(len(ids))
