@@ -247,6 +247,7 @@ def _held_out(
     e = config.eval
     if not e.prompts:
         return ids, mask, []
+    starts: Any
     size = e.prompt_tokens
     if mask is None:
         first = len(ids) - e.prompts * size
@@ -254,8 +255,8 @@ def _held_out(
     else:
         starts = np.flatnonzero(mask[1:] & ~mask[:-1]) + 1
         # Few answers: leave most of them to be trained on.
-        starts = starts[-min(e.prompts, len(starts) // 4) :] if len(starts) > 3 else []
-        first = int(starts[0]) - size if len(starts) else len(ids)
+        starts = starts[-e.prompts :]
+        first = int(starts[0]) - size
     if first < len(ids) // 2:
         raise ConfigError(
             f"eval.prompts: {e.prompts} of up to {size} tokens take more than half of "

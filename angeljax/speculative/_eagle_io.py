@@ -277,7 +277,9 @@ def _read_config(
 def _layers(data: Mapping[str, Any]) -> tuple[int, ...] | None:
     """Layers whose outputs are read; engines that count inputs are one ahead."""
     own = data.get("eagle_config")
-    named = own.get("eagle_aux_hidden_state_layer_ids") if isinstance(own, dict) else 0
+    named = (
+        own.get("eagle_aux_hidden_state_layer_ids") if isinstance(own, dict) else None
+    )
     if named:
         return tuple(int(i) for i in named)
     inputs = data.get("eagle_aux_hidden_state_layer_ids")

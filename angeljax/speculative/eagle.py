@@ -84,14 +84,14 @@ class EagleTree:
 class _State(NamedTuple):
     """The cache `[B, kv_heads, slots, head_dim]`, and pairs that are yet to be read.
 
-    `features` `[B, R, D]` belong to the positions from `start` on, `count` of them.
+    `features` `[B, R, D]` belong to the positions from `start` on, `fresh` of them.
     """
 
     k: jax.Array
     v: jax.Array
     features: jax.Array
     start: jax.Array
-    count: jax.Array
+    fresh: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -186,7 +186,7 @@ class EagleDrafter(Drafter):
             v=jnp.zeros(shape, dtype),
             features=jnp.zeros((batch, self._pairs, config.hidden_size), dtype),
             start=none,
-            count=none,
+            fresh=none,
         )
 
     def prefill(self, target: Target, state: _State, prompt: Prompt) -> _State:
@@ -208,7 +208,7 @@ class EagleDrafter(Drafter):
             v=state.v.at[:, :, :count].set(small.v),
             features=state.features.at[:, :1].set(one.astype(state.features.dtype)),
             start=last,
-            count=jnp.minimum(prompt.lengths - 1, 1),
+            fresh=jnp.minimum(prompt.lengths - 1, 1),
         )
 
     def draft(
@@ -222,13 +222,13 @@ class EagleDrafter(Drafter):
         hidden, state = self._read(
             target, state, tokens, state.features, at, state.start, mask
         )
-        row = jnp.maximum(state.count - 1, 0)[:, None, None]
+        row = jnp.maximum(state.fresh - 1, 0)[:, None, None]
         hidden = jnp.take_along_axis(hidden, row, axis=1)
         logits = draft_logits(self.config, self.params, hidden)
         grown = self._chain if self.growth is None else self._tree
         draft, state = grown(target, state, context.lengths, logits, hidden)
         # A prompt of one token has no pair yet.
-        some = (state.count > 0)[:, None]
+        some = (state.fresh > 0)[:, None]
         return draft._replace(tokens=jnp.where(some, draft.tokens, -1)), state
 
     def update(self, target: Target, state: _State, verified: Verified) -> _State:
@@ -236,7 +236,7 @@ class EagleDrafter(Drafter):
         return state._replace(
             features=features.astype(state.features.dtype),
             start=verified.context.lengths - verified.emitted - 1,
-            count=verified.emitted,
+            fresh=verified.emitted,
         )
 
     def _chain(

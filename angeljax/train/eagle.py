@@ -156,7 +156,7 @@ class EagleTask:
         size = final.shape[1]
         total, metrics = jnp.zeros(()), {}
         run = jnp.ones(best.shape, bool)
-        ahead, weight, start = jnp.zeros(best.shape), jnp.zeros(()), None
+        ahead, weight, start = jnp.zeros(best.shape), jnp.zeros(()), run
         for k, h in enumerate(hidden):
             # Column i drafts the token i + 2 + k, after i + 1 + k.
             inside = jnp.arange(size) + 1 + k < size
@@ -171,7 +171,7 @@ class EagleTask:
             total = total + o.decay**k * mean
             share = jnp.sum(right & counts) / jnp.maximum(jnp.sum(counts), 1)
             metrics[f"top1/{k}"] = share
-            start = counts if start is None else start
+            start = counts if k == 0 else start
             weight = jnp.sum(valid) if k == 0 else weight
             run = run & right
             ahead = ahead + run

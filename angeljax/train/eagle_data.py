@@ -110,4 +110,4 @@ def draft_vocabulary(
     seen = ids if mask is None else ids[mask]
     counts = np.bincount(seen, minlength=vocab_size)
     best = np.argsort(-counts, kind="stable")[:size]
-    return np.sort(best), float(counts[best].sum() / max(counts.sum(), 1))
+    return np.sort(best), int(counts[best].sum()) / max(int(counts.sum()), 1)

@@ -101,7 +101,8 @@ def write_conversations(
                 "generate: the model has neither a chat template nor a token between "
                 "documents: name prompts"
             )
-        asked = [[end]] if questions is None else _encoded(tokenizer, questions)
+        begin = [] if end is None else [[end]]
+        asked = begin if questions is None else _encoded(tokenizer, questions)
     elif questions is not None:
         asked = _encoded(tokenizer, [tokenizer.chat(line) for line in questions])
     else:
