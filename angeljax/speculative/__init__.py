@@ -37,6 +37,14 @@ from angeljax.speculative.drafter import (
     TargetModel,
     Verified,
 )
+from angeljax.speculative.eagle import (
+    EagleConfig,
+    EagleDrafter,
+    EagleTree,
+    init_eagle,
+    load_eagle,
+    save_eagle,
+)
 from angeljax.speculative.grow import Frontier, grow_tree
 from angeljax.speculative.lookup import PromptLookup, lookup
 from angeljax.speculative.model_drafter import DraftModel, SelfDrafter
@@ -63,6 +71,9 @@ __all__ = [
     "DraftModel",
     "Drafter",
     "DynamicTree",
+    "EagleConfig",
+    "EagleDrafter",
+    "EagleTree",
     "Estimate",
     "Frontier",
     "Generated",
@@ -96,12 +107,15 @@ __all__ = [
     "draft_costs",
     "generate",
     "grow_tree",
+    "init_eagle",
     "key_positions",
+    "load_eagle",
     "lookup",
     "prefill",
     "profile_drafter",
     "profile_target",
     "rank_tree",
+    "save_eagle",
     "successors",
     "survival",
     "tree_mask",

@@ -1,0 +1,354 @@
+"""Training of an EAGLE-3 head: what drafting does, at all places of a text at once.
+
+Source: EAGLE-3 (arXiv 2503.01840, section 3, "training-time test"). Step k reads the
+true token k + 1 places ahead and what the head gave itself in step k - 1; a column sees
+the keys of step 0 up to its own place and those of its own later steps. That is the
+recurrence of a chain that starts there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from angeljax import ops
+from angeljax._fields import choice, count, number
+from angeljax.models import LanguageModel
+from angeljax.speculative._eagle_config import EagleConfig
+from angeljax.speculative._eagle_head import (
+    Params,
+    draft_logits,
+    eagle_ids,
+    read_step,
+    target_head,
+)
+from angeljax.train._eagle_losses import LOSSES, draft_loss
+from angeljax.train.language_model import cast
+
+__all__ = ["EagleLoss", "EagleTask", "feature_scales"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EagleLoss:
+    """The objective.
+
+    Attributes:
+      steps: K, drafts in a row that are trained for.
+      decay: weight of each step, relative to the one before.
+      kind: "kl", or "lk_hybrid" or "lk_alpha"; see
+        `angeljax.train._eagle_losses.draft_loss`.
+      kl_steps: optimizer steps that begin with "kl", whatever the kind.
+      eta: of "lk_hybrid".
+
+    Raises:
+      ConfigError: a field is out of range.
+    """
+
+    steps: int = 5
+    decay: float = 0.8
+    kind: str = "kl"
+    kl_steps: int = 0
+    eta: float = 3.0
+
+    def __post_init__(self) -> None:
+        count("loss.steps", self.steps)
+        number("loss.decay", self.decay, 0)
+        choice("loss.kind", self.kind, LOSSES)
+        count("loss.kl_steps", self.kl_steps, 0)
+        number("loss.eta", self.eta, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class EagleTask:
+    """An EAGLE-3 head in the loop; the target is frozen and runs in the step.
+
+    Attributes:
+      model: the target.
+      config: of the head.
+      options: the objective.
+      dtype: of compute.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from angeljax.models import DecoderConfig, LanguageModel
+      >>> from angeljax.speculative import EagleConfig, init_eagle
+      >>> from angeljax.train.eagle import EagleLoss, EagleTask
+      >>> model = LanguageModel(DecoderConfig(
+      ...     model_type="llama", vocab_size=32, hidden_size=16, num_layers=2,
+      ...     intermediate_size=32, num_heads=2, num_kv_heads=1, head_dim=8,
+      ... ))
+      >>> params = model.init(jax.random.key(0))
+      >>> config = EagleConfig.of(model.config)
+      >>> task = EagleTask(model, config, EagleLoss(steps=2), "float32")
+      >>> head = init_eagle(config, jax.random.key(1), target=params)
+      >>> batch = {"tokens": jnp.ones((2, 9), int), "mask": jnp.ones((2, 9), bool)}
+      >>> loss, metrics = task.loss(*task.init(params, head), batch, 0, None)
+      >>> sorted(metrics)
+      ['tau', 'top1/0', 'top1/1', 'weight']
+    """
+
+    model: LanguageModel
+    config: EagleConfig
+    options: EagleLoss = EagleLoss()
+    dtype: str = "bfloat16"
+
+    def init(
+        self, params: Any, head: Params, scales: Any = None
+    ) -> tuple[Params, dict[str, Any]]:
+        """`(trainable, frozen)` at the start.
+
+        Args:
+          params: of the target.
+          head: see `init_eagle`; features already multiplied by `scales` go into its
+            `fc`.
+          scales: float `[3 * target_hidden_size]`; see `feature_scales`.
+        """
+        ids = eagle_ids(head)
+        wide = len(self.config.target_layers) * self.config.target_hidden_size
+        scales = jnp.ones(wide) if scales is None else jnp.asarray(scales)
+        frozen: dict[str, Any] = {
+            "target": cast(params, self.dtype),
+            "scales": scales.astype(jnp.float32),
+            "ids": ids,
+            # The rows of the target's head that the draft head has too.
+            "rows": None
+            if ids is None
+            else target_head(params, ids).astype(self.dtype),
+        }
+        trainable = {k: v for k, v in head.items() if k not in ("d2t", "embed_tokens")}
+        return trainable, frozen
+
+    def head(self, trainable: Params, frozen: Any) -> Params:
+        """Parameters for an `EagleDrafter`: the scales in `fc`, and `d2t`."""
+        kernel = frozen["scales"][:, None] * trainable["fc"]["kernel"]
+        out = {**trainable, "fc": {"kernel": kernel}}
+        if (ids := frozen["ids"]) is not None:
+            out["d2t"] = (ids - jnp.arange(len(ids))).astype(jnp.int32)
+        return out
+
+    def loss(
+        self, trainable: Params, frozen: Any, batch: Any, step: Any, key: Any
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Weighted sum over the steps of the mean loss of the tokens that count.
+
+        Args:
+          trainable, frozen: see `init`.
+          batch: `tokens` int32 `[B, T + 1]`, and `mask` bool `[B, T + 1]`, which of
+            them are predicted.
+          step: number of optimizer steps taken.
+          key: is not used.
+
+        Returns:
+          The loss, and `top1/k`, how often step k has the target's likeliest token;
+          `tau`, tokens for each forward of the target that a greedy chain of K drafts
+          would give from a place of this text; `weight`, the tokens of step 0.
+        """
+        o, tokens, mask = self.options, batch["tokens"], batch["mask"]
+        final, features = self.target(frozen, tokens[:, :-1])
+        best = self._best(frozen, final)
+        hidden = self.hidden(trainable, frozen, features, tokens)
+        size = final.shape[1]
+        total, metrics = jnp.zeros(()), {}
+        run = jnp.ones(best.shape, bool)
+        ahead, weight, start = jnp.zeros(best.shape), jnp.zeros(()), run
+        for k, h in enumerate(hidden):
+            # Column i drafts the token i + 2 + k, after i + 1 + k.
+            inside = jnp.arange(size) + 1 + k < size
+            counts = inside & _ahead(mask, 2 + k, size)
+            goal = _ahead(best, 1 + k, size)
+            losses, right, known = self._row_losses(
+                trainable, frozen, h, _ahead(final, 1 + k, size), goal, step
+            )
+            valid = counts & known
+            mean = jnp.sum(jnp.where(valid, losses, 0.0))
+            mean = mean / jnp.maximum(jnp.sum(valid), 1)
+            total = total + o.decay**k * mean
+            share = jnp.sum(right & counts) / jnp.maximum(jnp.sum(counts), 1)
+            metrics[f"top1/{k}"] = share
+            start = counts if k == 0 else start
+            weight = jnp.sum(valid) if k == 0 else weight
+            run = run & right
+            ahead = ahead + run
+        # Places from which all K drafts can be judged.
+        whole = start & (jnp.arange(size) + o.steps < size)
+        tau = 1 + jnp.sum(jnp.where(whole, ahead, 0)) / jnp.maximum(jnp.sum(whole), 1)
+        return total, {**metrics, "tau": tau, "weight": weight}
+
+    def target(
+        self, frozen: Any, tokens: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """The target's normalised output `[B, T, D]`, and its features."""
+        layers = self.config.target_layers
+        found = self.model.features(frozen["target"], tokens, hidden=layers)
+        return jax.lax.stop_gradient((found.final, found.hidden))
+
+    def hidden(
+        self, trainable: Params, frozen: Any, features: Any, tokens: jax.Array
+    ) -> list[jax.Array]:
+        """h' `[B, T, D]` of each step.
+
+        Args:
+          trainable, frozen: see `init`.
+          features: `[B, T, D_target]` of each layer.
+          tokens: int32 `[B, T + 1]`.
+        """
+        params, size = cast(trainable, self.dtype), tokens.shape[1] - 1
+        embeds = self.model.embed(frozen["target"], tokens)
+        wide = jnp.concatenate(features, axis=-1) * frozen["scales"]
+        h = ops.dot(wide.astype(self.dtype), params["fc"]["kernel"])
+        keys: list[jax.Array] = []
+        values: list[jax.Array] = []
+        out = []
+
+        @functools.partial(jax.checkpoint, static_argnums=(4,))
+        def one(params: Any, h: Any, keys: Any, values: Any, k: int) -> Any:
+            kept: list[Any] = []
+
+            def attend(q: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+                kept.extend((key, value))
+                return _attend(q, [*keys, key], [*values, value], self.model)
+
+            at = jnp.broadcast_to(jnp.arange(size) + k, h.shape[:2])
+            e = _ahead(embeds, 1 + k, size)
+            h = read_step(self.config, params, e, h, at, attend)
+            return h, kept
+
+        for k in range(self.options.steps):
+            h, (key, value) = one(params, h, keys, values, k)
+            keys, values = [*keys, key], [*values, value]
+            out.append(h)
+        return out
+
+    def _best(self, frozen: Any, final: jax.Array) -> jax.Array:
+        """int32 `[B, T]`, the target's likeliest tokens."""
+        module = self.model.bind(frozen["target"])
+        return jax.lax.map(
+            lambda row: jnp.argmax(module.head(row), axis=-1).astype(jnp.int32), final
+        )
+
+    def _row_losses(
+        self,
+        trainable: Params,
+        frozen: Any,
+        hidden: jax.Array,
+        final: jax.Array,
+        goal: jax.Array,
+        step: Any,
+    ) -> Any:
+        """Loss of each token, whether the draft is right, whether it could be.
+
+        One row at a time, each computed again for the gradient: the logits of a batch
+        would not fit.
+        """
+        o, ids, rows = self.options, frozen["ids"], frozen["rows"]
+        module = self.model.bind(frozen["target"])
+        last = {k: trainable[k] for k in ("norm", "lm_head")}
+
+        @jax.checkpoint
+        def one(last: Params, row: Any) -> Any:
+            h, x, goal = row
+            q = draft_logits(self.config, cast(last, self.dtype), h)
+            if rows is None:
+                p = module.head(x)
+            else:
+                p = ops.dot(x, rows, preferred_element_type=jnp.float32)
+            p = jax.lax.stop_gradient(p)
+            loss = draft_loss(p, q, o.kind, eta=o.eta)
+            if o.kind != "kl" and o.kl_steps:
+                begins = step < o.kl_steps
+                loss = jnp.where(begins, draft_loss(p, q, "kl"), loss)
+            drafted, top = jnp.argmax(q, axis=-1), jnp.argmax(p, axis=-1)
+            if ids is not None:
+                drafted, top = ids[drafted], ids[top]
+            return loss, drafted == goal, top == goal
+
+        return jax.lax.map(functools.partial(one, last), (hidden, final, goal))
+
+
+def _ahead(x: jax.Array, count: int, size: int) -> jax.Array:
+    """`x[:, count : count + size]`, zeros where it ends."""
+    x = x[:, count : count + size]
+    rest = [(0, 0)] * x.ndim
+    rest[1] = (0, size - x.shape[1])
+    return jnp.pad(x, rest)
+
+
+def _attend(
+    q: jax.Array, keys: list[jax.Array], values: list[jax.Array], model: LanguageModel
+) -> jax.Array:
+    """Queries of the last step on the keys of step 0, and their own column's since.
+
+    Args:
+      q: `[B, T, H, D]`.
+      keys, values: `[B, T, Hkv, D]` of each step.
+      model: its attention serves step 0.
+    """
+    batch, size, heads, dim = q.shape
+    order = jnp.arange(size)
+    seen = order[:, None] >= order
+    if len(keys) == 1:
+        return model.attention_fn(q, keys[0], values[0], seen[None, None])
+    groups = q.reshape(batch, size, keys[0].shape[2], -1, dim)
+    wide: dict[str, Any] = {"preferred_element_type": jnp.float32}
+    first = jnp.einsum("btkgd,bskd->bkgts", groups, keys[0], **wide)
+    first = jnp.where(seen, first, -jnp.inf)
+    own_k, own_v = jnp.stack(keys[1:], 2), jnp.stack(values[1:], 2)
+    own = jnp.einsum("btkgd,btjkd->bkgtj", groups, own_k, **wide)
+    scores = jnp.concatenate([first, own], axis=-1) * dim**-0.5
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    y = jnp.einsum("bkgts,bskd->btkgd", weights[..., :size], values[0], **wide)
+    y = y + jnp.einsum("bkgtj,btjkd->btkgd", weights[..., size:], own_v, **wide)
+    return y.reshape(q.shape).astype(q.dtype)
+
+
+def feature_scales(
+    model: LanguageModel,
+    params: Any,
+    layers: tuple[int, ...],
+    batches: Iterable[Any],
+    *,
+    kind: str = "channel",
+) -> np.ndarray:
+    """Factors that bring the target's features to a size of one.
+
+    A few channels of inner layers are hundreds of times as large as the others (massive
+    activations, arXiv 2402.17762). Fixed factors make them alike while the head is
+    trained, and become part of `fc` when it is written.
+
+    Args:
+      model, params: the target.
+      layers: whose outputs are the features.
+      batches: int32 tokens `[B, T]` each.
+      kind: "channel", one factor for each channel; "layer", one for each layer; "none".
+
+    Returns:
+      float32 `[len(layers) * hidden_size]`.
+
+    Raises:
+      ConfigError: another kind.
+    """
+    choice("head.normalize", kind, ("channel", "layer", "none"))
+    size = model.config.hidden_size
+    if kind == "none":
+        return np.ones(len(layers) * size, np.float32)
+
+    @jax.jit
+    def sums(params: Any, tokens: jax.Array) -> jax.Array:
+        found = model.features(params, tokens, hidden=layers).hidden
+        # The mean of magnitudes: a square would see nothing but the first token.
+        wide = [jnp.abs(x.astype(jnp.float32)).mean(axis=(0, 1)) for x in found]
+        return jnp.stack(wide)
+
+    means = np.mean([np.asarray(sums(params, jnp.asarray(t))) for t in batches], axis=0)
+    if kind == "layer":
+        means = np.broadcast_to(means.mean(axis=1, keepdims=True), means.shape)
+    # No channel becomes more than what is usual in its layer would.
+    least = 0.1 * np.median(means, axis=1, keepdims=True)
+    out = 1.0 / np.maximum(np.maximum(means, least), 1e-6)
+    return out.reshape(-1).astype(np.float32)

@@ -1,0 +1,275 @@
+"""EAGLE-3: what is trained is what is drafted, and the text stays the target's."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from angeljax.models.config import ModelError
+from angeljax.speculative import (
+    EagleConfig,
+    EagleDrafter,
+    EagleTree,
+    Sampling,
+    Target,
+    autoregressive,
+    generate,
+    init_eagle,
+    load_eagle,
+    prefill,
+    save_eagle,
+)
+from angeljax.speculative._eagle_head import draft_logits, eagle_ids, read_step
+from angeljax.train import OptimizerConfig, fit, make_optimizer
+from angeljax.train._eagle_losses import draft_loss
+from angeljax.train.eagle import EagleLoss, EagleTask, feature_scales
+from angeljax.train.eagle_data import answer_mask, draft_vocabulary
+from tests.speculative._cases import PROMPTS, tiny
+
+IDS = np.sort(np.random.default_rng(0).permutation(32)[:20])
+
+
+@functools.cache
+def small():
+    """A random head of 20 of the 32 tokens, with logits that tell them apart."""
+    model, params = tiny()
+    config = EagleConfig.of(model.config, draft_vocab_size=20)
+    key = jax.random.key(1)
+    head = init_eagle(config, key, target=params, ids=IDS, norm_scale=1.0, std=0.2)
+    return config, head
+
+
+@functools.cache
+def plain(temperature):
+    model, params = tiny()
+    sampling = Sampling(temperature=temperature)
+    return autoregressive(
+        model, params, PROMPTS, max_new_tokens=16, sampling=sampling
+    ).tokens
+
+
+@pytest.mark.parametrize(
+    ("temperature", "growth", "rows"),
+    [
+        (0.0, None, 4),
+        (0.0, EagleTree(12, 3, 2), 4),
+        (0.8, None, 1),
+        (0.8, EagleTree(12, 3, 2), 4),
+        (0.0, EagleTree(5, 4, 0), 1),
+    ],
+)
+def test_the_text_is_the_targets(temperature, growth, rows):
+    model, params = tiny()
+    config, head = small()
+    drafter = EagleDrafter(config, head, 3, growth)
+    got = generate(
+        model,
+        params,
+        PROMPTS[:rows],
+        drafter=drafter,
+        max_new_tokens=16,
+        sampling=Sampling(temperature=temperature),
+    )
+    np.testing.assert_array_equal(got.tokens, plain(temperature)[:rows])
+    if temperature and rows > 1:
+        assert got.tau > 1.1  # the noise is shared: drafts are accepted
+
+
+def test_rejection_accepts_drafts_of_a_part_of_the_vocabulary():
+    model, params = tiny()
+    config, head = small()
+    sampling = Sampling(temperature=0.8, rule="rejection")
+    drafter = EagleDrafter(config, head, 3)
+    out = generate(
+        model, params, PROMPTS, drafter=drafter, max_new_tokens=16, sampling=sampling
+    )
+    assert out.tau > 1.1 and int(out.tokens.max()) < 32
+
+
+def by_hand(config, head, model, params, text, start, count):
+    """Recurrent logits after `text[: start + 2]`: a loop without any cache."""
+    found = model.features(params, text[None, :-1], hidden=config.target_layers)
+    wide = jnp.concatenate(found.hidden, -1) @ head["fc"]["kernel"]
+    own = wide[:, : start + 1]  # features of the prefix, then what the layer gave
+    out = []
+    for k in range(count):
+        size = start + 1 + k
+        tokens = text[None, 1 : size + 1]
+        embeds = params["embed_tokens"]["embedding"][tokens]
+        at = jnp.arange(size)[None]
+
+        def attend(q, key, value, size=size):
+            seen = jnp.tril(jnp.ones((size, size), bool))
+            group = q.shape[2] // key.shape[2]
+            key, value = (jnp.repeat(x, group, 2) for x in (key, value))
+            s = jnp.einsum("bthd,bshd->bhts", q, key) * config.head_dim**-0.5
+            w = jax.nn.softmax(jnp.where(seen, s, -jnp.inf), -1)
+            return jnp.einsum("bhts,bshd->bthd", w, value)
+
+        h = read_step(config, head, embeds, own, at, attend)[:, -1:]
+        out.append(draft_logits(config, head, h)[0, 0])
+        own = jnp.concatenate([own, h], axis=1)
+    return jnp.stack(out)
+
+
+def test_steps_of_training_are_those_of_drafting():
+    model, params = tiny()
+    config, head = small()
+    text = jnp.concatenate([jnp.asarray(PROMPTS[3]), plain(0.0)[3]])[:13]
+    task = EagleTask(model, config, EagleLoss(steps=3), "float32")
+    trainable, frozen = task.init(params, head)
+    _, features = task.target(frozen, text[None, :-1])
+    hidden = task.hidden(trainable, frozen, features, text[None])
+    for start in (0, 7):
+        want = by_hand(config, head, model, params, text, start, 3)
+        for k, h in enumerate(hidden):
+            got = draft_logits(config, head, h[0, start])
+            np.testing.assert_allclose(got, want[k], rtol=1e-4, atol=1e-4)
+    # And what the drafter proposes is the likeliest of the recurrence.
+    target = Target(model, params, Sampling().sampler(1))
+    n = jnp.asarray([9])
+    drafter = EagleDrafter(config, head, 3)
+    state = prefill(target, drafter, text[None, :9], n, n + 4, slots=16)
+    draft, _ = jax.jit(drafter.draft)(target, state.drafter, state.context)
+    known, ids = list(map(int, text[:9])), eagle_ids(head)
+    for k in range(3):
+        line = jnp.asarray([*known, 0])
+        logits = by_hand(config, head, model, params, line, 7, k + 1)[-1]
+        known.append(int(ids[logits.argmax()]))
+    assert draft.tokens[0].tolist() == known[9:]
+
+
+def test_a_text_learnt_by_heart_is_accepted_whole():
+    model, params = tiny()
+    config = EagleConfig.of(model.config)
+    want = autoregressive(model, params, PROMPTS[:1], max_new_tokens=48).tokens
+    row = np.concatenate([PROMPTS[0], np.asarray(want)[0]])[None].astype(np.int32)
+    batch = {"tokens": row, "mask": np.ones(row.shape, bool)}
+    task = EagleTask(model, config, EagleLoss(steps=3), "float32")
+    scales = feature_scales(model, params, config.target_layers, [row])
+    head = init_eagle(config, jax.random.key(1), target=params)
+    trainable, frozen = task.init(params, head, scales)
+    result = fit(
+        task.loss,
+        trainable,
+        lambda step: batch,
+        frozen=frozen,
+        optimizer=make_optimizer(OptimizerConfig(lr=1e-2), 150),
+        steps=150,
+    )
+    drafter = EagleDrafter(config, task.head(result.trainable, frozen), 3)
+    got = generate(model, params, PROMPTS[:1], drafter=drafter, max_new_tokens=48)
+    np.testing.assert_array_equal(got.tokens, want)
+    assert got.tau >= 3
+    assert result.metrics["tau"] > 3
+
+
+def test_losses_by_hand(rng):
+    p, q = rng.normal(size=(2, 5, 7)).astype(np.float32)
+    for row in range(5):
+        a = np.exp(p[row]) / np.exp(p[row]).sum()
+        b = np.exp(q[row]) / np.exp(q[row]).sum()
+        kl = sum(x * np.log(x / y) for x, y in zip(a, b, strict=True))
+        alpha = sum(min(x, y) for x, y in zip(a, b, strict=True))
+        c = np.exp(-3 * alpha)
+        want = {
+            "kl": kl,
+            "lk_alpha": -np.log(alpha),
+            "lk_hybrid": c * kl + (1 - c) * (1 - alpha),
+        }
+        for kind, value in want.items():
+            got = draft_loss(jnp.asarray(p[row]), jnp.asarray(q[row]), kind)
+            np.testing.assert_allclose(got, value, rtol=1e-4)
+
+
+def test_answers_and_frequent_tokens_by_hand(rng):
+    ids = rng.integers(0, 5, size=400)
+    header, ends = [3, 1], [4]
+    want, inside = [], False
+    for i, token in enumerate(ids):
+        inside = inside or (i >= 2 and list(ids[i - 2 : i]) == header)
+        want.append(inside)
+        inside = inside and token not in ends
+    mask = answer_mask(ids, header, ends)
+    np.testing.assert_array_equal(mask, want)
+    assert 0 < mask.mean() < 1
+    kept, share = draft_vocabulary(ids, mask, 2, 9)
+    counts = [sum(ids[mask] == t) for t in range(9)]
+    assert sorted(counts)[-2:] == sorted(counts[t] for t in kept)
+    assert share == pytest.approx(sum(counts[t] for t in kept) / sum(counts))
+
+
+def test_checkpoints_as_engines_load_them(tmp_path):
+    model, _ = tiny()
+    config, head = small()
+    scales = np.linspace(0.5, 2, len(head["fc"]["kernel"]))
+    save_eagle(tmp_path, config, head, scales=scales, dtype=jnp.float32)
+    tensors = load_file(tmp_path / "model.safetensors")
+    weight = tensors["fc.weight"]
+    np.testing.assert_allclose(weight, (scales[:, None] * head["fc"]["kernel"]).T)
+    assert tensors["midlayer.self_attn.q_proj.weight"].shape == (16, 32)
+    assert tensors["d2t"].dtype == np.int64 and tensors["t2d"].dtype == bool
+    np.testing.assert_array_equal(tensors["d2t"] + np.arange(20), IDS)
+    np.testing.assert_array_equal(np.flatnonzero(tensors["t2d"]), IDS)
+    data = json.loads((tmp_path / "config.json").read_text())
+    layers = list(config.target_layers)
+    own = data["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
+    assert own == layers
+    assert data["eagle_aux_hidden_state_layer_ids"] == [i + 1 for i in layers]
+    loaded, params = load_eagle(tmp_path, model.config)
+    assert loaded == config
+    expected = {**head, "fc": {"kernel": jnp.asarray(weight.T)}}
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    # Without names of layers, as published heads are.
+    del data["eagle_config"], data["eagle_aux_hidden_state_layer_ids"]
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    assert load_eagle(tmp_path, model.config)[0].target_layers == (1, 0, 0)
+    # Heads that belong elsewhere, or are not whole.
+    others = [
+        ({"vocab_size": 40}, "vocabulary of 32"),
+        ({"num_layers": 1}, "reads layers"),
+        ({"hidden_size": 8}, "features of width 16"),
+    ]
+    for change, says in others:
+        other = dataclasses.replace(model.config, **change)
+        with pytest.raises(ValueError, match=says):
+            load_eagle(tmp_path, other, target_layers=(1, 0, 0))
+    del tensors["d2t"], tensors["t2d"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match="needs a tensor d2t"):
+        load_eagle(tmp_path, model.config)
+    del tensors["norm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match="no tensor norm.weight"):
+        load_eagle(tmp_path, model.config)
+    data["architectures"] = ["LlamaForCausalLM"]
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    with pytest.raises(ModelError, match="no EAGLE-3 head"):
+        load_eagle(tmp_path, model.config)
+
+
+def test_heads_that_cannot_be():
+    model, params = tiny()
+    config, head = small()
+    cases = [
+        (lambda: EagleTree(60, 3, 1), "a tree of 2 to 13 nodes"),
+        (lambda: EagleDrafter(config, head, 0), "num_tokens must be"),
+        (lambda: EagleConfig.of(model.config, draft_vocab_size=33), "from 1 to 32"),
+        (lambda: EagleConfig.of(model.config, target_layers=(2,)), "reads layers"),
+        (lambda: init_eagle(config, jax.random.key(0)), "needs ids"),
+        (lambda: init_eagle(config, jax.random.key(0), ids=[1, 1]), "20 different"),
+    ]
+    for make, says in cases:
+        with pytest.raises(ValueError, match=says):
+            make()
+    bare = {k: v for k, v in head.items() if k != "d2t"}
+    with pytest.raises(ValueError, match="no d2t"):
+        drafter = EagleDrafter(config, bare)
+        generate(model, params, [[1]], drafter=drafter, max_new_tokens=4)
