@@ -7,6 +7,8 @@ from angeljax.speculative._rows import (
     key_positions,
     tree_mask,
 )
+from angeljax.speculative.block import BlockDrafter
+from angeljax.speculative.block_model import BlockConfig, BlockModel
 from angeljax.speculative.compare import Divergence, divergences
 from angeljax.speculative.core import (
     Generated,
@@ -28,6 +30,7 @@ from angeljax.speculative.drafter import (
 from angeljax.speculative.grow import Frontier, grow_tree
 from angeljax.speculative.lookup import PromptLookup, lookup
 from angeljax.speculative.model_drafter import DraftModel, SelfDrafter
+from angeljax.speculative.mtp import MTPDrafter, MTPModel
 from angeljax.speculative.recycling import (
     Hybrid,
     TokenRecycling,
@@ -38,6 +41,9 @@ from angeljax.speculative.sampling import Sampler, Sampling
 from angeljax.speculative.tree import DynamicTree, Tree, chain
 
 __all__ = [
+    "BlockConfig",
+    "BlockDrafter",
+    "BlockModel",
     "Context",
     "Divergence",
     "Draft",
@@ -47,6 +53,8 @@ __all__ = [
     "Frontier",
     "Generated",
     "Hybrid",
+    "MTPDrafter",
+    "MTPModel",
     "NoDrafter",
     "Prompt",
     "PromptLookup",
