@@ -56,6 +56,4 @@ def test_text_is_that_of_plain_decoding(name, prompts, sampling):
     # Drafts were made: a single token leaves the first round of MTP without.
     want = out.stats.rounds * (drafter.width - 1)
     short = np.asarray([len(p) == 1 and name == "mtp" for p in prompts])
-    np.testing.assert_array_equal(
-        out.stats.drafted, want - short * (drafter.width - 1)
-    )
+    np.testing.assert_array_equal(out.stats.drafted, want - short * (drafter.width - 1))
