@@ -8,6 +8,7 @@ from angeljax.speculative._rows import (
     tree_mask,
 )
 from angeljax.speculative.block import BlockDrafter
+from angeljax.speculative.block_files import load_block, save_block
 from angeljax.speculative.block_model import BlockConfig, BlockModel
 from angeljax.speculative.compare import Divergence, divergences
 from angeljax.speculative.core import (
@@ -77,9 +78,11 @@ __all__ = [
     "generate",
     "grow_tree",
     "key_positions",
+    "load_block",
     "lookup",
     "prefill",
     "rank_tree",
+    "save_block",
     "successors",
     "tree_mask",
 ]

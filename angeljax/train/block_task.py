@@ -27,8 +27,8 @@ class BlockTask:
 
     Of every row `anchors` places are drawn at random at each step; the block of an
     anchor sees the context before it and itself, all in one packed forward. Trained is
-    `{"params": ...}` of the drafter; frozen are the target, and the scale of each of its
-    features, by which the products with large ones do not drown the rest; `drafter`
+    `{"params": ...}` of the drafter; frozen are the target and the scale of each
+    feature, by which large ones do not drown the rest; `drafter`
     multiplies them into `fc`.
 
     Attributes:
