@@ -19,6 +19,9 @@ from angeljax.speculative.auto import (
     survival,
     variants,
 )
+from angeljax.speculative.block import BlockDrafter
+from angeljax.speculative.block_files import load_block, save_block
+from angeljax.speculative.block_model import BlockConfig, BlockModel
 from angeljax.speculative.compare import Divergence, divergences
 from angeljax.speculative.core import (
     Generated,
@@ -48,6 +51,7 @@ from angeljax.speculative.eagle import (
 from angeljax.speculative.grow import Frontier, grow_tree
 from angeljax.speculative.lookup import PromptLookup, lookup
 from angeljax.speculative.model_drafter import DraftModel, SelfDrafter
+from angeljax.speculative.mtp import MTPDrafter, MTPModel
 from angeljax.speculative.profile import (
     Profile,
     cache_folder,
@@ -64,6 +68,9 @@ from angeljax.speculative.sampling import Sampler, Sampling
 from angeljax.speculative.tree import DynamicTree, Tree, chain
 
 __all__ = [
+    "BlockConfig",
+    "BlockDrafter",
+    "BlockModel",
     "Candidate",
     "Context",
     "Divergence",
@@ -78,6 +85,8 @@ __all__ = [
     "Frontier",
     "Generated",
     "Hybrid",
+    "MTPDrafter",
+    "MTPModel",
     "NoDrafter",
     "Plan",
     "Profile",
@@ -109,12 +118,14 @@ __all__ = [
     "grow_tree",
     "init_eagle",
     "key_positions",
+    "load_block",
     "load_eagle",
     "lookup",
     "prefill",
     "profile_drafter",
     "profile_target",
     "rank_tree",
+    "save_block",
     "save_eagle",
     "successors",
     "survival",

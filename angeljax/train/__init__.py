@@ -7,14 +7,17 @@ into any loss of one's own.
 
 from angeljax._fields import ConfigError
 from angeljax.train._sections import LoraConfig
+from angeljax.train.block_task import BlockTask
 from angeljax.train.checkpoints import Checkpoints
 from angeljax.train.config import TrainConfig
 from angeljax.train.data import PackedTokens, load_tokens
+from angeljax.train.draft_losses import DraftLoss
 from angeljax.train.guards import Divergence, TrainingStopped
 from angeljax.train.held_out import HeldOut
 from angeljax.train.language_model import LMTask
 from angeljax.train.loop import FitResult, fit
 from angeljax.train.lora_task import LoraTask
+from angeljax.train.mtp_task import MTPTask
 from angeljax.train.optimizers import (
     OptimizerConfig,
     evaluation_params,
@@ -25,14 +28,17 @@ from angeljax.train.sharding import make_mesh
 from angeljax.train.step import TrainState, init_state, make_step
 
 __all__ = [
+    "BlockTask",
     "Checkpoints",
     "ConfigError",
     "Divergence",
+    "DraftLoss",
     "FitResult",
     "HeldOut",
     "LMTask",
     "LoraConfig",
     "LoraTask",
+    "MTPTask",
     "OptimizerConfig",
     "PackedTokens",
     "TrainConfig",

@@ -1,0 +1,102 @@
+"""The block drafter and the MTP layer in decoding, and their files."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from angeljax.speculative import (
+    BlockConfig,
+    BlockDrafter,
+    BlockModel,
+    MTPDrafter,
+    MTPModel,
+    Sampling,
+    Target,
+    autoregressive,
+    generate,
+    load_block,
+    prefill,
+    save_block,
+)
+from angeljax.train import BlockTask
+from angeljax.train.chunked import head_logits
+from tests.models._random_params import random_params
+from tests.speculative._cases import PROMPTS, tiny
+
+NEW = 20
+
+
+def block_drafter(block_size=4, num_tokens=None):
+    model, _ = tiny()
+    block = BlockModel(
+        BlockConfig.of(
+            model.config, num_layers=2, block_size=block_size, mask_token_id=31
+        )
+    )
+    return BlockDrafter(block, random_params(block, std=0.3), num_tokens)
+
+
+def mtp_drafter(num_tokens=3):
+    mtp = MTPModel(tiny()[0].config)
+    return MTPDrafter(mtp, random_params(mtp, seed=2, std=0.3), num_tokens)
+
+
+DRAFTERS = {"block": block_drafter, "mtp": mtp_drafter}
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS], ids=["one", "four"])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(temperature=0.8, seed=3)], ids=["greedy", "drawn"]
+)
+def test_text_is_that_of_plain_decoding(name, prompts, sampling):
+    model, params = tiny()
+    options = {"max_new_tokens": NEW, "sampling": sampling}
+    drafter = DRAFTERS[name]()
+    out = generate(model, params, prompts, drafter=drafter, **options)
+    plain = autoregressive(model, params, prompts, width=drafter.width, **options)
+    np.testing.assert_array_equal(out.tokens, plain.tokens)
+    # Drafts were made: a single token leaves the first round of MTP without.
+    want = out.stats.rounds * (drafter.width - 1)
+    short = np.asarray([len(p) == 1 and name == "mtp" for p in prompts])
+    np.testing.assert_array_equal(out.stats.drafted, want - short * (drafter.width - 1))
+
+
+def test_files_restore_the_drafter_and_say_what_is_wrong(tmp_path):
+    drafter = block_drafter()
+    save_block(tmp_path, drafter.model, drafter.params, dtype=jnp.float32)
+    model, params = load_block(tmp_path, dtype=jnp.float32)
+    assert model == drafter.model
+    jax.tree.map(np.testing.assert_array_equal, params, drafter.params)
+    file = tmp_path / "config.json"
+    data = json.loads(file.read_text())
+    assert data["dflash_config"] == {"mask_token_id": 31, "target_layer_ids": [1, 1]}
+    for change, message in [
+        ({"dflash_config": None}, "no dflash_config"),
+        ({"dflash_config": {"mask_token_id": 1}}, "no field 'target_layer_ids'"),
+        ({"block_size": 1}, "block_size must be at least 2"),
+        ({"intermediate_size": 48}, "the configuration says"),
+    ]:
+        file.write_text(json.dumps({**data, **change}))
+        with pytest.raises(ValueError, match=message):
+            load_block(tmp_path)
+
+
+def test_training_computes_what_the_drafter_drafts():
+    """Likeliest tokens of the packed forward at an anchor: the drafts there."""
+    model, params = tiny()
+    drafter = block_drafter()
+    task = BlockTask(target=model, block=drafter.model, dtype="float32")
+    row = np.asarray([PROMPTS[3] + [2, 9, 4, 1]], np.int32)
+    anchors = jnp.asarray([[2, 7, 4]])
+    x, _ = task.hidden(drafter.params, params, jnp.asarray(row), anchors)
+    want = jnp.argmax(head_logits(model.head_params(params), x), axis=-1)
+    target = Target(model, params, Sampling().sampler(3))
+    sizes = jnp.asarray(anchors[0] + 1)
+    tokens = jnp.asarray(np.repeat(row, 3, axis=0))
+    state = prefill(target, drafter, tokens, sizes, sizes + 1, slots=24)
+    draft, _ = drafter.draft(target, state.drafter, state.context)
+    np.testing.assert_array_equal(draft.tokens, want[0])
