@@ -200,8 +200,8 @@ def write(
         if jnp.ndim(slot) != 0:
             raise ValueError("rows of a quantized cache cannot differ in length")
         part = store if layer is None else store.at(layer)
-        new = part.encode(jnp.swapaxes(new, 1, 2))
-        store = store.put(new, (*stacked, 0, 0, slot, 0))
+        codes = part.encode(jnp.swapaxes(new, 1, 2))
+        store = store.put(codes, (*stacked, 0, 0, slot, 0))
         seen = (store if layer is None else store.at(layer)).dequantize()
         return store, jnp.swapaxes(seen, 1, 2)
     new = new.astype(store.dtype)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +109,8 @@ def read_rows(
         graphdef, state = nnx.split(module.layers)
         return _scan(block, state, cache, x, slots, jnp.asarray(order), wanted)
     masks = {w: seen(w) if w else mask for w in set(windows)}
-    k, v = list(cache.k), list(cache.v)
+    k: list[Any] = list(cast(Any, cache.k))
+    v: list[Any] = list(cast(Any, cache.v))
     outputs = {}
     for i in run:
         store = Store(k[i], v[i], None, slots)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from angeljax.models.attention import dense_attention
-from angeljax.models.cache import Store
+from angeljax.models.cache import Store, Stored
 from angeljax.models.config import DecoderConfig
 from angeljax.models.language_model import bind_params
 from angeljax.models.layers import Block, Linear, RMSNorm
@@ -93,11 +93,11 @@ class MTPModel:
     def read(
         self,
         params: dict[str, Any],
-        cache: tuple[jax.Array, jax.Array],
+        cache: tuple[Stored, Stored],
         embeds: jax.Array,
         hidden: jax.Array,
         slots: jax.Array,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    ) -> tuple[jax.Array, tuple[Stored, Stored]]:
         """Reads T pairs of each row.
 
         Args:
@@ -121,6 +121,7 @@ class MTPModel:
             Store(k, v, None, slots),
             dense_attention,
         )
+        assert store is not None
         return module.norm(x), (store.k, store.v)
 
 
@@ -136,7 +137,7 @@ def _skeleton(model: MTPModel) -> tuple[Any, Any]:
 class _State(NamedTuple):
     """Keys and values, and the output `[B, D]` that the next token is read from."""
 
-    cache: tuple[jax.Array, jax.Array]
+    cache: tuple[Stored, Stored]
     output: jax.Array
     ready: jax.Array
 

@@ -136,8 +136,8 @@ class MTPTask:
                 y = attend(q[:, :, None], context, seen)
             else:
                 own.append((key, value))
-                mine = (jnp.stack(side, axis=2) for side in zip(*own, strict=True))
-                y = attend(q[:, :, None], context, seen, tuple(mine))
+                mine = [jnp.stack(side, axis=2) for side in zip(*own, strict=True)]
+                y = attend(q[:, :, None], context, seen, (mine[0], mine[1]))
             x = block.attn.o_proj(y.reshape(*x.shape[:2], -1), residual=x)
             hidden = module.norm(block.mlp(x, block.mlp_norm))
             out.append(hidden)
