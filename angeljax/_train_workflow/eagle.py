@@ -34,7 +34,8 @@ from angeljax.train import (
     make_schedule,
 )
 from angeljax.train import language_model as lm
-from angeljax.train.eagle import EagleTask, feature_scales
+from angeljax.train._feature_scales import feature_scales
+from angeljax.train.eagle import EagleTask
 from angeljax.train.eagle_config import EagleTrainConfig
 from angeljax.train.eagle_data import MaskedTokens, answer_mask, draft_vocabulary
 from angeljax.train.metrics import Console, JsonLines, TensorBoard

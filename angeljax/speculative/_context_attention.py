@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -32,18 +34,18 @@ def attend(
     batch, runs, count, heads, dim = q.shape
     k, v = (x.astype(q.dtype) for x in context)
     q = q.reshape(batch, runs, count, k.shape[1], -1, dim)
-    wide = {"preferred_element_type": jnp.float32}
+    wide: dict[str, Any] = {"preferred_element_type": jnp.float32}
     scores = jnp.einsum("bajkgd,bksd->bakgjs", q, k, **wide)
     scores = jnp.where(seen[:, :, None, None, None], scores, _UNSEEN)
     if own is None:
         weights = jax.nn.softmax(scores * dim**-0.5, axis=-1).astype(q.dtype)
-        y = jnp.einsum("bakgjs,bksd->bajkgd", weights, v)
-        return y.reshape(batch, runs, count, heads, dim)
+        y = jnp.einsum("bakgjs,bksd->bajkgd", weights, v, **wide)
+        return y.reshape(batch, runs, count, heads, dim).astype(weights.dtype)
     own_k, own_v = (x.astype(q.dtype) for x in own)
     mine = jnp.einsum("bajkgd,baikd->bakgji", q, own_k, **wide)
     scores = jnp.concatenate([scores, mine], axis=-1) * dim**-0.5
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     size = k.shape[2]
-    y = jnp.einsum("bakgjs,bksd->bajkgd", weights[..., :size], v)
-    y += jnp.einsum("bakgji,baikd->bajkgd", weights[..., size:], own_v)
-    return y.reshape(batch, runs, count, heads, dim)
+    y = jnp.einsum("bakgjs,bksd->bajkgd", weights[..., :size], v, **wide)
+    y += jnp.einsum("bakgji,baikd->bajkgd", weights[..., size:], own_v, **wide)
+    return y.reshape(batch, runs, count, heads, dim).astype(weights.dtype)

@@ -174,7 +174,14 @@ def variants(drafter: Drafter) -> list[Drafter]:
 
 
 def survival(stats: Stats) -> tuple[float, ...]:
-    """Share of rounds in which the first 1, 2, ... drafts in a row were accepted."""
+    """How often the first drafts in a row were accepted.
+
+    Args:
+      stats: of some rounds.
+
+    Returns:
+      The share of rounds in which the first 1, 2, ... were, depth by depth.
+    """
     rounds = max(int(jnp.sum(stats.rounds)), 1)
     return tuple(float(h) / rounds for h in np.asarray(stats.hits))
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from angeljax.models.attention import dense_attention
 from angeljax.models.cache import write
+from angeljax.speculative._chains import draw_chain
 from angeljax.speculative._eagle_config import EagleConfig, default_layers
 from angeljax.speculative._eagle_head import (
     draft_logits,
@@ -250,31 +251,22 @@ class EagleDrafter(Drafter):
         ids, sampler = eagle_ids(self.params), target.sampler
         slots = cache_slots(state.k)
 
-        def choose(logits: jax.Array, at: jax.Array) -> Any:
+        def choose(carry: Any, at: jax.Array) -> Any:
             if sampler.rejection:
-                return sampler.draft(self._spread(logits), at)
-            return sampler.draft(logits, at, ids)
+                return sampler.draft(self._spread(carry[0]), at[:, None])
+            return sampler.draft(carry[0], at[:, None], ids)
 
-        def step(carry: Any, _: None) -> tuple[Any, Any]:
-            logits, hidden, at, state = carry
-            new, log_q = choose(logits, at[:, None])
+        def read(carry: Any, new: jax.Array, at: jax.Array) -> Any:
+            _, hidden, state = carry
             here = at[:, None] - 1
             hidden, state = self._read(
                 target, state, new, hidden, here, at - 1, chain_mask(here, slots)
             )
-            logits = draft_logits(self.config, self.params, hidden)
-            return (logits, hidden, at + 1, state), (new[:, 0], log_q)
+            return draft_logits(self.config, self.params, hidden), hidden, state
 
-        carry = logits, hidden, lengths, state
-        carry, drawn = jax.lax.scan(step, carry, length=self.num_tokens - 1)
-        logits, _, at, state = carry
-        new, log_q = choose(logits, at[:, None])
-        last = new[:, 0], log_q
-        drawn = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), drawn, last)
-        tokens, log_q = drawn
-        if log_q is not None:
-            log_q = jnp.swapaxes(log_q[:, :, 0], 0, 1)
-        return Draft(tokens.T, log_probs=log_q), state
+        first = logits, hidden, state
+        draft, (*_, state) = draw_chain(choose, read, first, lengths, self.num_tokens)
+        return draft, state
 
     def _tree(
         self,

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from angeljax.speculative._chains import chain_draft, draw_chain
 from angeljax.speculative._rows import cache_slots, chain_mask
 from angeljax.speculative.drafter import (
     Context,
@@ -123,7 +124,7 @@ class SelfDrafter(Drafter):
 
         first = context.last, context.lengths - 1, context.cache
         (_, _, cache), drawn = jax.lax.scan(step, first, length=self.num_tokens)
-        return _chain(drawn, cache), state
+        return chain_draft(drawn, cache), state
 
 
 @jax.tree_util.register_dataclass
@@ -179,19 +180,17 @@ class DraftModel(Drafter):
         row = (context.lengths - 1 - start)[:, None, None]
         logits = jnp.take_along_axis(logits, row, axis=1)
 
-        def step(carry: Any, _: None) -> tuple[Any, Any]:
-            logits, at, cache = carry
-            new, log_q = target.sampler.draft(logits, at[:, None])
-            logits, cache = self._read(cache, new, at[:, None], at)
-            return (logits, at + 1, cache), (new[:, 0], log_q)
+        def choose(carry: Any, at: jax.Array) -> Any:
+            return target.sampler.draft(carry[0], at[:, None])
 
-        carry = logits, context.lengths, state
-        count = self.num_tokens - 1
-        (logits, at, state), drawn = jax.lax.scan(step, carry, length=count)
-        new, log_q = target.sampler.draft(logits, at[:, None])
-        last = new[:, 0], log_q
-        drawn = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), drawn, last)
-        return _chain(drawn, None), state
+        def read(carry: Any, new: jax.Array, at: jax.Array) -> Any:
+            return self._read(carry[1], new, at[:, None], at)
+
+        first = logits, state
+        draft, (_, state) = draw_chain(
+            choose, read, first, context.lengths, self.num_tokens
+        )
+        return draft, state
 
     def _read(
         self, cache: Any, tokens: jax.Array, at: jax.Array, start: jax.Array
@@ -205,10 +204,3 @@ class DraftModel(Drafter):
             mask=chain_mask(at, cache_slots(cache)),
         )
         return self.model.head_rows(self.params, rows.final), rows.cache
-
-
-def _chain(drawn: Any, cache: Any) -> Draft:
-    """A draft of `[T, B]` tokens and `[T, B, 1, V]` logarithms, or None."""
-    tokens, log_q = drawn
-    log_probs = None if log_q is None else jnp.swapaxes(log_q[:, :, 0], 0, 1)
-    return Draft(tokens.T, log_probs=log_probs, cache=cache)

@@ -22,6 +22,7 @@ from angeljax.models.config import DecoderConfig
 from angeljax.models.language_model import bind_params
 from angeljax.models.layers import Block, Linear, RMSNorm
 from angeljax.models.rope import cos_sin
+from angeljax.speculative._chains import draw_chain
 from angeljax.speculative._rows import chain_mask
 from angeljax.speculative._shared import check_shared, embed, head, norm
 from angeljax.speculative.drafter import (
@@ -206,29 +207,23 @@ class MTPDrafter(Drafter):
         return self._read(target, state, hidden, after, none, pairs)
 
     def draft(self, target: Target, state: Any, context: Context) -> tuple[Draft, Any]:
-        def draw(output: jax.Array, at: jax.Array) -> tuple[jax.Array, Any]:
-            logits = head(target, output[:, None])
-            tokens, log_q = target.sampler.draft(logits, at[:, None])
-            return tokens, log_q
+        def choose(carry: Any, at: jax.Array) -> Any:
+            logits = head(target, carry[0][:, None])
+            return target.sampler.draft(logits, at[:, None])
 
-        def step(carry: Any, _: None) -> tuple[Any, Any]:
-            output, cache, at = carry
-            token, log_q = draw(output, at)
+        def read(carry: Any, token: jax.Array, at: jax.Array) -> Any:
+            output, cache = carry
             x, cache = self.model.read(
                 self.params, cache, embed(target, token), output[:, None], at - 1
             )
-            return (x[:, 0], cache, at + 1), (token[:, 0], log_q)
+            return x[:, 0], cache
 
-        first = state.output, state.cache, context.lengths
-        carry, drawn = jax.lax.scan(step, first, length=self.num_tokens - 1)
-        token, log_q = draw(carry[0], carry[2])
-        last = token[:, 0], log_q
-        drawn = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), drawn, last)
-        tokens = jnp.where(state.ready[:, None], drawn[0].T, -1)
-        log_probs = None
-        if drawn[1] is not None:
-            log_probs = jnp.swapaxes(drawn[1][:, :, 0], 0, 1)
-        return Draft(tokens, log_probs=log_probs), state._replace(cache=carry[1])
+        first = state.output, state.cache
+        draft, (_, cache) = draw_chain(
+            choose, read, first, context.lengths, self.num_tokens
+        )
+        tokens = jnp.where(state.ready[:, None], draft.tokens, -1)
+        return draft._replace(tokens=tokens), state._replace(cache=cache)
 
     def update(self, target: Target, state: Any, verified: Verified) -> Any:
         before = verified.context.lengths - verified.emitted

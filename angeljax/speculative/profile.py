@@ -184,7 +184,11 @@ def profile_drafter(
 
 
 def cache_folder() -> Path:
-    """Where measured times are kept: `angeljax/speculative` in the user's cache."""
+    """Where measured times are kept.
+
+    Returns:
+      `angeljax/speculative` in `$XDG_CACHE_HOME`, or else in `~/.cache`.
+    """
     root = os.environ.get("XDG_CACHE_HOME")
     base = Path(root) if root else Path.home() / ".cache"
     return base / "angeljax" / "speculative"

@@ -6,12 +6,15 @@ into any loss of one's own.
 """
 
 from angeljax._fields import ConfigError
+from angeljax.train._feature_scales import feature_scales
 from angeljax.train._sections import LoraConfig
 from angeljax.train.block_task import BlockTask
 from angeljax.train.checkpoints import Checkpoints
 from angeljax.train.config import TrainConfig
 from angeljax.train.data import PackedTokens, load_tokens
 from angeljax.train.draft_losses import DraftLoss
+from angeljax.train.eagle import EagleLoss, EagleTask
+from angeljax.train.eagle_config import EagleTrainConfig
 from angeljax.train.guards import Divergence, TrainingStopped
 from angeljax.train.held_out import HeldOut
 from angeljax.train.language_model import LMTask
@@ -33,6 +36,9 @@ __all__ = [
     "ConfigError",
     "Divergence",
     "DraftLoss",
+    "EagleLoss",
+    "EagleTask",
+    "EagleTrainConfig",
     "FitResult",
     "HeldOut",
     "LMTask",
@@ -45,6 +51,7 @@ __all__ = [
     "TrainState",
     "TrainingStopped",
     "evaluation_params",
+    "feature_scales",
     "fit",
     "init_state",
     "load_tokens",

@@ -13,6 +13,7 @@ from angeljax.models import LanguageModel
 from angeljax.speculative._shared import check_shared
 from angeljax.speculative.block import BlockDrafter
 from angeljax.speculative.block_model import BlockModel
+from angeljax.train._feature_scales import feature_scales
 from angeljax.train.draft_losses import DraftLoss, draft_loss
 from angeljax.train.language_model import cast, forward_flops
 from angeljax.train.step import Metrics
@@ -90,14 +91,9 @@ class BlockTask:
         start = dict(self.block.init(key))
         last = jnp.asarray(self.target.bind(params).norm.scale[...], jnp.float32)
         start["norm"] = {"scale": _NORM_SHARE * last}
-        scale = jax.jit(self._scale)(params, jnp.asarray(tokens))
-        return {"params": start}, {"target": params, "scale": scale}
-
-    def _scale(self, params: Any, tokens: jax.Array) -> jax.Array:
         layers = self.block.config.target_layers
-        hidden = self.target.features(params, tokens, hidden=layers).hidden
-        wide = jnp.concatenate(hidden, axis=-1).astype(jnp.float32)
-        return jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=(0, 1)) + 1e-6)
+        scale = jnp.asarray(feature_scales(self.target, params, layers, [tokens]))
+        return {"params": start}, {"target": params, "scale": scale}
 
     def params(self, trainable: Any, frozen: Any) -> Any:
         """The drafter's params in float32, the scale of features in `fc`."""

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from angeljax._fields import build, choice, number
+from angeljax.train._acceptance import DISTANCES, acceptance, distance
 from angeljax.train.chunked import head_logits
 
-LOSSES = ("ce", "kl", "tv", "lk_alpha", "lk_hybrid", "block_tv")
+LOSSES = ("ce", *DISTANCES, "block_tv")
 WEIGHTS = ("exponential", "equal", "continuation")
 _CHUNK_LOGITS = 2**27
 
@@ -93,25 +94,12 @@ class DraftLoss:
         else:
             assert target is not None, "all but ce compare with the target"
             log_p = jax.nn.log_softmax(jax.lax.stop_gradient(target), axis=-1)
-            alpha = jnp.sum(jnp.exp(jnp.minimum(log_p, log_q)), axis=-1)
             if self.loss == "block_tv":
+                alpha = acceptance(log_p, log_q)
                 return 1 - jnp.mean(jnp.cumprod(alpha, axis=-1), axis=-1)
-            terms = self._compared(log_p, log_q, alpha)
+            terms = distance(log_p, log_q, self.loss, eta=self.eta)
         weights = self.place_weights(jax.lax.stop_gradient(of_text))
         return jnp.sum(weights * terms, axis=-1)
-
-    def _compared(
-        self, log_p: jax.Array, log_q: jax.Array, alpha: jax.Array
-    ) -> jax.Array:
-        if self.loss == "tv":
-            return 1 - alpha
-        if self.loss == "lk_alpha":
-            return -jnp.log(jnp.maximum(alpha, 1e-10))
-        kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
-        if self.loss == "kl":
-            return kl
-        share = jnp.exp(-self.eta * jax.lax.stop_gradient(alpha))
-        return share * kl + (1 - share) * (1 - alpha)
 
     def place_weights(self, of_text: jax.Array) -> jax.Array:
         """float32 `[..., J]`; fixed ones sum to 1.

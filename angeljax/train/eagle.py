@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from angeljax import ops
 from angeljax._fields import choice, count, number
 from angeljax.models import LanguageModel
+from angeljax.speculative import _context_attention
 from angeljax.speculative._eagle_config import EagleConfig
 from angeljax.speculative._eagle_head import (
     Params,
@@ -28,10 +27,10 @@ from angeljax.speculative._eagle_head import (
     read_step,
     target_head,
 )
-from angeljax.train._eagle_losses import LOSSES, draft_loss
+from angeljax.train._acceptance import DISTANCES, distance
 from angeljax.train.language_model import cast
 
-__all__ = ["EagleLoss", "EagleTask", "feature_scales"]
+__all__ = ["EagleLoss", "EagleTask"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,8 +40,8 @@ class EagleLoss:
     Attributes:
       steps: K, drafts in a row that are trained for.
       decay: weight of each step, relative to the one before.
-      kind: "kl", or "lk_hybrid" or "lk_alpha"; see
-        `angeljax.train._eagle_losses.draft_loss`.
+      kind: "kl", "lk_hybrid", "lk_alpha" or "tv"; see
+        `angeljax.train._acceptance.distance`.
       kl_steps: optimizer steps that begin with "kl", whatever the kind.
       eta: of "lk_hybrid".
 
@@ -59,7 +58,7 @@ class EagleLoss:
     def __post_init__(self) -> None:
         count("loss.steps", self.steps)
         number("loss.decay", self.decay, 0)
-        choice("loss.kind", self.kind, LOSSES)
+        choice("loss.kind", self.kind, DISTANCES)
         count("loss.kl_steps", self.kl_steps, 0)
         number("loss.eta", self.eta, 0)
 
@@ -258,11 +257,12 @@ class EagleTask:
                 p = module.head(x)
             else:
                 p = ops.dot(x, rows, preferred_element_type=jnp.float32)
-            p = jax.lax.stop_gradient(p)
-            loss = draft_loss(p, q, o.kind, eta=o.eta)
+            log_p = jax.nn.log_softmax(jax.lax.stop_gradient(p), axis=-1)
+            log_q = jax.nn.log_softmax(q, axis=-1)
+            loss = distance(log_p, log_q, o.kind, eta=o.eta)
             if o.kind != "kl" and o.kl_steps:
                 begins = step < o.kl_steps
-                loss = jnp.where(begins, draft_loss(p, q, "kl"), loss)
+                loss = jnp.where(begins, distance(log_p, log_q, "kl"), loss)
             drafted, top = jnp.argmax(q, axis=-1), jnp.argmax(p, axis=-1)
             if ids is not None:
                 drafted, top = ids[drafted], ids[top]
@@ -289,66 +289,11 @@ def _attend(
       keys, values: `[B, T, Hkv, D]` of each step.
       model: its attention serves step 0.
     """
-    batch, size, heads, dim = q.shape
-    order = jnp.arange(size)
+    order = jnp.arange(q.shape[1])
     seen = order[:, None] >= order
     if len(keys) == 1:
         return model.attention_fn(q, keys[0], values[0], seen[None, None])
-    groups = q.reshape(batch, size, keys[0].shape[2], -1, dim)
-    wide: dict[str, Any] = {"preferred_element_type": jnp.float32}
-    first = jnp.einsum("btkgd,bskd->bkgts", groups, keys[0], **wide)
-    first = jnp.where(seen, first, -jnp.inf)
-    own_k, own_v = jnp.stack(keys[1:], 2), jnp.stack(values[1:], 2)
-    own = jnp.einsum("btkgd,btjkd->bkgtj", groups, own_k, **wide)
-    scores = jnp.concatenate([first, own], axis=-1) * dim**-0.5
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    y = jnp.einsum("bkgts,bskd->btkgd", weights[..., :size], values[0], **wide)
-    y = y + jnp.einsum("bkgtj,btjkd->btkgd", weights[..., size:], own_v, **wide)
-    return y.reshape(q.shape).astype(q.dtype)
-
-
-def feature_scales(
-    model: LanguageModel,
-    params: Any,
-    layers: tuple[int, ...],
-    batches: Iterable[Any],
-    *,
-    kind: str = "channel",
-) -> np.ndarray:
-    """Factors that bring the target's features to a size of one.
-
-    A few channels of inner layers are hundreds of times as large as the others (massive
-    activations, arXiv 2402.17762). Fixed factors make them alike while the head is
-    trained, and become part of `fc` when it is written.
-
-    Args:
-      model, params: the target.
-      layers: whose outputs are the features.
-      batches: int32 tokens `[B, T]` each.
-      kind: "channel", one factor for each channel; "layer", one for each layer; "none".
-
-    Returns:
-      float32 `[len(layers) * hidden_size]`.
-
-    Raises:
-      ConfigError: another kind.
-    """
-    choice("head.normalize", kind, ("channel", "layer", "none"))
-    size = model.config.hidden_size
-    if kind == "none":
-        return np.ones(len(layers) * size, np.float32)
-
-    @jax.jit
-    def sums(params: Any, tokens: jax.Array) -> jax.Array:
-        found = model.features(params, tokens, hidden=layers).hidden
-        # The mean of magnitudes: a square would see nothing but the first token.
-        wide = [jnp.abs(x.astype(jnp.float32)).mean(axis=(0, 1)) for x in found]
-        return jnp.stack(wide)
-
-    means = np.mean([np.asarray(sums(params, jnp.asarray(t))) for t in batches], axis=0)
-    if kind == "layer":
-        means = np.broadcast_to(means.mean(axis=1, keepdims=True), means.shape)
-    # No channel becomes more than what is usual in its layer would.
-    least = 0.1 * np.median(means, axis=1, keepdims=True)
-    out = 1.0 / np.maximum(np.maximum(means, least), 1e-6)
-    return out.reshape(-1).astype(np.float32)
+    first = jnp.swapaxes(keys[0], 1, 2), jnp.swapaxes(values[0], 1, 2)
+    own = jnp.stack(keys[1:], axis=2), jnp.stack(values[1:], axis=2)
+    y = _context_attention.attend(q[:, :, None], first, seen[None], own)
+    return y[:, :, 0]

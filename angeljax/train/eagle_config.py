@@ -76,7 +76,7 @@ class HeadConfig:
       layers: of the target whose outputs it reads, from 0; None for an early, a middle
         and a late one, as engines take them.
       normalize: "channel", "layer" or "none"; see
-        `angeljax.train.eagle.feature_scales`.
+        `angeljax.train.feature_scales`.
       norm_scale: factor on the target's final norm at the start.
     """
 

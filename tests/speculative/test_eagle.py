@@ -27,9 +27,15 @@ from angeljax.speculative import (
     save_eagle,
 )
 from angeljax.speculative._eagle_head import draft_logits, eagle_ids, read_step
-from angeljax.train import OptimizerConfig, fit, make_optimizer
-from angeljax.train._eagle_losses import draft_loss
-from angeljax.train.eagle import EagleLoss, EagleTask, feature_scales
+from angeljax.train import (
+    EagleLoss,
+    EagleTask,
+    OptimizerConfig,
+    feature_scales,
+    fit,
+    make_optimizer,
+)
+from angeljax.train._acceptance import distance
 from angeljax.train.eagle_data import answer_mask, draft_vocabulary
 from tests.speculative._cases import PROMPTS, tiny
 
@@ -93,29 +99,39 @@ def test_rejection_accepts_drafts_of_a_part_of_the_vocabulary():
     assert out.tau > 1.1 and int(out.tokens.max()) < 32
 
 
-def by_hand(config, head, model, params, text, start, count):
-    """Recurrent logits after `text[: start + 2]`: a loop without any cache."""
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def features_of(config, head, model, params, text):
     found = model.features(params, text[None, :-1], hidden=config.target_layers)
-    wide = jnp.concatenate(found.hidden, -1) @ head["fc"]["kernel"]
-    own = wide[:, : start + 1]  # features of the prefix, then what the layer gave
+    return jnp.concatenate(found.hidden, -1) @ head["fc"]["kernel"]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def whole_text(config, head, params, text, own):
+    """h' of all places of a text, and the logits of each, without any cache."""
+    size = len(text) - 1
+    embeds = params["embed_tokens"]["embedding"][text[None, 1:]]
+
+    def attend(q, key, value):
+        seen = jnp.tril(jnp.ones((size, size), bool))
+        group = q.shape[2] // key.shape[2]
+        key, value = (jnp.repeat(x, group, 2) for x in (key, value))
+        s = jnp.einsum("bthd,bshd->bhts", q, key) * config.head_dim**-0.5
+        w = jax.nn.softmax(jnp.where(seen, s, -jnp.inf), -1)
+        return jnp.einsum("bhts,bshd->bthd", w, value)
+
+    h = read_step(config, head, embeds, own, jnp.arange(size)[None], attend)
+    return h, draft_logits(config, head, h)
+
+
+def by_hand(config, head, model, params, text, start, count):
+    """Recurrent logits after `text[: start + 2]`; nothing sees what comes later."""
+    own = features_of(config, head, model, params, text)
     out = []
     for k in range(count):
-        size = start + 1 + k
-        tokens = text[None, 1 : size + 1]
-        embeds = params["embed_tokens"]["embedding"][tokens]
-        at = jnp.arange(size)[None]
-
-        def attend(q, key, value, size=size):
-            seen = jnp.tril(jnp.ones((size, size), bool))
-            group = q.shape[2] // key.shape[2]
-            key, value = (jnp.repeat(x, group, 2) for x in (key, value))
-            s = jnp.einsum("bthd,bshd->bhts", q, key) * config.head_dim**-0.5
-            w = jax.nn.softmax(jnp.where(seen, s, -jnp.inf), -1)
-            return jnp.einsum("bhts,bshd->bthd", w, value)
-
-        h = read_step(config, head, embeds, own, at, attend)[:, -1:]
-        out.append(draft_logits(config, head, h)[0, 0])
-        own = jnp.concatenate([own, h], axis=1)
+        h, logits = whole_text(config, head, params, text, own)
+        out.append(logits[0, start + k])
+        # Where the target has not been yet: what the layer gave one place before.
+        own = own.at[:, start + k + 1].set(h[:, start + k])
     return jnp.stack(out)
 
 
@@ -125,8 +141,8 @@ def test_steps_of_training_are_those_of_drafting():
     text = jnp.concatenate([jnp.asarray(PROMPTS[3]), plain(0.0)[3]])[:13]
     task = EagleTask(model, config, EagleLoss(steps=3), "float32")
     trainable, frozen = task.init(params, head)
-    _, features = task.target(frozen, text[None, :-1])
-    hidden = task.hidden(trainable, frozen, features, text[None])
+    _, features = jax.jit(task.target)(frozen, text[None, :-1])
+    hidden = jax.jit(task.hidden)(trainable, frozen, features, text[None])
     for start in (0, 7):
         want = by_hand(config, head, model, params, text, start, 3)
         for k, h in enumerate(hidden):
@@ -140,7 +156,7 @@ def test_steps_of_training_are_those_of_drafting():
     draft, _ = jax.jit(drafter.draft)(target, state.drafter, state.context)
     known, ids = list(map(int, text[:9])), eagle_ids(head)
     for k in range(3):
-        line = jnp.asarray([*known, 0])
+        line = jnp.asarray(known + [0] * (len(text) - len(known)))
         logits = by_hand(config, head, model, params, line, 7, k + 1)[-1]
         known.append(int(ids[logits.argmax()]))
     assert draft.tokens[0].tolist() == known[9:]
@@ -181,11 +197,13 @@ def test_losses_by_hand(rng):
         c = np.exp(-3 * alpha)
         want = {
             "kl": kl,
+            "tv": 1 - alpha,
             "lk_alpha": -np.log(alpha),
             "lk_hybrid": c * kl + (1 - c) * (1 - alpha),
         }
         for kind, value in want.items():
-            got = draft_loss(jnp.asarray(p[row]), jnp.asarray(q[row]), kind)
+            logs = (jax.nn.log_softmax(jnp.asarray(x[row])) for x in (p, q))
+            got = distance(*logs, kind)
             np.testing.assert_allclose(got, value, rtol=1e-4)
 
 
