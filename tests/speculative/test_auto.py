@@ -48,7 +48,7 @@ class Slow(Drafter):
     def draft(self, target, state, context):
         draft, _ = PromptLookup(self.num_tokens).draft(target, state, context)
         work = jnp.full((192, 192), 1 / 192) + context.last[0] * 0.0
-        work = jax.lax.fori_loop(0, 20, lambda _, x: x @ work, work)
+        work = jax.lax.fori_loop(0, 2, lambda _, x: x @ work, work)
         # Nothing of it may be left out by the compiler.
         tokens = jnp.where(jnp.isnan(work).any(), -1, draft.tokens)
         return Draft(tokens), state

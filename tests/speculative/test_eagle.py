@@ -165,7 +165,7 @@ def test_steps_of_training_are_those_of_drafting():
 def test_a_text_learnt_by_heart_is_accepted_whole():
     model, params = tiny()
     config = EagleConfig.of(model.config)
-    want = autoregressive(model, params, PROMPTS[:1], max_new_tokens=48).tokens
+    want = autoregressive(model, params, PROMPTS[:1], max_new_tokens=32).tokens
     row = np.concatenate([PROMPTS[0], np.asarray(want)[0]])[None].astype(np.int32)
     batch = {"tokens": row, "mask": np.ones(row.shape, bool)}
     task = EagleTask(model, config, EagleLoss(steps=3), "float32")
@@ -177,11 +177,11 @@ def test_a_text_learnt_by_heart_is_accepted_whole():
         trainable,
         lambda step: batch,
         frozen=frozen,
-        optimizer=make_optimizer(OptimizerConfig(lr=1e-2), 150),
-        steps=150,
+        optimizer=make_optimizer(OptimizerConfig(lr=1e-2), 90),
+        steps=90,
     )
     drafter = EagleDrafter(config, task.head(result.trainable, frozen), 3)
-    got = generate(model, params, PROMPTS[:1], drafter=drafter, max_new_tokens=48)
+    got = generate(model, params, PROMPTS[:1], drafter=drafter, max_new_tokens=32)
     np.testing.assert_array_equal(got.tokens, want)
     assert got.tau >= 3
     assert result.metrics["tau"] > 3
