@@ -52,6 +52,7 @@ from angeljax.speculative.grow import Frontier, grow_tree
 from angeljax.speculative.lookup import PromptLookup, lookup
 from angeljax.speculative.model_drafter import DraftModel, SelfDrafter
 from angeljax.speculative.mtp import MTPDrafter, MTPModel
+from angeljax.speculative.prepare import prepare_drafter
 from angeljax.speculative.profile import (
     Profile,
     cache_folder,
@@ -122,6 +123,7 @@ __all__ = [
     "load_eagle",
     "lookup",
     "prefill",
+    "prepare_drafter",
     "profile_drafter",
     "profile_target",
     "rank_tree",
