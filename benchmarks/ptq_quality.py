@@ -5,9 +5,9 @@
 
 Perplexity, KL divergence from the original model and top-1 agreement on full windows of
 each text. Weights are quantized from float32 and evaluated in float32 (products in TF32
-on a GPU), so that hardly anything but the quantization differs. `--rows` takes a
-regular expression of `section: name`. `--smoke` runs a few rows on a tiny random model,
-without any file.
+on a GPU), so that hardly anything but the quantization differs. `--rows` takes
+regular expressions of `section: name`. `--smoke` runs a few rows on a tiny random
+model, without any file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import argparse
 import dataclasses
 import functools
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +194,9 @@ def judged(
     return rows
 
 
-def allocated(bench: Bench, bits: float, tokens: int) -> list[tuple[PTQRow, Any]]:
+def allocated(
+    bench: Bench, bits: float, tokens: int
+) -> list[tuple[PTQRow, Any, float]]:
     """Mixed precision at a number of bits, with and without GPTQ in the candidates."""
     model = dataclasses.replace(bench.model, scan_layers=False)
     params = unstack_layers(bench.params)
@@ -224,7 +226,7 @@ def allocated(bench: Bench, bits: float, tokens: int) -> list[tuple[PTQRow, Any]
         print(f"allocated {name}: {chosen.seconds:.0f} s, {chosen.passes} passes")
         tree = aj.compress(params, chosen.recipe, stats, progress=False)
         row = PTQRow(f"{bits:g} bits on average", f"allocated, {name}", ())
-        found.append((row, tree))
+        found.append((row, tree, chosen.seconds))
     return found
 
 
@@ -294,7 +296,9 @@ def arguments() -> Any:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--calibration", nargs="*", default=[], help="token files")
     parser.add_argument("--text", nargs="*", default=[], help="name=token file")
-    parser.add_argument("--rows", default=".", help="regular expression")
+    parser.add_argument(
+        "--rows", nargs="*", default=["."], help="regular expressions, in this order"
+    )
     parser.add_argument("--rows-of-calibration", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=64, help="of each text")
@@ -315,8 +319,10 @@ def main() -> None:
     """Measures the rows and writes after each."""
     args = arguments()
     bench = tiny() if args.smoke else opened(args)
-    chosen = [] if args.rows == "none" else named(args.rows)
-    if args.smoke and args.rows == ".":
+    chosen: list[PTQRow] = []
+    for pattern in args.rows:
+        chosen += [row for row in named(pattern) if row not in chosen]
+    if args.smoke and args.rows == ["."]:
         chosen = [r for r in ROWS if f"{r.section}: {r.name}" in SMOKE]
     if any(row.how == "pass" for row in chosen):
         _ = bench.statistics
@@ -327,17 +333,18 @@ def main() -> None:
     # Most of a row's time on a GPU is compilation, which threads do side by side.
     with ThreadPoolExecutor(args.threads) as pool:
         jobs = [pool.submit(measure, bench, row) for row in chosen]
-        for i, (row, job) in enumerate(zip(chosen, jobs, strict=True)):
+        for job in as_completed(jobs):
+            i = jobs.index(job)
             try:
                 results[i] = job.result()
-            except ValueError as e:
-                print(f"{row.section}: {row.name}: {e}", flush=True)
+            except (ValueError, RuntimeError) as e:
+                print(f"{chosen[i].section}: {chosen[i].name}: {e}", flush=True)
                 continue
             found = [r for k in sorted(results) for r in results[k]]
             write("ptq_quality", found, device_tag=args.tag, directory=args.out)
     if args.allocate:
-        for row, tree in allocated(bench, args.allocate, args.allocate_tokens):
-            found += judged(bench, row, bench.model, tree, 0.0)
+        for row, tree, took in allocated(bench, args.allocate, args.allocate_tokens):
+            found += judged(bench, row, bench.model, tree, took)
             write("ptq_quality", found, device_tag=args.tag, directory=args.out)
 
 
