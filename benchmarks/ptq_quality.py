@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import functools
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,13 @@ from angeljax.transforms import Rotation, apply_transforms
 from benchmarks._ptq_rows import ROWS, SMOKE, PTQRow, named
 from benchmarks._results import RESULTS, Row, write
 
+PLAIN = ("int3:64", "int4:128", "int4:64", "int8:128")
+# What `allocate` may choose from.
+CANDIDATES = {
+    "rtn": PLAIN,
+    "gptq": tuple(f"{name}:gptq" for name in PLAIN),
+    "rtn, NVFP4 too": (*PLAIN, "int4:32", "nvfp4"),
+}
 KINDS = ("hessian", "abs_sum", "histogram", "ema", "token_amax")
 
 
@@ -96,7 +104,8 @@ class Bench:
             assert recipe.kv_cache is not None
             return _with_kv(self, recipe.kv_cache)
         if row.how == "focus":
-            few = self.batches()
+            # Its logits and their gradients are large.
+            few = [b[i : i + 2] for b in self.batches() for i in range(0, len(b), 2)]
             return model, learn_focus(model, params, recipe, few, steps=2 * len(few))[0]
         if "layers" in row.how:
             return model, aj.compress_sequential(
@@ -195,20 +204,15 @@ def judged(
 
 
 def allocated(
-    bench: Bench, bits: float, tokens: int
-) -> list[tuple[PTQRow, Any, float]]:
-    """Mixed precision at a number of bits, with and without GPTQ in the candidates."""
+    bench: Bench, bits: float, tokens: int, kinds: list[str]
+) -> Iterator[tuple[PTQRow, Any, float]]:
+    """Mixed precision at a number of bits, from each list of candidates."""
     model = dataclasses.replace(bench.model, scan_layers=False)
     params = unstack_layers(bench.params)
     batches = [jnp.asarray(bench.calibration[:1, :tokens])]
-    found = []
-    plain = ("int3:64", "int4:128", "int4:64", "int8:128")
-    for name, formats in (
-        ("rtn", plain),
-        ("gptq", tuple(f"{f}:gptq" for f in plain)),
-    ):
+    for name in kinds:
         stats = None
-        if name == "gptq":
+        if "gptq" in name:
             recipe = aj.Recipe(rules=[aj.Rule(format="int4")])
             stats = aj.calibrate(
                 model, params, bench.batches(), recipe, statistics=("hessian",)
@@ -217,7 +221,7 @@ def allocated(
             model,
             params,
             stats,
-            formats=formats,
+            formats=CANDIDATES[name],
             batches=batches,
             budget_bits=bits,
             verify=False,
@@ -226,8 +230,7 @@ def allocated(
         print(f"allocated {name}: {chosen.seconds:.0f} s, {chosen.passes} passes")
         tree = aj.compress(params, chosen.recipe, stats, progress=False)
         row = PTQRow(f"{bits:g} bits on average", f"allocated, {name}", ())
-        found.append((row, tree, chosen.seconds))
-    return found
+        yield row, tree, chosen.seconds
 
 
 def original(bench: Bench) -> list[Row]:
@@ -306,6 +309,7 @@ def arguments() -> Any:
     parser.add_argument("--threads", type=int, default=1, help="rows at a time")
     parser.add_argument("--allocate", type=float, help="bits: mixed precision")
     parser.add_argument("--allocate-tokens", type=int, default=2048)
+    parser.add_argument("--candidates", nargs="*", choices=CANDIDATES)
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--tag", default=None)
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -343,7 +347,10 @@ def main() -> None:
             found = [r for k in sorted(results) for r in results[k]]
             write("ptq_quality", found, device_tag=args.tag, directory=args.out)
     if args.allocate:
-        for row, tree, took in allocated(bench, args.allocate, args.allocate_tokens):
+        candidates = args.candidates or list(CANDIDATES)
+        for row, tree, took in allocated(
+            bench, args.allocate, args.allocate_tokens, candidates
+        ):
             found += judged(bench, row, bench.model, tree, took)
             write("ptq_quality", found, device_tag=args.tag, directory=args.out)
 
