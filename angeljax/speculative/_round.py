@@ -243,8 +243,8 @@ class _Shape:
             lines = jnp.asarray(tree.ancestors)[None]
         else:
             assert isinstance(tree, DynamicTree) and draft.parents is not None
-            parents, lines = draft.parents.astype(jnp.int32), draft.ancestors
-            lines = ancestors(parents, tree.depth) if lines is None else lines
+            parents, known = draft.parents.astype(jnp.int32), draft.ancestors
+            lines = ancestors(parents, tree.depth) if known is None else known
         depths = jnp.sum(lines, axis=-1, dtype=jnp.int32) - 1
         positions = root + depths
         return cls(
