@@ -2,12 +2,12 @@
 
     python -m benchmarks.speculative_torch [--tag h100] [--seconds 90]
 
-`transformers` generates greedily with a static cache at batch 1: a Llama of the shape of
-SmolLM2-135M with random weights in bfloat16, which take as long as others. Eager;
+`transformers` generates greedily with a static cache at batch 1: a Llama of the shape
+of SmolLM2-135M with random weights in bfloat16, which take as long as others. Eager;
 compiled, as it does by itself for such a cache (`mode="reduce-overhead"`: CUDA graphs);
-and the compiled forward in a bare loop, without what `generate` does around it. A prompt
-of 64 tokens; the time of a token is that of many tokens less that of few. PyTorch is no
-dependency of the library.
+and the compiled forward in a bare loop, without what `generate` does around it. A
+prompt of 64 tokens; the time of a token is that of many tokens less that of few.
+PyTorch is no dependency of the library.
 """
 
 from __future__ import annotations
