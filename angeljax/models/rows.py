@@ -18,7 +18,7 @@ from flax import nnx
 
 from angeljax.attention.prefill import SparseAttention
 from angeljax.models.attention import causal_attention, dense_attention
-from angeljax.models.cache import Layers, Store
+from angeljax.models.cache import Held, Layers, Store
 from angeljax.models.features import check_layers
 from angeljax.models.rope import cos_sin
 
@@ -31,10 +31,74 @@ class RowCache:
     Attributes:
       k, v: as those of a `KVCache`: a tuple with `[B, num_kv_heads, slots, head_dim]`
         for each layer, or one array `[layers, B, num_kv_heads, slots, head_dim]`.
+      held: entries that the next reading puts in place; None without.
     """
 
     k: Layers
     v: Layers
+    held: HeldRows | None = None
+
+
+class HeldRows(NamedTuple):
+    """Entries of all layers that go before the slots of the next reading.
+
+    Attributes:
+      k, v: as those of a `RowCache`, with R slots.
+      valid: int32 `[B]`, how many of these count.
+    """
+
+    k: Layers
+    v: Layers
+    valid: jax.Array
+
+
+def hold_rows(
+    cache: RowCache, starts: jax.Array, path: jax.Array, count: jax.Array, nodes: int
+) -> RowCache:
+    """The entries at `starts + path`, to be put at `starts` and on by the next reading.
+
+    That must be at `starts + count`.
+
+    Args:
+      cache: without held entries.
+      starts: int32 `[B]`.
+      path: int32 `[B, R]`, from 0 to `nodes - 1`.
+      count: int32 `[B]`, how many of them matter.
+      nodes: how many slots from `starts` on are looked at.
+
+    Returns:
+      The cache, nothing of it moved.
+    """
+
+    def taken(x: jax.Array) -> jax.Array:
+        if len(starts) == 1:
+            window = jax.lax.dynamic_slice_in_dim(x, starts[0], nodes, x.ndim - 2)
+            return jnp.take(window, path[0], axis=x.ndim - 2)
+        at = (starts[:, None] + path)[:, None, :, None]
+        at = at.reshape((1,) * (x.ndim - 4) + at.shape)
+        return jnp.take_along_axis(x, at, axis=-2, mode="promise_in_bounds")
+
+    k, v = jax.tree.map(taken, (cache.k, cache.v))
+    return RowCache(cache.k, cache.v, HeldRows(k, v, count))
+
+
+def settle_rows(cache: RowCache, slots: jax.Array) -> RowCache:
+    """The cache with what it holds put before `slots`, int32 `[B]`."""
+    if (held := cache.held) is None:
+        return cache
+    start = slots - held.valid
+    row = jnp.arange(len(start))[:, None]
+
+    def put(x: jax.Array, rows: jax.Array) -> jax.Array:
+        if len(start) == 1:
+            return jax.lax.dynamic_update_slice_in_dim(x, rows, start[0], x.ndim - 2)
+        at = start[:, None] + jnp.arange(rows.shape[-2])
+        goal = (..., row, slice(None), at, slice(None))
+        # The indices come first, and then the layers of a stack.
+        rows = jnp.moveaxis(rows, (x.ndim - 4, x.ndim - 2), (0, 1))
+        return x.at[goal].set(rows, mode="promise_in_bounds", unique_indices=True)
+
+    return RowCache(*jax.tree.map(put, (cache.k, cache.v), (held.k, held.v)))
 
 
 class Rows(NamedTuple):
@@ -97,6 +161,11 @@ def read_rows(
     fn = module.attention_fn
     if fn is causal_attention or isinstance(fn, SparseAttention):
         fn = dense_attention
+    held = cache.held
+
+    def behind(store: Any, rows: Any) -> Any:
+        return store if held is None else Held(store, rows, held.valid)
+
     if module.scan_layers:
         mixed = any(windows)
         told = seen if mixed else lambda _: mask
@@ -104,6 +173,11 @@ def read_rows(
 
         def block(state: Any, x: Any, store: Store, window: Any) -> Any:
             layer = nnx.merge(graphdef, state)
+            if held is not None:
+                sides: Any = held.k, held.v
+                rows = (_at(side, store.layer) for side in sides)
+                k, v = map(behind, (store.k, store.v), rows)
+                store = store._replace(k=k, v=v)
             return layer(x, rotation, told(window), store, fn)
 
         graphdef, state = nnx.split(module.layers)
@@ -114,6 +188,11 @@ def read_rows(
     outputs = {}
     for i in run:
         store = Store(k[i], v[i], None, slots)
+        if held is not None:
+            ahead: Any = held
+            store = store._replace(
+                k=behind(k[i], ahead.k[i]), v=behind(v[i], ahead.v[i])
+            )
         x, store = module.layers[i](x, rotation, masks[windows[i]], store, fn)
         k[i], v[i] = store.k, store.v
         outputs[i] = x

@@ -17,7 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from angeljax.speculative import _check
-from angeljax.speculative._round import State, Stats, decode_round, depth_of
+from angeljax.speculative._round import (
+    State,
+    Stats,
+    decode_round,
+    depth_of,
+    ready,
+    settled,
+)
 from angeljax.speculative._rows import chain_mask
 from angeljax.speculative.drafter import (
     Drafter,
@@ -69,7 +76,8 @@ def prefill(
       tokens: int32 `[B, T]`, padded on the right.
       lengths: int32 `[B]`, from 1 to T.
       limits: int32 `[B]`, length of prompt and text that a row may reach.
-      slots: of the cache: `max(limits) + drafter.reach - 1` or more, and T or more.
+      slots: of the cache: `max(limits) + drafter.reach - 1` or more, and T or more; for
+        a tree by its depth and one more.
 
     Returns:
       The state before the first round.
@@ -172,7 +180,8 @@ def decode(
         state = decode_round(target, drafter, state, stops, always_wide=always_wide)
         return done + 1, state
 
-    return jax.lax.while_loop(more, step, (jnp.int32(0), state))[1]
+    first = jnp.int32(0), ready(drafter, state)
+    return settled(jax.lax.while_loop(more, step, first)[1])
 
 
 def generate(
