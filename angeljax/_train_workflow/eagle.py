@@ -41,7 +41,12 @@ from angeljax.train import language_model as lm
 from angeljax.train._feature_scales import feature_scales
 from angeljax.train.eagle import EagleTask
 from angeljax.train.eagle_config import EagleTrainConfig
-from angeljax.train.eagle_data import MaskedTokens, answer_mask, draft_vocabulary
+from angeljax.train.eagle_data import (
+    MaskedTokens,
+    answer_mask,
+    draft_vocabulary,
+    thinking_targets,
+)
 from angeljax.train.metrics import Console, JsonLines, TensorBoard
 from angeljax.train.optimizers import decay_at
 from angeljax.train.self_text import template_of, write_conversations
@@ -125,6 +130,7 @@ def train_eagle(
     data = MaskedTokens(
         ids,
         mask,
+        _thinking(config, opened, ids),
         length=config.seq_length,
         batch_size=config.batch_size,
         seed=config.seed,
@@ -156,6 +162,7 @@ def train_eagle(
         target=opened.params,
         ids=chosen,
         norm_scale=config.head.norm_scale,
+        exit=config.exit is not None,
     )
     task = EagleTask(model, head_config, config.loss, config.dtype)
     trainable, frozen = task.init(params, head, scales)
@@ -294,6 +301,28 @@ def _text(
     return ids, mask
 
 
+def _thinking(
+    config: EagleTrainConfig, opened: Opened, ids: np.ndarray
+) -> dict[str, np.ndarray] | None:
+    """What the outputs for `SpecExit` learn, if the head has them."""
+    if config.exit is None:
+        return None
+    found = []
+    for name in ("begin", "end"):
+        text = getattr(config.exit, name)
+        token = opened.need_tokenizer().token_id(text)
+        if token is None:
+            raise ConfigError(f"exit.{name}: {config.model} has no token {text!r}")
+        found.append(token)
+    progress, remaining = thinking_targets(ids, *found)
+    if not remaining.any():
+        raise ConfigError(
+            f"exit: the text has no thinking from {config.exit.begin!r} to "
+            f"{config.exit.end!r}"
+        )
+    return {"progress": progress, "remaining": remaining}
+
+
 def _held_out(
     config: EagleTrainConfig, ids: np.ndarray, mask: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray | None, list[np.ndarray]]:
@@ -371,6 +400,7 @@ def _identity(
         "dtype": config.dtype,
         "optimizer": plain["optimizer"],
         "loss": plain["loss"],
+        "exit": plain["exit"],
         "head": {**plain["head"], **json.loads(json.dumps(dataclasses.asdict(head)))},
         "seed": config.seed,
     }

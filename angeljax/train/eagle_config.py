@@ -17,7 +17,7 @@ from angeljax.train.eagle import EagleLoss
 from angeljax.train.guards import Divergence
 from angeljax.train.optimizers import OptimizerConfig
 
-__all__ = ["EagleEval", "EagleTrainConfig", "HeadConfig", "SelfText"]
+__all__ = ["EagleEval", "EagleTrainConfig", "ExitTargets", "HeadConfig", "SelfText"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,6 +110,23 @@ class HeadConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ExitTargets:
+    """Outputs of the head for `SpecExit`, learnt from thinking that is in the text.
+
+    Attributes:
+      begin, end: tokens around the thinking, as text of one token each.
+    """
+
+    begin: str = "<think>"
+    end: str = "</think>"
+
+    def __post_init__(self) -> None:
+        for name in ("begin", "end"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise ConfigError(f"exit.{name} must be the text of a token")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EagleEval:
     """Tokens for each forward of the target, on text that is held out.
 
@@ -153,6 +170,7 @@ class EagleTrainConfig:
         template all text counts.
       head: see `HeadConfig`.
       loss: see `EagleLoss`.
+      exit: see `ExitTargets`; None trains a head that drafts and nothing else.
       steps: optimizer steps; or
       tokens: trained tokens, rounded up to whole steps.
       max_minutes: of training, compilation included; the learning rate then falls with
@@ -183,6 +201,7 @@ class EagleTrainConfig:
     answers_only: bool = True
     head: HeadConfig = HeadConfig()
     loss: EagleLoss = EagleLoss()
+    exit: ExitTargets | None = None
     steps: int | None = None
     tokens: int | None = None
     max_minutes: float | None = None
@@ -287,6 +306,7 @@ _SECTIONS: dict[str, Any] = {
     "generate": SelfText,
     "head": HeadConfig,
     "loss": EagleLoss,
+    "exit": ExitTargets,
     "optimizer": OptimizerConfig,
     "checkpoint": CheckpointConfig,
     "log": LogConfig,
