@@ -1,0 +1,126 @@
+"""`skinny_matmul`: few tokens times a dense weight, with what stands around it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels._pallas_triton import choose
+from pallas_kernels._weights import KernelError
+from pallas_kernels.skinny_matmul._blocks import Blocks
+
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def skinny_matmul(
+    x: jax.Array,
+    w: jax.Array,
+    *,
+    transposed: bool = False,
+    norm: jax.Array | None = None,
+    norm_eps: float = 1e-5,
+    swiglu: bool = False,
+    bias: jax.Array | None = None,
+    residual: jax.Array | None = None,
+    out_dtype: Any = None,
+    tiles: Blocks | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """`residual + act(norm(x) @ w + bias)` in one launch, for about 1 to 16 tokens.
+
+    A decoder reads that few tokens in a round of decoding, where starting kernels takes
+    more time than running them. Sums are in float32 and rounded once. With `norm` the
+    product takes `x * norm` in the dtype of `x`, and the sum is divided by the root of
+    the mean square (arXiv 1910.07467).
+
+    A row of the result is the same, bit for bit, whatever other rows there are and
+    however many: rows are padded to 16, and tiles do not follow their number. ("xla"
+    promises that only as far as XLA does.)
+
+    Args:
+      x: `[..., K]`, bfloat16, float16 or float32.
+      w: `[K, N]`, or `[N, K]` if `transposed`, of the dtype of `x`.
+      transposed: see `w`.
+      norm: `[K]`, scale of a root-mean-square norm of `x`; None without.
+      norm_eps: added to the mean square.
+      swiglu: columns of `w` are N / 2 gates and then N / 2 values, and the result is
+        `silu(gate) * value` (arXiv 2002.05202).
+      bias: `[N]`.
+      residual: of the shape of the result, added to it.
+      out_dtype: default that of `x`.
+      tiles: sizes to use instead of those in the table, for tuning.
+      implementation: "triton", "xla" or "interpret" (that of Triton on any device,
+        slowly); None takes "triton" on NVIDIA GPUs from Ampere on, else "xla".
+
+    Returns:
+      `[..., N]`, or `[..., N / 2]` with `swiglu`.
+
+    Raises:
+      KernelError: shapes, dtypes or options that do not go together, or an
+        implementation that cannot run here.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from pallas_kernels import skinny_matmul
+      >>> x, w = jnp.ones((1, 3, 64)), jnp.ones((64, 32))
+      >>> skinny_matmul(x, w, norm=jnp.ones(64), swiglu=True).shape
+      (1, 3, 16)
+    """
+    k, n = _check(x, w, transposed, norm, swiglu, bias, residual)
+    name = choose(implementation)
+    options: dict[str, Any] = dict(
+        n=n,
+        transposed=transposed,
+        norm=norm,
+        eps=float(norm_eps),
+        swiglu=swiglu,
+        bias=bias,
+        residual=None if residual is None else residual.reshape(-1, n),
+        out_dtype=jnp.dtype(x.dtype if out_dtype is None else out_dtype),
+    )
+    rows = x.reshape(-1, k)
+    if name == "xla":
+        from pallas_kernels.skinny_matmul import xla
+
+        y = xla.matmul(rows, w, **options)
+    else:
+        from pallas_kernels.skinny_matmul import triton
+
+        y = triton.matmul(
+            rows, w, **options, tiles=tiles, interpret=name == "interpret"
+        )
+    return y.reshape(*x.shape[:-1], n)
+
+
+def _check(
+    x: Any, w: Any, transposed: bool, norm: Any, swiglu: bool, bias: Any, residual: Any
+) -> tuple[int, int]:
+    """K, and the columns of the result."""
+    if x.dtype not in _DTYPES or w.dtype != x.dtype:
+        raise KernelError(
+            f"x and w must have one dtype of {', '.join(_DTYPES)}, not {x.dtype} and "
+            f"{w.dtype}"
+        )
+    if w.ndim != 2 or not w.size or not x.size:
+        raise KernelError(
+            f"w must be a matrix and nothing empty: x {list(x.shape)}, "
+            f"w {list(w.shape)}"
+        )
+    k, n = w.shape[::-1] if transposed else w.shape
+    if x.shape[-1] != k:
+        raise KernelError(f"x {list(x.shape)} does not end in the {k} inputs of w")
+    for name, found, size in (("norm", norm, k), ("bias", bias, n)):
+        if found is not None and found.shape != (size,):
+            raise KernelError(
+                f"{name} must have shape [{size}], not {list(found.shape)}"
+            )
+    if swiglu and n % 2:
+        raise KernelError(f"swiglu takes an even number of columns, and w has {n}")
+    n = n // 2 if swiglu else n
+    if residual is not None and residual.shape != (*x.shape[:-1], n):
+        raise KernelError(
+            f"residual must have shape {[*x.shape[:-1], n]}, not {list(residual.shape)}"
+        )
+    return k, n
