@@ -13,6 +13,7 @@ from pallas_kernels.block_sparse_attention import (
 from pallas_kernels.greedy_select.api import greedy_select
 from pallas_kernels.quantized_matmul.api import quantized_matmul
 from pallas_kernels.ragged_matmul.api import ragged_matmul
+from pallas_kernels.rows_attention.api import rows_attention
 from pallas_kernels.skinny_matmul.api import skinny_matmul
 from pallas_kernels.ternary_matmul.api import ternary_matmul
 
@@ -34,6 +35,7 @@ __all__ = [
     "quantized_matmul",
     "ragged_matmul",
     "restore",
+    "rows_attention",
     "skinny_matmul",
     "ternary_matmul",
 ]
