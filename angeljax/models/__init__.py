@@ -15,6 +15,7 @@ from angeljax.models._whisper_config import WhisperConfig
 from angeljax.models._whisper_decode import transcribe_tokens
 from angeljax.models._whisper_layers import EncoderAttention
 from angeljax.models._whisper_loading import LoadedWhisper, load_whisper
+from angeljax.models._fused_rows import FusedRows
 from angeljax.models.attention import causal_attention, dense_attention
 from angeljax.models.biases import add_biases
 from angeljax.models.cache import KVCache, init_cache
@@ -57,6 +58,7 @@ __all__ = [
     "ImagePrompt",
     "ImageTokens",
     "KVCache",
+    "FusedRows",
     "LanguageModel",
     "LlavaConfig",
     "LlavaModel",

@@ -14,6 +14,7 @@ from flax import nnx
 from angeljax._kv_cache_options import KVCacheOptions
 from angeljax.attention.prefill import SparseAttention
 from angeljax.kv_cache._scales import kv_scales
+from angeljax.models._fused_rows import FusedRows, head_fused, read_fused
 from angeljax.models._layerwise import DecoderLayers
 from angeljax.models.attention import dense_attention
 from angeljax.models.cache import KVCache, init_cache
@@ -41,6 +42,7 @@ class LanguageModel:
         see `fuse_projections`.
       kv_cache: how `init_cache` stores keys and values; None for `dtype`. `logits` then
         are those of tokens read through such a cache.
+      rows: how `read_rows` and `head_rows` read few tokens; None as all others.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -61,6 +63,7 @@ class LanguageModel:
     attention_fn: AttentionFn = dense_attention
     fused: bool = False
     kv_cache: KVCacheOptions | None = None
+    rows: FusedRows | None = None
 
     def module(self, rngs: nnx.Rngs, param_dtype: Any = jnp.float32) -> Decoder:
         """A `Decoder` with fresh parameters."""
@@ -233,9 +236,16 @@ class LanguageModel:
           `Rows`: the last layer's output, what was asked for, and the cache.
 
         Raises:
-          ValueError: a layer does not exist, or is wanted and does not run.
+          ValueError: a layer does not exist, or is wanted and does not run; or `rows`
+            cannot serve the model.
         """
-        return read_rows(
+        read: Any = read_rows
+        if self.rows is not None:
+            self.rows.check(self, params)
+            if tokens.shape[1] <= FusedRows.MOST:
+                how = self.rows.implementation
+                read = functools.partial(read_fused, implementation=how)
+        return read(
             self.bind(params),
             cache,
             tokens,
@@ -250,6 +260,10 @@ class LanguageModel:
     def head_rows(self, params: dict[str, Any], final: jax.Array) -> jax.Array:
         """float32 logits `[B, T, V]` of what `read_rows` calls `final`."""
         module = self.bind(params)
+        if self.rows is not None and final.shape[1] <= FusedRows.MOST:
+            self.rows.check(self, params)
+            how = self.rows.implementation
+            return head_fused(module, final, implementation=how)
         return module.head(module.norm(final))
 
     def embed(self, params: dict[str, Any], tokens: jax.Array) -> jax.Array:

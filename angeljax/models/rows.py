@@ -142,22 +142,10 @@ def read_rows(
     hidden: Sequence[int] = (),
 ) -> Rows:
     """Reads T tokens of each row; see `LanguageModel.read_rows`."""
-    config, count = module.config, module.config.num_layers
-    run = check_layers(range(count) if layers is None else layers, count)
-    wanted = check_layers(hidden, count)
-    if missing := set(wanted) - set(run):
-        raise ValueError(f"hidden layer {min(missing)} is not among those that run")
+    config = module.config
+    run, wanted = which_layers(config, layers, hidden)
     x = module.embed(tokens)
     rotation = cos_sin(config, positions)
-    if key_positions is None:
-        key_positions = jnp.arange(mask.shape[-1], dtype=jnp.int32)[None]
-    distance = positions[:, :, None] - key_positions[:, None, :]
-    windows = list(config.windows) or [0] * count
-
-    def seen(window: Any) -> jax.Array:
-        near = (distance < window) | (jnp.asarray(window) == 0)
-        return mask & near[:, None]
-
     fn = module.attention_fn
     if fn is causal_attention or isinstance(fn, SparseAttention):
         fn = dense_attention
@@ -167,8 +155,9 @@ def read_rows(
         return store if held is None else Held(store, rows, held.valid)
 
     if module.scan_layers:
-        mixed = any(windows)
-        told = seen if mixed else lambda _: mask
+        windows = list(config.windows) or [0] * config.num_layers
+        seen = _near(positions, mask, key_positions)
+        told = seen if any(windows) else lambda _: mask
         order = [(i, windows[i], _place(wanted, i)) for i in run]
 
         def block(state: Any, x: Any, store: Store, window: Any) -> Any:
@@ -182,7 +171,7 @@ def read_rows(
 
         graphdef, state = nnx.split(module.layers)
         return _scan(block, state, cache, x, slots, jnp.asarray(order), wanted)
-    masks = {w: seen(w) if w else mask for w in set(windows)}
+    masks, windows = masks_of(config, positions, mask, key_positions)
     k: list[Any] = list(cast(Any, cache.k))
     v: list[Any] = list(cast(Any, cache.v))
     outputs = {}
@@ -198,6 +187,44 @@ def read_rows(
         outputs[i] = x
     found = tuple(outputs[i] for i in wanted)
     return Rows(x, found, RowCache(tuple(k), tuple(v)))
+
+
+def which_layers(
+    config: Any, layers: Sequence[int] | None, hidden: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The layers that run, and those whose outputs are wanted.
+
+    Raises:
+      ValueError: one does not exist, or is wanted and does not run.
+    """
+    count = config.num_layers
+    run = check_layers(range(count) if layers is None else layers, count)
+    wanted = check_layers(hidden, count)
+    if missing := set(wanted) - set(run):
+        raise ValueError(f"hidden layer {min(missing)} is not among those that run")
+    return run, wanted
+
+
+def masks_of(
+    config: Any, positions: jax.Array, mask: jax.Array, key_positions: jax.Array | None
+) -> tuple[dict[int, jax.Array], list[int]]:
+    """What tokens see by size of the window, and the windows of the layers."""
+    windows = list(config.windows) or [0] * config.num_layers
+    seen = _near(positions, mask, key_positions)
+    return {w: seen(w) if w else mask for w in set(windows)}, windows
+
+
+def _near(positions: jax.Array, mask: jax.Array, keys: jax.Array | None) -> Any:
+    """`window -> mask` of a layer with a sliding window; 0 for none."""
+    if keys is None:
+        keys = jnp.arange(mask.shape[-1], dtype=jnp.int32)[None]
+    distance = positions[:, :, None] - keys[:, None, :]
+
+    def seen(window: Any) -> jax.Array:
+        near = (distance < window) | (jnp.asarray(window) == 0)
+        return mask & near[:, None]
+
+    return seen
 
 
 def _place(wanted: tuple[int, ...], layer: int) -> int:

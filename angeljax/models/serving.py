@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from angeljax._leaves import flatten, unflatten
 from angeljax._transposed import TransposedTensor, transposed
 from angeljax.formats import QTensor
+from angeljax.models._fused_rows import FusedRows
 from angeljax.models.fusion import fuse_projections
 from angeljax.models.language_model import LanguageModel
 from angeljax.prepare import prepare
@@ -24,6 +25,7 @@ def prepare_decoder(
     implementation: str | None = None,
     activation: str | None = None,
     transpose: bool | None = None,
+    rows: FusedRows | None = None,
 ) -> tuple[LanguageModel, dict[str, Any]]:
     """Fuses projections and prepares weights; see `angeljax.prepare`.
 
@@ -42,9 +44,14 @@ def prepare_decoder(
         about them; see `angeljax.prepare`.
       transpose: whether matrices that are not packed are stored transposed; default on
         GPUs only.
+      rows: how few tokens of each row are read, which is what decoding by
+        `angeljax.speculative` does; see `FusedRows`. None leaves that to the model.
 
     Returns:
       The model and the tree to use from now on.
+
+    Raises:
+      ValueError: `rows` cannot serve the model.
 
     Example:
       >>> import jax, jax.numpy as jnp, angeljax as aj
@@ -71,7 +78,11 @@ def prepare_decoder(
     ready = prepare(
         params, device=device, implementation=implementation, activation=activation
     )
-    return model, prepare_kernels(ready, device=device, transpose=transpose)
+    ready = prepare_kernels(ready, device=device, transpose=transpose)
+    if rows is not None:
+        model = dataclasses.replace(model, rows=rows)
+        rows.check(model, ready)
+    return model, ready
 
 
 def prepare_kernels(

@@ -32,9 +32,17 @@ TABLE = (
 )
 
 
-def blocks(features: int, itemsize: int) -> Blocks:
-    """The tiles for heads of so many features of so many bytes."""
+def blocks(features: int, queries: int, itemsize: int) -> Blocks:
+    """The tiles for heads of so many features of so many bytes.
+
+    `queries` are those of a tile. More than 64 need the registers of more warps.
+    """
     found = next(b for most, b in TABLE if features <= most)
-    if itemsize <= 2:
-        return found
-    return dataclasses.replace(found, keys=max(found.keys // 4, 16))
+    keys = found.keys if itemsize <= 2 else max(found.keys // 4, 16)
+    warps = found.warps if queries <= 64 else 8
+    return dataclasses.replace(found, keys=keys, warps=warps)
+
+
+def queries_of(heads: int, kv_heads: int) -> int:
+    """Rows of a tile: 16 for each query head of a head of keys, up to a power of 2."""
+    return TOKENS * (1 << (heads // kv_heads - 1).bit_length())

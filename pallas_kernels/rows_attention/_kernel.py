@@ -27,6 +27,7 @@ class Case:
 
     Attributes:
       tokens, heads, kv_heads, features, slots: T, H, Hkv, D and S.
+      queries: rows of a tile.
       held: entries that go before the new ones, at most; 0 without.
       norms: whether there are scales of norms of queries and keys.
       eps: of those.
@@ -39,6 +40,7 @@ class Case:
     kv_heads: int
     features: int
     slots: int
+    queries: int
     held: int
     norms: bool
     eps: float
@@ -49,11 +51,6 @@ class Case:
     def group(self) -> int:
         """Query heads of a head of keys."""
         return self.heads // self.kv_heads
-
-    @property
-    def queries(self) -> int:
-        """Rows of a tile of queries: 16 of each head, up to a power of two."""
-        return TOKENS * (1 << (self.group - 1).bit_length())
 
 
 def kernel(case: Case, *refs: Any) -> None:
@@ -80,7 +77,7 @@ def kernel(case: Case, *refs: Any) -> None:
             total = sum(jnp.sum(p * p, axis=1) for p in parts)
             factor = jax.lax.rsqrt(total / case.features + case.eps)[:, None]
             for j in range(2):
-                scale = norm[pl.ds(j * half, half)]
+                scale = norm[pl.ds(j * half, half)].astype(qkv.dtype)
                 found = (parts[j] * factor).astype(qkv.dtype) * scale[None, :]
                 parts[j] = found.astype(jnp.float32)
         a, b = parts

@@ -8,7 +8,7 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.rows_attention._blocks import Blocks, blocks
+from pallas_kernels.rows_attention._blocks import Blocks, blocks, queries_of
 from pallas_kernels.rows_attention._kernel import Case, kernel
 
 
@@ -31,9 +31,11 @@ def attend(
     batch, tokens, columns = qkv.shape
     _, kv_heads, size, features = k.shape
     heads = columns // features - 2 * kv_heads
-    tiles = blocks(features, k.dtype.itemsize) if tiles is None else tiles
+    queries = queries_of(heads, kv_heads)
+    if tiles is None:
+        tiles = blocks(features, queries, k.dtype.itemsize)
     case = Case(
-        *(tokens, heads, kv_heads, features, size),
+        *(tokens, heads, kv_heads, features, size, queries),
         held=held[0].shape[2] if held else 0,
         norms=bool(norms),
         eps=eps,

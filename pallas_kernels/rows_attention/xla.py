@@ -36,8 +36,8 @@ def attend(
         wide = x.astype(jnp.float32)
         if norm is not None:
             square = jnp.mean(wide * wide, axis=-1, keepdims=True)
-            wide = (wide * jax.lax.rsqrt(square + eps)).astype(x.dtype) * norm
-            wide = wide.astype(jnp.float32)
+            wide = (wide * jax.lax.rsqrt(square + eps)).astype(x.dtype)
+            wide = (wide * norm.astype(x.dtype)).astype(jnp.float32)
         a, b = jnp.split(wide, 2, axis=-1)
         c, s = cos[:, :, None], sin[:, :, None]
         return jnp.concatenate([a * c - b * s, b * c + a * s], -1).astype(x.dtype)

@@ -1,0 +1,197 @@
+"""Rounds of decoding in five kernels a layer; see `FusedRows`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from angeljax._transposed import TransposedTensor
+from angeljax.attention.prefill import SparseAttention
+from angeljax.models.attention import causal_attention, dense_attention
+from angeljax.models.rope import cos_sin
+from angeljax.models.rows import RowCache, Rows, masks_of, which_layers
+from pallas_kernels import rows_attention, skinny_matmul
+from pallas_kernels.rows_attention import Held
+
+
+@dataclasses.dataclass(frozen=True)
+class FusedRows:
+    """How a `LanguageModel` reads few tokens of each row: five kernels a layer.
+
+    Where up to 16 tokens of a row are read, as in rounds of plain and of speculative
+    decoding, most of the time goes into starting kernels. Here they are: norm and
+    queries, keys and values; rotation, cache and attention; output and residual; norm
+    and gated MLP; its output and residual. Longer pieces of text go the usual way.
+
+    What a token gets does not depend on how many are read with it, so that the text of
+    speculative decoding equals that of plain decoding in bfloat16 as well. It is not
+    bit for bit what a model without `FusedRows` gives, as that rounds elsewhere.
+
+    It serves dense weights of the model's dtype with fused projections and unrolled
+    layers, RMS norms, SiLU gates, with or without biases and norms of queries and keys
+    (Llama, Mistral, Qwen2, Qwen3, SmolLM).
+
+    Attributes:
+      implementation: of `pallas_kernels.skinny_matmul` and `rows_attention`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from angeljax.models import (
+      ...     DecoderConfig, FusedRows, LanguageModel, prepare_decoder
+      ... )
+      >>> from angeljax.speculative import PromptLookup, generate
+      >>> model = LanguageModel(DecoderConfig(
+      ...     model_type="llama", vocab_size=32, hidden_size=16, num_layers=1,
+      ...     intermediate_size=32, num_heads=2, num_kv_heads=1, head_dim=32,
+      ... ))
+      >>> params = model.init(jax.random.key(0))
+      >>> ready = prepare_decoder(model, params, rows=FusedRows())
+      >>> done = generate(*ready, [[1, 2]], drafter=PromptLookup(2), max_new_tokens=3)
+      >>> len(done.tokens[0])
+      3
+    """
+
+    implementation: str | None = None
+
+    # Tokens of a row that are read this way.
+    MOST = 16
+
+    def check(self, model: Any, params: dict[str, Any] | None = None) -> None:
+        """Refuses what the kernels do not serve.
+
+        Args:
+          model: a `LanguageModel`.
+          params: its tree; None leaves out what depends on it.
+
+        Raises:
+          ValueError: says in one line what is in the way.
+        """
+        why = _config_refused(model) or (params and _params_refused(model, params))
+        if why:
+            raise ValueError(f"rows=FusedRows() cannot serve this model: {why}")
+
+
+_DENSE = (TransposedTensor, jax.Array, jax.ShapeDtypeStruct, np.ndarray)
+
+
+def _config_refused(model: Any) -> str | None:
+    config, fn = model.config, model.attention_fn
+    if not model.fused:
+        return "its projections are not fused (use prepare_decoder)"
+    if model.scan_layers:
+        return "its layers are one stack (use scan_layers=False and unstack_layers)"
+    if config.activation != "silu":
+        return f"its MLP has the activation {config.activation!r}, not 'silu'"
+    dim = config.head_dim
+    if dim & (dim - 1) or not 32 <= dim <= 256:
+        return f"heads of {dim} features, and not a power of two from 32 to 256"
+    if fn not in (dense_attention, causal_attention):
+        if not isinstance(fn, SparseAttention):
+            return "it has an attention_fn of its own"
+    return None
+
+
+def _params_refused(model: Any, params: dict[str, Any]) -> str | None:
+    module = model.bind(params)
+    for i, layer in enumerate(module.layers):
+        linears = {
+            "qkv_proj": layer.attn.qkv_proj,
+            "o_proj": layer.attn.o_proj,
+            "gate_up_proj": layer.mlp.gate_up_proj,
+            "down_proj": layer.mlp.down_proj,
+        }
+        for name, linear in linears.items():
+            if why := _refused(linear.kernel[...], model.dtype):
+                return f"{name} of layer {i} is {why}"
+    head = model.head_params(params)
+    why = _refused(*head.values(), model.dtype)
+    return why and f"the head is {why}"
+
+
+def _refused(weight: Any, dtype: Any) -> str | None:
+    if not isinstance(weight, _DENSE):
+        return "not dense"
+    if weight.dtype != jnp.dtype(dtype):
+        return f"{weight.dtype} and the model {jnp.dtype(dtype)}"
+    return None
+
+
+def _stored(weight: Any) -> dict[str, Any]:
+    """The arguments of `skinny_matmul` for a matrix `[K, N]`."""
+    if isinstance(weight, TransposedTensor):
+        return {"w": weight.array, "transposed": True}
+    return {"w": weight}
+
+
+def read_fused(
+    module: Any,
+    cache: RowCache,
+    tokens: jax.Array,
+    *,
+    positions: jax.Array,
+    slots: jax.Array,
+    mask: jax.Array,
+    key_positions: jax.Array | None,
+    layers: Sequence[int] | None,
+    hidden: Sequence[int],
+    implementation: str | None,
+) -> Rows:
+    """`read_rows` for up to 16 tokens of each row."""
+    config = module.config
+    run, wanted = which_layers(config, layers, hidden)
+    masks, windows = masks_of(config, positions, mask, key_positions)
+    cos, sin = cos_sin(config, positions)
+    turn = cos[:, :, 0, 0], sin[:, :, 0, 1]
+    x = module.embed(tokens)
+    k: list[Any] = list(cast(Any, cache.k))
+    v: list[Any] = list(cast(Any, cache.v))
+    held: Any = cache.held
+    outputs = {}
+
+    def product(x: jax.Array, linear: Any, **around: Any) -> jax.Array:
+        bias = None if linear.bias is None else linear.bias[...]
+        around |= _stored(linear.kernel[...])
+        return skinny_matmul(x, bias=bias, implementation=implementation, **around)
+
+    for i in run:
+        layer = module.layers[i]
+        attn, mlp = layer.attn, layer.mlp
+        norms: dict[str, Any] = {}
+        if attn.q_norm is not None:
+            norms = {"q_norm": attn.q_norm.scale[...], "k_norm": attn.k_norm.scale[...]}
+            norms["norm_eps"] = attn.q_norm.eps
+        qkv = product(x, attn.qkv_proj, **layer.attn_norm.fused)
+        y, k[i], v[i] = rows_attention(
+            *(qkv, *turn, masks[windows[i]], slots, k[i], v[i]),
+            held=None if held is None else Held(held.k[i], held.v[i], held.valid),
+            implementation=implementation,
+            **norms,
+        )
+        x = product(y, attn.o_proj, residual=x)
+        y = product(x, mlp.gate_up_proj, swiglu=True, **layer.mlp_norm.fused)
+        x = product(y, mlp.down_proj, residual=x)
+        outputs[i] = x
+    found = tuple(outputs[i] for i in wanted)
+    return Rows(x, found, RowCache(tuple(k), tuple(v)))
+
+
+def head_fused(
+    module: Any, final: jax.Array, *, implementation: str | None
+) -> jax.Array:
+    """float32 logits `[B, T, V]`, with the final norm in the same kernel."""
+    if module.lm_head is None:
+        weight = {"w": module.embed_tokens.embedding[...], "transposed": True}
+    else:
+        weight = _stored(module.lm_head.kernel[...])
+    return skinny_matmul(
+        final,
+        **weight,
+        **module.norm.fused,
+        out_dtype=jnp.float32,
+        implementation=implementation,
+    )
