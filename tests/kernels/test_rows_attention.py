@@ -126,7 +126,9 @@ def test_it_is_attention(name: str, dtype: Any, full: bool) -> None:
     before = np.asarray(args["k"], np.float32)
     kept = np.ones(S, bool)
     kept[int(args["slots"][0]) - 2 * full : int(args["slots"][0]) + T] = False
-    assert np.array_equal(np.asarray(got[1], np.float32)[0, :, kept], before[0, :, kept])
+    assert np.array_equal(
+        np.asarray(got[1], np.float32)[0, :, kept], before[0, :, kept]
+    )
 
 
 def test_a_token_does_not_depend_on_others() -> None:
