@@ -5,6 +5,7 @@ The rest of angeljax does not import this package: it works on anybody's model.
 
 from angeljax.models._audio import read_audio
 from angeljax.models._audio_pruner import audio_pruner
+from angeljax.models._fused_rows import FusedRows
 from angeljax.models._llava_config import LlavaConfig
 from angeljax.models._llava_loading import LoadedLlava, load_llava, load_vision_tower
 from angeljax.models._mel import log_mel
@@ -15,7 +16,6 @@ from angeljax.models._whisper_config import WhisperConfig
 from angeljax.models._whisper_decode import transcribe_tokens
 from angeljax.models._whisper_layers import EncoderAttention
 from angeljax.models._whisper_loading import LoadedWhisper, load_whisper
-from angeljax.models._fused_rows import FusedRows
 from angeljax.models.attention import causal_attention, dense_attention
 from angeljax.models.biases import add_biases
 from angeljax.models.cache import KVCache, init_cache

@@ -134,4 +134,6 @@ def test_what_it_cannot_serve_is_refused() -> None:
     with pytest.raises(ValueError, match="one stack"):
         prepare_decoder(stacked, stack_layers(random_params(model)), rows=XLA)
     with pytest.raises(ValueError, match="not fused"):
-        generate(dataclasses.replace(model, rows=XLA), random_params(model), [[1, 2]])
+        autoregressive(
+            dataclasses.replace(model, rows=XLA), random_params(model), [[1, 2]]
+        )
