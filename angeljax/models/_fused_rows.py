@@ -108,8 +108,8 @@ def _params_refused(model: Any, params: dict[str, Any]) -> str | None:
         for name, linear in linears.items():
             if why := _refused(linear.kernel[...], model.dtype):
                 return f"{name} of layer {i} is {why}"
-    head = model.head_params(params)
-    why = _refused(*head.values(), model.dtype)
+    (table,) = model.head_params(params).values()
+    why = _refused(table, model.dtype)
     return why and f"the head is {why}"
 
 

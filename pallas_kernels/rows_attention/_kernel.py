@@ -102,13 +102,13 @@ def kernel(case: Case, *refs: Any) -> None:
     new = token < case.tokens
     column = (case.heads + head) * case.features + jnp.zeros_like(token)
     for j, part in enumerate(rotated(token, new, column, k_norm)):
-        goal = row, head, (start + token)[:, None], (lane + j * half)[None, :]
-        plt.store(keys.at[goal], part.astype(keys.dtype), mask=new[:, None])
+        put: Any = (row, head, (start + token)[:, None], (lane + j * half)[None, :])
+        plt.store(keys.at[put], part.astype(keys.dtype), mask=new[:, None])
     column = column + case.kv_heads * case.features
-    at = row, token[:, None], column[:, None] + wide[None, :]
-    part = plt.load(qkv.at[at], mask=new[:, None], other=0.0)
-    goal = row, head, (start + token)[:, None], wide[None, :]
-    plt.store(values.at[goal], part.astype(values.dtype), mask=new[:, None])
+    given = row, token[:, None], column[:, None] + wide[None, :]
+    part = plt.load(qkv.at[given], mask=new[:, None], other=0.0)
+    put = row, head, (start + token)[:, None], wide[None, :]
+    plt.store(values.at[put], part.astype(values.dtype), mask=new[:, None])
     if case.barrier:
         plt.debug_barrier()
 
@@ -166,5 +166,5 @@ def kernel(case: Case, *refs: Any) -> None:
     steps = (end + size - 1) // size
     _, total, acc = jax.lax.fori_loop(0, steps, step, (peak, total, acc))
     out = acc / jnp.where(total > 0, total, 1.0)[:, None]
-    at = row, token[:, None], at_head[:, None] + wide[None, :]
-    plt.store(y.at[at], out.astype(y.dtype), mask=live[:, None])
+    result = row, token[:, None], at_head[:, None] + wide[None, :]
+    plt.store(y.at[result], out.astype(y.dtype), mask=live[:, None])
