@@ -135,7 +135,8 @@ def rounds(setting: Setting) -> list[Row]:
     size = sum(x.nbytes for x in jax.tree.leaves(setting.params))
     device = jax.devices()[0].device_kind
     speed = next((v[0] for k, v in LIMITS.items() if k in device), None)
-    rows, base = [], {}
+    rows: list[Row] = []
+    base: dict[Any, float] = {}
     for context, (case, program) in itertools.product(
         setting.contexts, programs.items()
     ):
@@ -179,12 +180,12 @@ def equality(setting: Setting) -> list[Row]:
             )
         a, b = logits[way, 1], logits[way, width]
         case = {"part": "equality", "way": way, "width": width}
-        rows.append(Row(case, "logits that differ", jnp.mean(a != b), "1"))
-        rows.append(Row(case, "largest difference", jnp.abs(a - b).max(), "1"))
+        rows.append(Row(case, "logits that differ", float(jnp.mean(a != b)), "1"))
+        rows.append(Row(case, "largest difference", float(jnp.abs(a - b).max()), "1"))
     a, b = logits["layers", 1], logits["fused", 1]
     case = {"part": "equality", "way": "fused against layers", "width": 1}
-    rows.append(Row(case, "largest difference", jnp.abs(a - b).max(), "1"))
-    rows.append(Row(case, "largest logit", jnp.abs(a).max(), "1"))
+    rows.append(Row(case, "largest difference", float(jnp.abs(a - b).max()), "1"))
+    rows.append(Row(case, "largest logit", float(jnp.abs(a).max()), "1"))
     return rows
 
 
@@ -222,7 +223,7 @@ def tiles(setting: Setting) -> list[Row]:
         "down": (c.intermediate_size, c.hidden_size, {"residual": True}),
     }
     count = min(c.num_layers, 30)
-    cases = []
+    cases: list[tuple[str, Any, Any]] = []
     for name, (k, n, around) in shapes.items():
         swiglu = "swiglu" in around
         own = product_blocks.blocks(n // 2 if swiglu else n, jnp.dtype(dtype).itemsize)
@@ -249,7 +250,9 @@ def tiles(setting: Setting) -> list[Row]:
 
     with ThreadPoolExecutor(setting.threads) as pool:
         programs = list(pool.map(compiled, cases))
-    rows, base, given = [], {}, {}
+    rows: list[Row] = []
+    base: dict[str, float] = {}
+    given: dict[str, Any] = {}
     counts = {n: jnp.int32(n) for n in (4, 24)}
     for (name, blocks, (_, args)), program in zip(cases, programs, strict=True):
         if isinstance(program, str) or time.perf_counter() > setting.until:
