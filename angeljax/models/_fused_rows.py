@@ -29,8 +29,9 @@ class FusedRows:
     and gated MLP; its output and residual. Longer pieces of text go the usual way.
 
     What a token gets does not depend on how many are read with it, so that the text of
-    speculative decoding equals that of plain decoding in bfloat16 as well. It is not
-    bit for bit what a model without `FusedRows` gives, as that rounds elsewhere.
+    speculative decoding by chains equals that of plain decoding in bfloat16 as well.
+    (Tokens of a tree lie in other slots, and sums over slots are in their order.) It is
+    not bit for bit what a model without `FusedRows` gives, as that rounds elsewhere.
 
     It serves dense weights of the model's dtype with fused projections and unrolled
     layers, RMS norms, SiLU gates, with or without biases and norms of queries and keys

@@ -86,6 +86,14 @@ def kernel(case: Case, *refs: Any) -> None:
         s = plt.load(sin.at[turn], mask=kept, other=0.0)
         return (a * c - b * s).astype(qkv.dtype), (b * c + a * s).astype(qkv.dtype)
 
+    # Before the barrier, so that these loads do not wait for it.
+    place = jnp.arange(case.queries)
+    token = place % TOKENS
+    member = place // TOKENS
+    live = (token < case.tokens) & (member < case.group)
+    at_head = (head * case.group + member) * case.features
+    q1, q2 = rotated(token, live, at_head, q_norm)
+
     if case.held:
         hk, hv, valid = rest
         count = valid[row]
@@ -98,26 +106,20 @@ def kernel(case: Case, *refs: Any) -> None:
             moved = plt.load(source.at[at], mask=some, other=0.0)
             plt.store(store.at[goal], moved.astype(store.dtype), mask=some)
 
-    token = jnp.arange(TOKENS)
-    new = token < case.tokens
-    column = (case.heads + head) * case.features + jnp.zeros_like(token)
-    for j, part in enumerate(rotated(token, new, column, k_norm)):
-        put: Any = (row, head, (start + token)[:, None], (lane + j * half)[None, :])
+    entry = jnp.arange(TOKENS)
+    new = entry < case.tokens
+    column = (case.heads + head) * case.features + jnp.zeros_like(entry)
+    for j, part in enumerate(rotated(entry, new, column, k_norm)):
+        put: Any = (row, head, (start + entry)[:, None], (lane + j * half)[None, :])
         plt.store(keys.at[put], part.astype(keys.dtype), mask=new[:, None])
     column = column + case.kv_heads * case.features
-    given = row, token[:, None], column[:, None] + wide[None, :]
+    given = row, entry[:, None], column[:, None] + wide[None, :]
     part = plt.load(qkv.at[given], mask=new[:, None], other=0.0)
-    put = row, head, (start + token)[:, None], wide[None, :]
+    put = row, head, (start + entry)[:, None], wide[None, :]
     plt.store(values.at[put], part.astype(values.dtype), mask=new[:, None])
     if case.barrier:
         plt.debug_barrier()
 
-    place = jnp.arange(case.queries)
-    token = place % TOKENS
-    member = place // TOKENS
-    live = (token < case.tokens) & (member < case.group)
-    at_head = (head * case.group + member) * case.features
-    q1, q2 = rotated(token, live, at_head, q_norm)
     exact = jax.lax.Precision.HIGHEST if qkv.dtype == jnp.float32 else None
 
     def dot(a: jax.Array, b: jax.Array, side: int) -> jax.Array:
