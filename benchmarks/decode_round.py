@@ -275,6 +275,7 @@ def _product_call(program: Any, args: Any, counts: Any, rounds: int) -> Any:
 PRODUCTS = [
     *(Blocks(16, k, w, s) for k in (128, 256) for w in (2, 4) for s in (3, 5)),
     *(Blocks(32, 128, w, 4) for w in (4, 8)),
+    *(Blocks(8, 256, w, s) for w in (1, 2, 4) for s in (3, 5)),
     Blocks(16, 512, 4, 3),
 ]
 ATTENTIONS = [

@@ -38,6 +38,7 @@ import jax.numpy as jnp
 import angeljax as aj
 from angeljax.models import (
     DecoderConfig,
+    FusedRows,
     LanguageModel,
     load_model,
     prepare_decoder,
@@ -192,7 +193,8 @@ class Bench:
         """bfloat16, as one would serve it."""
         if self._small is None:
             model, params, drafters = self.load(jnp.bfloat16)
-            ready, params = prepare_decoder(model, params)
+            rows = FusedRows() if self.args.rows == "fused" else None
+            ready, params = prepare_decoder(model, params, rows=rows)
             self.ways = {
                 name: Way(prepare_drafter(model, drafter))
                 for name, drafter in drafters.items()
@@ -460,6 +462,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=4, help="compile at once")
     parser.add_argument("--eagle", type=Path, help="folder of a trained head")
     parser.add_argument("--block", type=Path, help="folder of a trained block drafter")
+    parser.add_argument("--rows", choices=["layers", "fused"], default="layers")
     parser.add_argument("--no-profile", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--smoke", action="store_true", help="seconds, random weights")

@@ -1,9 +1,12 @@
 """Kernels written in Pallas and compiled by the Triton inside of XLA.
 
-Unlike those of `_triton` they need nothing but JAX on an NVIDIA GPU.
+Unlike those of `_triton` they need nothing but JAX on an NVIDIA GPU. JAX 0.11 calls
+this way deprecated; where it is gone, XLA does the work.
 """
 
 from __future__ import annotations
+
+import importlib.util
 
 from pallas_kernels._devices import current_device, is_gpu
 from pallas_kernels._weights import KernelError
@@ -19,6 +22,8 @@ def unsupported() -> str | None:
     found = getattr(device, "compute_capability", None)
     if found is not None and float(found) < 8:
         return f"compute capability {found} (it takes 8.0 and later)"
+    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+        return "this version of JAX has no Pallas for Triton"
     return None
 
 

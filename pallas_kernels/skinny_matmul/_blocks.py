@@ -15,7 +15,7 @@ class Blocks:
     A result does not depend on how many rows there are, as nothing here does.
 
     Attributes:
-      n: output columns, a power of two from 16 on.
+      n: output columns, a power of two from 8 on.
       k: inputs of a step, a power of two from 16 on.
       warps: of a program.
       stages: steps whose weights are on the way together.
@@ -30,6 +30,7 @@ class Blocks:
 # Most columns of the output: tiles. One token waits for memory, so that there should be
 # about as many programs as processors (132), each with some 16 KiB on the way.
 TABLE = (
+    (1024, Blocks(8, 256, 4, 4)),
     (4096, Blocks(16, 256, 4, 4)),
     (16384, Blocks(32, 128, 4, 4)),
     (1 << 62, Blocks(64, 128, 4, 4)),

@@ -20,6 +20,9 @@ from angeljax.models import (
     stack_layers,
 )
 from angeljax.speculative import PromptLookup, autoregressive, generate
+from benchmarks.decode_round import loop_of
+from benchmarks.decode_step import MODELS, count_kernels
+from tests.kernels._h100 import compile_for_h100, has_plugin
 from tests.models._random_params import random_params
 
 CONFIG = DecoderConfig(
@@ -136,3 +139,30 @@ def test_what_it_cannot_serve_is_refused() -> None:
     with pytest.raises(ValueError, match="not fused"):
         loose = dataclasses.replace(model, rows=XLA)
         autoregressive(loose, random_params(model), [[1, 2]], max_new_tokens=2)
+
+
+@pytest.mark.gpu_compile
+@pytest.mark.skipif(not has_plugin(), reason="needs jax[cuda13]")
+@pytest.mark.filterwarnings(
+    "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
+)
+def test_a_round_on_an_h100_is_five_kernels_a_layer_at_any_width() -> None:
+    config = dataclasses.replace(MODELS["smollm2"], num_layers=2)
+    model = LanguageModel(config, jnp.bfloat16)
+    fused = dataclasses.replace(model, fused=True, rows=FusedRows())
+    params = jax.eval_shape(
+        lambda p: prepare_decoder(model, p, transpose=True)[1],
+        model.abstract(jnp.bfloat16),
+    )
+    number, counts = jax.ShapeDtypeStruct((), jnp.int32), []
+    for width in (1, 8):
+        run = loop_of(fused, width, 256)
+        compiled = compile_for_h100(
+            *(run, params, number, number),
+            xla_gpu_fail_ptx_compilation_on_register_spilling=True,
+        )
+        counts.append(count_kernels(compiled.as_text()))
+        # Five times two layers, and the head. Nothing is copied.
+        assert counts[-1]["custom-call"] == 5 * 2 + 1
+        assert set(counts[-1]) == {"custom-call", "fusion"}
+    assert counts[0] == counts[1] and counts[0]["fusion"] <= 8
