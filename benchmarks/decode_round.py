@@ -226,7 +226,8 @@ def tiles(setting: Setting) -> list[Row]:
     cases: list[tuple[str, Any, Any]] = []
     for name, (k, n, around) in shapes.items():
         swiglu = "swiglu" in around
-        own = product_blocks.blocks(n // 2 if swiglu else n, jnp.dtype(dtype).itemsize)
+        out = n // 2 if swiglu else n
+        own = product_blocks.blocks(out, jnp.dtype(dtype).itemsize, True)
         sizes = [own, *(b for b in PRODUCTS if b != own)]
         cases += [
             (name, b, _product(k, n, around, count, width, dtype, b)) for b in sizes

@@ -37,7 +37,12 @@ TABLE = (
 )
 
 
-def blocks(n: int, itemsize: int) -> Blocks:
-    """The tiles for `n` output columns of weights with so many bytes each."""
+def blocks(n: int, itemsize: int, transposed: bool) -> Blocks:
+    """The tiles for `n` output columns of weights with so many bytes each.
+
+    Where the columns are neighbours in memory, fewer than 16 are less than memory gives.
+    """
     found = next(b for most, b in TABLE if n <= most)
-    return found if itemsize <= 2 else dataclasses.replace(found, k=64)
+    wide = found.n if transposed else max(found.n, 16)
+    deep = found.k if itemsize <= 2 else 64
+    return dataclasses.replace(found, n=wide, k=deep)

@@ -30,7 +30,7 @@ def matmul(
 ) -> jax.Array:
     """`[M, n]` of `x [M, K]`; see `api.skinny_matmul`."""
     m, k = x.shape
-    tiles = blocks(n, w.dtype.itemsize) if tiles is None else tiles
+    tiles = tiles or blocks(n, w.dtype.itemsize, transposed)
     given = [a for a in (norm, bias, residual) if a is not None]
     case = Case(
         *(m, k, n, tiles, transposed, norm is not None, swiglu),
