@@ -35,12 +35,13 @@ TABLE = (
 def blocks(features: int, queries: int, itemsize: int) -> Blocks:
     """The tiles for heads of so many features of so many bytes.
 
-    `queries` are those of a tile. More than 64 need the registers of more warps.
+    `queries` are those of a tile; its output stands in registers, up to 64 numbers in
+    those of a thread.
     """
     found = next(b for most, b in TABLE if features <= most)
     keys = found.keys if itemsize <= 2 else max(found.keys // 4, 16)
-    warps = found.warps if queries <= 64 else 8
-    return dataclasses.replace(found, keys=keys, warps=warps)
+    warps = max(found.warps, queries // 16, queries * features // 2048)
+    return dataclasses.replace(found, keys=keys, warps=min(warps, 16))
 
 
 def queries_of(heads: int, kv_heads: int) -> int:

@@ -40,7 +40,7 @@ TABLE = (
 def blocks(n: int, itemsize: int, transposed: bool) -> Blocks:
     """The tiles for `n` output columns of weights with so many bytes each.
 
-    Where the columns are neighbours in memory, fewer than 16 are less than memory gives.
+    Where columns are neighbours in memory, fewer than 16 are less than it gives.
     """
     found = next(b for most, b in TABLE if n <= most)
     wide = found.n if transposed else max(found.n, 16)
