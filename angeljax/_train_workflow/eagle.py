@@ -4,6 +4,7 @@
 <out>/config.yaml    the configuration, overrides included
 <out>/text/          what the target wrote, if no data is named
 <out>/metrics.jsonl  one line for each interval and evaluation
+<out>/acceptance.json  how often each step was right, over the training
 <out>/checkpoints/   the state, to resume from
 <out>/head/          the head, for `load_eagle`, SGLang and vLLM
 ```
@@ -12,6 +13,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -22,7 +24,9 @@ import numpy as np
 
 from angeljax import _workflow
 from angeljax._fields import ConfigError
+from angeljax._train_workflow.prompts import read_prompts
 from angeljax._workflow import Opened
+from angeljax.models import stack_layers
 from angeljax.speculative import EagleConfig, EagleDrafter, init_eagle, save_eagle
 from angeljax.speculative.core import autoregressive, generate
 from angeljax.train import (
@@ -39,6 +43,7 @@ from angeljax.train.eagle import EagleTask
 from angeljax.train.eagle_config import EagleTrainConfig
 from angeljax.train.eagle_data import MaskedTokens, answer_mask, draft_vocabulary
 from angeljax.train.metrics import Console, JsonLines, TensorBoard
+from angeljax.train.optimizers import decay_at
 from angeljax.train.self_text import template_of, write_conversations
 
 
@@ -87,8 +92,13 @@ def train_eagle(
     kept = out / "checkpoints"
     if not resume and kept.is_dir() and any(kept.iterdir()):
         raise ValueError(f"{out} holds a run: choose another folder, or resume it")
-    schedule = make_schedule(config.optimizer, steps)
+    # Where time ends the training the rate falls with the time; see `decay_at`.
+    timed, optimizer = config.max_minutes is not None, config.optimizer
+    if timed:
+        optimizer = dataclasses.replace(optimizer, schedule="constant")
+    schedule = make_schedule(optimizer, steps)
     opened = _workflow.open_model(config.model, dtype=config.dtype)
+    opened = _stacked(opened) if config.scan_layers else opened
     sizes = opened.model.config
     if config.head.vocab_size is not None and config.head.vocab_size > sizes.vocab_size:
         raise ConfigError(
@@ -102,8 +112,16 @@ def train_eagle(
         target_layers=config.head.layers,
     )
     out.mkdir(parents=True, exist_ok=True)
+    kinds: list[str] = []
+    prompts: list[np.ndarray] = []
+    if config.eval.source is not None and config.eval.prompts:
+        e = config.eval
+        prompts, kinds = read_prompts(
+            config.eval.source, opened.need_tokenizer(), e.prompts, e.prompt_tokens
+        )
     ids, mask = _text(config, opened, out, show)
-    ids, mask, prompts = _held_out(config, ids, mask)
+    if config.eval.source is None:
+        ids, mask, prompts = _held_out(config, ids, mask)
     data = MaskedTokens(
         ids,
         mask,
@@ -141,7 +159,7 @@ def train_eagle(
     )
     task = EagleTask(model, head_config, config.loss, config.dtype)
     trainable, frozen = task.init(params, head, scales)
-    measure = _Measure(config, task, frozen, prompts)
+    measure = _Measure(config, task, frozen, prompts, kinds)
 
     def writers(start: int) -> list[Any]:
         found: list[Any] = [
@@ -164,11 +182,11 @@ def train_eagle(
             trainable,
             data.batch,
             frozen=frozen,
-            optimizer=make_optimizer(config.optimizer, steps),
+            optimizer=make_optimizer(optimizer, steps),
             steps=steps,
             key=jax.random.key(config.seed),
             accumulate=config.accumulate,
-            clip=config.optimizer.clip,
+            clip=optimizer.clip,
             schedule=schedule,
             checkpoints=checkpoints,
             resume=resume,
@@ -176,6 +194,8 @@ def train_eagle(
             writers=writers,
             evaluate=evaluate if len(prompts) else None,
             evaluate_every=config.eval.every,
+            max_minutes=config.max_minutes,
+            pace=functools.partial(decay_at, config.optimizer) if timed else None,
             divergence=config.divergence,
         )
     finally:
@@ -195,7 +215,38 @@ def train_eagle(
             "measured": evaluation,
         },
     )
+    _write_curve(out, config, coverage, evaluation)
     return TrainedHead(path, result.step, coverage, result.metrics, evaluation)
+
+
+def _stacked(opened: Opened) -> Opened:
+    if opened.model.scan_layers:
+        return opened
+    try:
+        params = jax.jit(stack_layers)(opened.params)
+    except ValueError as e:
+        raise ConfigError(f"scan_layers: {opened.source}: {e}") from None
+    model = dataclasses.replace(opened.model, scan_layers=True)
+    return dataclasses.replace(opened, model=model, params=params)
+
+
+def _write_curve(
+    out: Path, config: EagleTrainConfig, coverage: float, evaluation: dict[str, float]
+) -> None:
+    """`acceptance.json`: the curve over the steps, and what was measured last."""
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if "top1/0" in row]
+    places = range(config.loss.steps)
+    curve = {
+        "step": [row["step"] for row in rows],
+        "tokens": [row.get("tokens") for row in rows],
+        "loss": [row["loss"] for row in rows],
+        "tau": [row["tau"] for row in rows],
+        "top1": [[row[f"top1/{k}"] for k in places] for row in rows],
+    }
+    found = {"coverage": coverage, "evaluation": evaluation, "curve": curve}
+    text = json.dumps(found, indent=2) + "\n"
+    (out / "acceptance.json").write_text(text, encoding="utf-8")
 
 
 def _text(
@@ -223,6 +274,7 @@ def _text(
             question_tokens=g.question_tokens,
             question_temperature=g.question_temperature,
             seed=g.seed,
+            max_minutes=g.max_minutes,
             progress=show,
         )
     ids = load_tokens(data, opened.tokenizer)
@@ -271,10 +323,15 @@ class _Measure:
     """Tokens for each forward of the target, with the head as it would be served."""
 
     def __init__(
-        self, config: EagleTrainConfig, task: EagleTask, frozen: Any, prompts: Any
+        self,
+        config: EagleTrainConfig,
+        task: EagleTask,
+        frozen: Any,
+        prompts: Any,
+        kinds: list[str],
     ) -> None:
         self._eval, self._task, self._frozen = config.eval, task, frozen
-        self._prompts = prompts
+        self._prompts, self._kinds = prompts, np.asarray(kinds)
         self._plain: Any = None
 
     def __call__(self, trainable: Any) -> dict[str, float]:
@@ -290,6 +347,10 @@ class _Measure:
         same = np.mean(np.all(np.asarray(out.tokens) == self._plain, axis=1))
         hits = np.asarray(out.stats.hits, np.float64) / rounds
         found = {"eval/tau": out.tau, "eval/same_text": float(same)}
+        lengths, each = np.asarray(out.lengths), np.asarray(out.stats.rounds)
+        for kind in sorted(set(self._kinds) - {""}):
+            rows = self._kinds == kind
+            found[f"eval/tau/{kind}"] = float(lengths[rows].sum() / each[rows].sum())
         return {**found, **{f"eval/accepted/{i}": float(h) for i, h in enumerate(hits)}}
 
 

@@ -36,6 +36,7 @@ class SelfText:
       question_tokens: where a question that has not ended is dropped.
       question_temperature: of the questions.
       seed: of the sampling.
+      max_minutes: for all of it; what is written by then is the text. None: no limit.
     """
 
     shards: int = 16
@@ -46,11 +47,13 @@ class SelfText:
     question_tokens: int = 96
     question_temperature: float = 1.0
     seed: int = 0
+    max_minutes: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("shards", "rows", "max_new_tokens", "question_tokens"):
             count(f"generate.{name}", getattr(self, name))
         count("generate.seed", self.seed, 0)
+        _minutes("generate.max_minutes", self.max_minutes)
         if isinstance(self.temperatures, int | float):
             object.__setattr__(self, "temperatures", (self.temperatures,))
         object.__setattr__(self, "temperatures", tuple(self.temperatures))
@@ -63,6 +66,14 @@ class SelfText:
                 f"generate.shards of {self.shards} for {len(self.temperatures)} "
                 "temperatures: each needs one"
             )
+
+
+def _minutes(where: str, value: Any) -> None:
+    if value is None:
+        return
+    number(where, value, 0)
+    if value == 0:
+        raise ConfigError(f"{where} is 0: leave it out for no limit")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,13 +114,18 @@ class EagleEval:
     """Tokens for each forward of the target, on text that is held out.
 
     Attributes:
+      source: a text file with one prompt a line, or a `.jsonl` file whose objects have
+        `turns`, `prompt` or `question`; they are put into the chat template. None takes
+        prompts from the end of the text, which is then not trained on.
       prompts: how many; 0 does not evaluate.
-      prompt_tokens: of each at most, from the end of the stream.
+      prompt_tokens: of each at most: longer ones of a `source` are left out, and of the
+        text it is the end that counts.
       max_new_tokens: written after each.
       num_tokens: drafts of a chain.
       every: steps between two evaluations; 0 evaluates at the end only.
     """
 
+    source: str | None = None
     prompts: int = 32
     prompt_tokens: int = 128
     max_new_tokens: int = 128
@@ -139,9 +155,13 @@ class EagleTrainConfig:
       loss: see `EagleLoss`.
       steps: optimizer steps; or
       tokens: trained tokens, rounded up to whole steps.
+      max_minutes: of training, compilation included; the learning rate then falls with
+        the time, and `steps` or `tokens` are only a limit. None: no limit.
       seq_length: tokens in a row.
       batch_size: rows in a step, all micro-batches together.
       accumulate: micro-batches in a step.
+      scan_layers: run the layers of the target as a loop, which compiles once for all
+        of them; False for a target whose layers differ in format.
       dtype: of compute, "bfloat16" or "float32"; the head is trained in float32.
       optimizer: see `OptimizerConfig`.
       checkpoint, log, eval, divergence: see their classes.
@@ -165,9 +185,11 @@ class EagleTrainConfig:
     loss: EagleLoss = EagleLoss()
     steps: int | None = None
     tokens: int | None = None
+    max_minutes: float | None = None
     seq_length: int = 1024
     batch_size: int = 16
     accumulate: int = 1
+    scan_layers: bool = False
     dtype: str = "bfloat16"
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -200,6 +222,8 @@ class EagleTrainConfig:
             )
         choice("dtype", self.dtype, DTYPES)
         flag("answers_only", self.answers_only)
+        flag("scan_layers", self.scan_layers)
+        _minutes("max_minutes", self.max_minutes)
         count("seed", self.seed, 0)
 
     @property
