@@ -1,5 +1,6 @@
 """The block drafter and the MTP layer in decoding, and their files."""
 
+import dataclasses
 import functools
 import json
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from angeljax.speculative import (
     BlockConfig,
@@ -19,8 +21,10 @@ from angeljax.speculative import (
     autoregressive,
     generate,
     load_block,
+    load_mtp,
     prefill,
     save_block,
+    save_mtp,
 )
 from angeljax.train import BlockTask, MTPTask
 from angeljax.train.chunked import head_logits
@@ -75,14 +79,30 @@ def test_text_is_that_of_plain_decoding(name, rows, sampling):
     np.testing.assert_array_equal(out.stats.drafted, want - short * (drafter.width - 1))
 
 
-def test_files_restore_the_drafter_and_say_what_is_wrong(tmp_path):
+def test_files_of_a_block_drafter(tmp_path):
     drafter = block_drafter()
     save_block(tmp_path, drafter.model, drafter.params, dtype=jnp.float32)
     model, params = load_block(tmp_path, dtype=jnp.float32)
     assert model == drafter.model
     jax.tree.map(np.testing.assert_array_equal, params, drafter.params)
+    # Names and shapes of the published drafters, z-lab/Qwen3-8B-DFlash-b16 and others.
+    tensors = load_file(tmp_path / "model.safetensors")
+    parts = [
+        *("input_layernorm", "post_attention_layernorm"),
+        *(f"self_attn.{x}" for x in ("q_proj", "k_proj", "v_proj", "o_proj")),
+        *("self_attn.q_norm", "self_attn.k_norm"),
+        *(f"mlp.{x}" for x in ("gate_proj", "up_proj", "down_proj")),
+    ]
+    layers = {f"layers.{i}.{x}.weight" for i in range(2) for x in parts}
+    assert set(tensors) == {"fc.weight", "hidden_norm.weight", "norm.weight", *layers}
+    assert tensors["fc.weight"].shape == (16, 32)
+    gate = drafter.params["layers"][1]["mlp"]["gate_proj"]["kernel"]
+    np.testing.assert_array_equal(tensors["layers.1.mlp.gate_proj.weight"], gate.T)
     file = tmp_path / "config.json"
     data = json.loads(file.read_text())
+    assert data["architectures"] == ["DFlashDraftModel"]
+    assert data["model_type"] == "qwen3" and data["num_hidden_layers"] == 2
+    assert data["block_size"] == 4 and data["num_target_layers"] == 2
     assert data["dflash_config"] == {"mask_token_id": 31, "target_layer_ids": [1, 1]}
     for change, message in [
         ({"dflash_config": None}, "no dflash_config"),
@@ -93,6 +113,39 @@ def test_files_restore_the_drafter_and_say_what_is_wrong(tmp_path):
         file.write_text(json.dumps({**data, **change}))
         with pytest.raises(ValueError, match=message):
             load_block(tmp_path)
+
+
+def test_files_of_an_mtp_layer(tmp_path):
+    drafter, target = mtp_drafter(), tiny()[0].config
+    save_mtp(tmp_path, drafter.model, drafter.params, dtype=jnp.float32)
+    model, params = load_mtp(tmp_path, target, dtype=jnp.float32)
+    assert model == drafter.model
+    jax.tree.map(np.testing.assert_array_equal, params, drafter.params)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert tensors["model.layers.2.eh_proj.weight"].shape == (16, 32)
+    around = {"enorm", "hnorm", "eh_proj", "shared_head.norm", "input_layernorm"}
+    assert {f"model.layers.2.{x}.weight" for x in around} < set(tensors)
+    # In the folder of a whole model, with copies of what is the target's.
+    size = target.vocab_size
+    others = ("model.layers.1.mlp.up_proj", "model.layers.2.embed_tokens", "lm_head")
+    more = {f"{x}.weight": np.ones((size, 16), np.float32) for x in others}
+    save_file({**tensors, **more}, tmp_path / "model.safetensors")
+    again = load_mtp(tmp_path, target, dtype=jnp.float32)[1]
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    for change, message in [
+        ({"num_layers": 3}, "num_hidden_layers=2, and this one has 3"),
+        ({"vocab_size": 40}, "vocab_size=32, and this one has 40"),
+        ({"num_heads": 4}, "_proj.weight has shape"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load_mtp(tmp_path, dataclasses.replace(target, **change))
+    del tensors["model.layers.2.hnorm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="no tensor for hnorm/scale"):
+        load_mtp(tmp_path, target)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="there is no MTP"):
+        load_mtp(tmp_path, target)
 
 
 def test_training_computes_what_the_drafter_drafts():
