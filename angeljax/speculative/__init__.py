@@ -48,6 +48,11 @@ from angeljax.speculative.eagle import (
     load_eagle,
     save_eagle,
 )
+from angeljax.speculative.from_options import (
+    generate_as,
+    make_drafter,
+    sampling_of,
+)
 from angeljax.speculative.grow import Frontier, grow_tree
 from angeljax.speculative.lookup import PromptLookup, lookup
 from angeljax.speculative.model_drafter import DraftModel, SelfDrafter
@@ -115,16 +120,19 @@ __all__ = [
     "divergences",
     "draft_costs",
     "generate",
+    "generate_as",
     "grow_tree",
     "init_eagle",
     "key_positions",
     "load_block",
     "load_eagle",
     "lookup",
+    "make_drafter",
     "prefill",
     "profile_drafter",
     "profile_target",
     "rank_tree",
+    "sampling_of",
     "save_block",
     "save_eagle",
     "successors",
