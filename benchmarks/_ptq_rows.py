@@ -178,6 +178,7 @@ ROWS: list[PTQRow] = [
         ("rtn", "free", {}, ()),
         ("rtn, scales by mse", "free", MSE, ()),
         ("gptq", "layers", gptq(), ()),
+        ("gptq, act order, scales by weighted mse", "layers", gptq(**BEST), ()),
         ("focus", "focus", {}, ()),
     ),
     *_rows(
@@ -185,6 +186,7 @@ ROWS: list[PTQRow] = [
         {"format": "nvfp4", "activation": "nvfp4"},
         ("rtn", "free", {}, ()),
         ("gptq", "layers", gptq(), ()),
+        ("gptq, act order, scales by weighted mse", "layers", gptq(**BEST), ()),
     ),
     *_rows(
         "MXFP4",
@@ -192,6 +194,7 @@ ROWS: list[PTQRow] = [
         ("rtn", "free", {}, ()),
         ("rtn, scales by mse", "free", MSE, ()),
         ("gptq", "layers", gptq(), ()),
+        ("gptq, act order, scales by weighted mse", "layers", gptq(**BEST), ()),
         ("focus", "focus", {}, ()),
     ),
     *_rows(
@@ -199,6 +202,7 @@ ROWS: list[PTQRow] = [
         {"format": "mxfp4", "activation": "mxfp4"},
         ("rtn", "free", {}, ()),
         ("gptq", "layers", gptq(), ()),
+        ("gptq, act order, scales by weighted mse", "layers", gptq(**BEST), ()),
         ("rotated inputs, gptq", "layers", {**gptq(), "rotation": 32}, ()),
     ),
     *_rows("W3 g64", {"format": "int3", "group_size": 64}, *_common()),

@@ -26,8 +26,12 @@ def sections(directory: Path) -> list[str]:
             if name != ORIGINAL:
                 found.append(f"### {name}\n\n{_section(entries, name)}")
     for data in md.read(directory, TIME):
-        table = md.table(_time_columns(md.entries(data)), md.entries(data))
-        found.append(f"## Time of GPTQ\n\n{md.source(data)}\n{table}")
+        found.append(f"## Time of GPTQ\n\n{md.source(data)}")
+        # Whole models and single weights have other fields.
+        for whole in (True, False):
+            own = [e for e in md.entries(data) if ("model" in e[0]) == whole]
+            if own:
+                found.append(md.table(_time_columns(own), own))
     return found
 
 
@@ -103,10 +107,16 @@ def _time_columns(entries: list[Entry]) -> list[Column]:
         return name, lambda e: _shown(e[0].get(name)), kind
 
     names = dict.fromkeys(name for case, _ in entries for name in case)
+    times = {
+        "first_time": ("first time (s)", ".1f"),
+        "again_time": ("again (s)", ".1f"),
+        "compile_time": ("compile (s)", ".1f"),
+        "run_time": ("run (s)", ".3f"),
+    }
+    measured = {metric for _, found in entries for metric in found}
     return [
         *map(field, names),
-        ("compile (s)", md.of("compile_time"), ".1f"),
-        ("run (s)", md.of("run_time"), ".3f"),
+        *((title, md.of(m), f) for m, (title, f) in times.items() if m in measured),
     ]
 
 

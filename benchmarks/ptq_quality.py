@@ -5,9 +5,9 @@
 
 Perplexity, KL divergence from the original model and top-1 agreement on full windows of
 each text. Weights are quantized from float32 and evaluated in float32 (products in TF32
-on a GPU), so that hardly anything but the quantization differs. `--rows` takes a
-regular expression of `section: name`. `--smoke` runs a few rows on a tiny random model,
-without any file.
+on a GPU), so that hardly anything but the quantization differs. `--rows` takes
+regular expressions of `section: name`. `--smoke` runs a few rows on a tiny random
+model, without any file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import argparse
 import dataclasses
 import functools
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,13 @@ from angeljax.transforms import Rotation, apply_transforms
 from benchmarks._ptq_rows import ROWS, SMOKE, PTQRow, named
 from benchmarks._results import RESULTS, Row, write
 
+PLAIN = ("int3:64", "int4:128", "int4:64", "int8:128")
+# What `allocate` may choose from.
+CANDIDATES = {
+    "rtn": PLAIN,
+    "gptq": tuple(f"{name}:gptq" for name in PLAIN),
+    "rtn, NVFP4 too": (*PLAIN, "int4:32", "nvfp4"),
+}
 KINDS = ("hessian", "abs_sum", "histogram", "ema", "token_amax")
 
 
@@ -96,7 +104,8 @@ class Bench:
             assert recipe.kv_cache is not None
             return _with_kv(self, recipe.kv_cache)
         if row.how == "focus":
-            few = self.batches()
+            # Its logits and their gradients are large.
+            few = [b[i : i + 2] for b in self.batches() for i in range(0, len(b), 2)]
             return model, learn_focus(model, params, recipe, few, steps=2 * len(few))[0]
         if "layers" in row.how:
             return model, aj.compress_sequential(
@@ -194,19 +203,16 @@ def judged(
     return rows
 
 
-def allocated(bench: Bench, bits: float, tokens: int) -> list[tuple[PTQRow, Any]]:
-    """Mixed precision at a number of bits, with and without GPTQ in the candidates."""
+def allocated(
+    bench: Bench, bits: float, tokens: int, kinds: list[str]
+) -> Iterator[tuple[PTQRow, Any, float]]:
+    """Mixed precision at a number of bits, from each list of candidates."""
     model = dataclasses.replace(bench.model, scan_layers=False)
     params = unstack_layers(bench.params)
     batches = [jnp.asarray(bench.calibration[:1, :tokens])]
-    found = []
-    plain = ("int3:64", "int4:128", "int4:64", "int8:128")
-    for name, formats in (
-        ("rtn", plain),
-        ("gptq", tuple(f"{f}:gptq" for f in plain)),
-    ):
+    for name in kinds:
         stats = None
-        if name == "gptq":
+        if "gptq" in name:
             recipe = aj.Recipe(rules=[aj.Rule(format="int4")])
             stats = aj.calibrate(
                 model, params, bench.batches(), recipe, statistics=("hessian",)
@@ -215,7 +221,7 @@ def allocated(bench: Bench, bits: float, tokens: int) -> list[tuple[PTQRow, Any]
             model,
             params,
             stats,
-            formats=formats,
+            formats=CANDIDATES[name],
             batches=batches,
             budget_bits=bits,
             verify=False,
@@ -224,8 +230,7 @@ def allocated(bench: Bench, bits: float, tokens: int) -> list[tuple[PTQRow, Any]
         print(f"allocated {name}: {chosen.seconds:.0f} s, {chosen.passes} passes")
         tree = aj.compress(params, chosen.recipe, stats, progress=False)
         row = PTQRow(f"{bits:g} bits on average", f"allocated, {name}", ())
-        found.append((row, tree))
-    return found
+        yield row, tree, chosen.seconds
 
 
 def original(bench: Bench) -> list[Row]:
@@ -294,7 +299,9 @@ def arguments() -> Any:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--calibration", nargs="*", default=[], help="token files")
     parser.add_argument("--text", nargs="*", default=[], help="name=token file")
-    parser.add_argument("--rows", default=".", help="regular expression")
+    parser.add_argument(
+        "--rows", nargs="*", default=["."], help="regular expressions, in this order"
+    )
     parser.add_argument("--rows-of-calibration", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=64, help="of each text")
@@ -302,6 +309,7 @@ def arguments() -> Any:
     parser.add_argument("--threads", type=int, default=1, help="rows at a time")
     parser.add_argument("--allocate", type=float, help="bits: mixed precision")
     parser.add_argument("--allocate-tokens", type=int, default=2048)
+    parser.add_argument("--candidates", nargs="*", choices=CANDIDATES)
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--tag", default=None)
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -315,8 +323,10 @@ def main() -> None:
     """Measures the rows and writes after each."""
     args = arguments()
     bench = tiny() if args.smoke else opened(args)
-    chosen = [] if args.rows == "none" else named(args.rows)
-    if args.smoke and args.rows == ".":
+    chosen: list[PTQRow] = []
+    for pattern in args.rows:
+        chosen += [row for row in named(pattern) if row not in chosen]
+    if args.smoke and args.rows == ["."]:
         chosen = [r for r in ROWS if f"{r.section}: {r.name}" in SMOKE]
     if any(row.how == "pass" for row in chosen):
         _ = bench.statistics
@@ -327,17 +337,21 @@ def main() -> None:
     # Most of a row's time on a GPU is compilation, which threads do side by side.
     with ThreadPoolExecutor(args.threads) as pool:
         jobs = [pool.submit(measure, bench, row) for row in chosen]
-        for i, (row, job) in enumerate(zip(chosen, jobs, strict=True)):
+        for job in as_completed(jobs):
+            i = jobs.index(job)
             try:
                 results[i] = job.result()
-            except ValueError as e:
-                print(f"{row.section}: {row.name}: {e}", flush=True)
+            except (ValueError, RuntimeError) as e:
+                print(f"{chosen[i].section}: {chosen[i].name}: {e}", flush=True)
                 continue
             found = [r for k in sorted(results) for r in results[k]]
             write("ptq_quality", found, device_tag=args.tag, directory=args.out)
     if args.allocate:
-        for row, tree in allocated(bench, args.allocate, args.allocate_tokens):
-            found += judged(bench, row, bench.model, tree, 0.0)
+        candidates = args.candidates or list(CANDIDATES)
+        for row, tree, took in allocated(
+            bench, args.allocate, args.allocate_tokens, candidates
+        ):
+            found += judged(bench, row, bench.model, tree, took)
             write("ptq_quality", found, device_tag=args.tag, directory=args.out)
 
 

@@ -22,7 +22,7 @@ from angeljax.speculative import (
     prefill,
     save_block,
 )
-from angeljax.train import BlockTask
+from angeljax.train import BlockTask, DraftLoss, MTPTask
 from angeljax.train.chunked import head_logits
 from tests.models._random_params import random_params
 from tests.speculative._cases import PROMPTS, tiny
@@ -110,3 +110,71 @@ def test_training_computes_what_the_drafter_drafts():
     state = prefill(target, drafter, tokens, sizes, sizes + 1, slots=24)
     draft, _ = jax.jit(drafter.draft)(target, state.drafter, state.context)
     np.testing.assert_array_equal(draft.tokens, want[0])
+
+
+def test_losses_by_hand(rng):
+    """Every loss with every weight, place by place in plain Python."""
+    places, size = 4, 6
+    z, target = rng.normal(size=(2, 3, places, size)).astype(np.float32)
+    labels = rng.integers(0, size, (3, places))
+    for loss, weights in [
+        *(("ce", w) for w in ("exponential", "equal", "continuation")),
+        *((name, "exponential") for name in ("kl", "tv", "lk_alpha", "lk_hybrid")),
+        ("block_tv", "equal"),
+    ]:
+        options = DraftLoss(loss=loss, weights=weights, gamma=2.0, eta=1.5)
+        got = options(jnp.asarray(z), jnp.asarray(labels), jnp.asarray(target))
+        for row in range(3):
+            terms, texts, alphas = [], [], []
+            for j in range(places):
+                q = np.exp(z[row, j]) / np.exp(z[row, j]).sum()
+                p = np.exp(target[row, j]) / np.exp(target[row, j]).sum()
+                kl = sum(x * np.log(x / y) for x, y in zip(p, q, strict=True))
+                alpha = sum(min(x, y) for x, y in zip(p, q, strict=True))
+                share = np.exp(-1.5 * alpha)
+                texts.append(q[labels[row, j]])
+                alphas.append(alpha)
+                terms.append(
+                    {
+                        "ce": -np.log(texts[-1]),
+                        "kl": kl,
+                        "tv": 1 - alpha,
+                        "lk_alpha": -np.log(alpha),
+                        "lk_hybrid": share * kl + (1 - share) * (1 - alpha),
+                    }.get(loss)
+                )
+            if loss == "block_tv":
+                runs = [np.prod(alphas[: j + 1]) for j in range(places)]
+                want = 1 - sum(runs) / places
+            elif weights == "continuation":
+                runs = [
+                    np.prod([0.5 + 0.5 * t for t in texts[: j + 1]])
+                    for j in range(places)
+                ]
+                want = sum(sum(runs[j:]) * terms[j] for j in range(places)) / places
+            else:
+                fixed = [np.exp(-j / 2.0) for j in range(places)]
+                fixed = fixed if weights == "exponential" else [1.0] * places
+                both = zip(fixed, terms, strict=True)
+                want = sum(w * t for w, t in both) / sum(fixed)
+            np.testing.assert_allclose(got[row], want, rtol=1e-4)
+
+
+def test_mtp_steps_of_training_are_those_of_drafting():
+    """The likeliest tokens of the steps from a place: the drafts there."""
+    model, params = tiny()
+    drafter = mtp_drafter()
+    task = MTPTask(
+        target=model, mtp=drafter.model, steps=3, on_policy=True, dtype="float32"
+    )
+    row = np.asarray([PROMPTS[3] + [2, 9, 4, 1, 5, 5]], np.int32)
+    x, _ = jax.jit(task.hidden)(drafter.params, params, jnp.asarray(row))
+    want = jnp.argmax(head_logits(model.head_params(params), x), axis=-1)
+    places = jnp.asarray([2, 7, 4])
+    # The pair of place i ends with token i + 1: the draft begins at i + 2.
+    target = Target(model, params, Sampling().sampler(3))
+    sizes = places + 2
+    tokens = jnp.asarray(np.repeat(row, 3, axis=0))
+    state = prefill(target, drafter, tokens, sizes, sizes + 4, slots=24)
+    draft, _ = jax.jit(drafter.draft)(target, state.drafter, state.context)
+    np.testing.assert_array_equal(draft.tokens, want[0, places])
