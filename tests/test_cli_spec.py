@@ -198,8 +198,18 @@ def test_names_of_drafters(text, fields):
             "exceed the context of 256",
         ),
         (
-            ("generate", "-p", "a", "-d", "lookup", "--temperature", "1", "--rule",
-             "rejection", "--compare"),
+            (
+                "generate",
+                "-p",
+                "a",
+                "-d",
+                "lookup",
+                "--temperature",
+                "1",
+                "--rule",
+                "rejection",
+                "--compare",
+            ),
             "use --rule coupled",
         ),  # fmt: skip
         (("bench", "--prompts", "{p}", "--batch", "0"), "at least 1"),

@@ -205,7 +205,7 @@ def settle(
     Raises:
       ValueError: a value that cannot be, or that does not go with the method.
     """
-    given = {
+    given: dict[str, Any] = {
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,

@@ -57,6 +57,7 @@ from angeljax.speculative.grow import Frontier, grow_tree
 from angeljax.speculative.lookup import PromptLookup, lookup
 from angeljax.speculative.model_drafter import DraftModel, SelfDrafter
 from angeljax.speculative.mtp import MTPDrafter, MTPModel
+from angeljax.speculative.mtp_files import load_mtp, save_mtp
 from angeljax.speculative.profile import (
     Profile,
     cache_folder,
@@ -126,6 +127,7 @@ __all__ = [
     "key_positions",
     "load_block",
     "load_eagle",
+    "load_mtp",
     "lookup",
     "make_drafter",
     "prefill",
@@ -135,6 +137,7 @@ __all__ = [
     "sampling_of",
     "save_block",
     "save_eagle",
+    "save_mtp",
     "successors",
     "survival",
     "tree_mask",

@@ -21,6 +21,8 @@ from angeljax.speculative.drafter import Drafter, NoDrafter
 from angeljax.speculative.eagle import EagleDrafter, EagleTree, load_eagle
 from angeljax.speculative.lookup import PromptLookup
 from angeljax.speculative.model_drafter import DraftModel, SelfDrafter
+from angeljax.speculative.mtp import MTPDrafter
+from angeljax.speculative.mtp_files import load_mtp
 from angeljax.speculative.profile import profile_target
 from angeljax.speculative.recycling import Hybrid, TokenRecycling, successors
 from angeljax.speculative.sampling import Sampling
@@ -215,7 +217,7 @@ def _copy(ready: _Ready) -> Any:
 
     options = ready.options
     if options.recipe is None:
-        what = Recipe(rules=options.rules, name="draft.rules")
+        what = Recipe(rules=tuple(options.rules or ()), name="draft.rules")
     else:
         what = Recipe.load(options.recipe)
         what.check_model(ready.model.config.to_dict())
@@ -246,8 +248,10 @@ def _draft_model(ready: _Ready) -> DraftModel:
 
     dtype = str(jax.numpy.dtype(ready.model.dtype))
     opened = open_model(str(ready.options.model), dtype=dtype)
-    mine, theirs = opened.tokenizer, ready.tokenizer
-    if None not in (mine, theirs) and mine.vocabulary != theirs.vocabulary:
+    mine: Any = opened.tokenizer
+    theirs = ready.tokenizer
+    known = mine is not None and theirs is not None
+    if known and mine.vocabulary != theirs.vocabulary:
         raise ValueError(
             f"draft.model {ready.options.model} has another vocabulary than the "
             "target: take a model with the same tokenizer"
@@ -278,8 +282,10 @@ def _block(ready: _Ready) -> BlockDrafter:
     return BlockDrafter(model, params, **ready.given("num_tokens"))
 
 
-def _mtp(ready: _Ready) -> Any:
-    raise NotImplementedError
+def _mtp(ready: _Ready) -> MTPDrafter:
+    _learned(ready.options, None)
+    model, params = load_mtp(_folder(ready.options), dtype=ready.model.dtype)
+    return MTPDrafter(model, params, **ready.given("num_tokens"))
 
 
 def _folder(options: DraftOptions) -> Path:
