@@ -1,14 +1,19 @@
 """`angeljax spec` on a tiny model: every command, JSON, one-line errors."""
 
 import json
+import shlex
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import typer
 
 from angeljax import _workflow, models
+from angeljax._data import configs_dir
 from angeljax._spec_workflow import setup, widths
+from angeljax.cli import app
 from angeljax.models import DecoderConfig, LanguageModel
+from angeljax.recipe import Recipe
 from angeljax.speculative import Profile
 from tests.models._random_params import random_params
 from tests.test_cli import run, tokenizer
@@ -127,6 +132,30 @@ def test_bench(packed, prompts):
     assert "prompt_lookup:3" in shown and "0 of 2" in shown
 
 
+def test_train_and_use_a_head(checkpoint, tmp_path):
+    text, config, out = (tmp_path / n for n in ("text.txt", "head.yaml", "run"))
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 4)
+    config.write_text(
+        f"kind: eagle3\nmodel: {checkpoint}\ndata: {text}\nanswers_only: false\n"
+        "steps: 1\nseq_length: 16\nbatch_size: 2\ndtype: float32\n"
+        "loss: {steps: 2}\nhead: {layers: [0, 0, 0], intermediate_size: 32}\n"
+        "eval: {prompts: 0}\n"
+    )
+    args = ("spec", "train", "-c", config, "-o", out)
+    done = json.loads(run(*args, "--set", "batch_size=1", "--json").stdout)
+    assert done["kind"] == "eagle3" and done["steps"] == 1
+    assert done["path"] == str(out / "head")
+    failed = run(*args, "--no-resume", code=1).stderr
+    assert "holds a run: choose another folder, or resume it" in failed
+    args = ("-m", checkpoint, "-p", PROMPTS[0], "--compare", "--json")
+    found = json.loads(generated(*args, "-d", f"eagle3:{out}/head").stdout)
+    assert found["answers"][0]["same"] is True
+    config.write_text("kind: medusa\nmodel: x\nsteps: 1")
+    args = ("spec", "train", "-c", config, "-o", tmp_path / "no")
+    assert "head.yaml: kind must be one of eagle3" in run(*args, code=1).stderr
+    assert not (tmp_path / "no").exists()
+
+
 def test_profile(packed, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     args = ("spec", "profile", "-m", packed, "--widths", "1,4", "--slots", 64)
@@ -173,6 +202,22 @@ def test_names_of_drafters(text, fields):
     else:
         assert found["method"] == "prompt_lookup" and found["num_tokens"] == 7
     assert setup.parse_drafter("auto").auto is not None
+
+
+def test_recipes_name_commands_that_exist():
+    commands = typer.main.get_command(app)
+    found = 0
+    for file in sorted(configs_dir().rglob("*.yaml")):
+        for line in file.read_text().splitlines():
+            if not line.startswith("#   angeljax spec "):
+                continue
+            name, *args = shlex.split(line.removeprefix("#   angeljax spec "))
+            command = commands.commands["spec"].commands[name]
+            parsed = command.make_context(name, args).params
+            if parsed.get("recipe"):
+                assert Recipe.load(parsed["recipe"]).draft is not None
+            found += 1
+    assert found >= 8
 
 
 @pytest.mark.parametrize(
