@@ -48,6 +48,11 @@ from angeljax.speculative.eagle import (
     load_eagle,
     save_eagle,
 )
+from angeljax.speculative.from_options import (
+    generate_as,
+    make_drafter,
+    sampling_of,
+)
 from angeljax.speculative.grow import Frontier, grow_tree
 from angeljax.speculative.lookup import PromptLookup, lookup
 from angeljax.speculative.model_drafter import DraftModel, SelfDrafter
@@ -116,6 +121,7 @@ __all__ = [
     "divergences",
     "draft_costs",
     "generate",
+    "generate_as",
     "grow_tree",
     "init_eagle",
     "key_positions",
@@ -123,10 +129,12 @@ __all__ = [
     "load_eagle",
     "load_mtp",
     "lookup",
+    "make_drafter",
     "prefill",
     "profile_drafter",
     "profile_target",
     "rank_tree",
+    "sampling_of",
     "save_block",
     "save_eagle",
     "save_mtp",

@@ -61,7 +61,7 @@ def save_mtp(
       ... )
       >>> model = MTPModel(target)
       >>> folder = save_mtp(tempfile.mkdtemp(), model, model.init(jax.random.key(0)))
-      >>> load_mtp(folder, target)[0] == model
+      >>> load_mtp(folder)[0] == model
       True
     """
     names = {place: name for name, place in _AROUND.items()}
@@ -73,19 +73,20 @@ def save_mtp(
         value = value.T if key[-1] == "kernel" else value
         tensors[f"model.layers.{model.target.num_layers}.{name}"] = value
     path = Path(path)
-    save(path, tensors, model.target, {"num_nextn_predict_layers": 1}, notes)
+    # Hugging Face has no fields for all that a configuration can say.
+    own = {**(notes or {}), "target": model.target.to_dict()}
+    save(path, tensors, model.target, {"num_nextn_predict_layers": 1}, own)
     return path
 
 
 def load_mtp(
-    path: str | os.PathLike[str], target: DecoderConfig, *, dtype: Any = jnp.bfloat16
+    path: str | os.PathLike[str], *, dtype: Any = jnp.bfloat16
 ) -> tuple[MTPModel, Any]:
     """Reads an MTP layer, the first if there are more.
 
     Args:
-      path: a folder with `config.json` and safetensors: of the layer alone, or of the
-        target.
-      target: configuration of the target.
+      path: a folder with `config.json` and safetensors: of the layer alone, or of a
+        whole model that has one.
       dtype: of the params.
 
     Returns:
@@ -93,26 +94,22 @@ def load_mtp(
       out.
 
     Raises:
-      ModelError: a file is missing, the layer belongs to another target, or a tensor is
-        missing or does not fit.
+      ModelError: a file or field is missing, or a tensor is missing or does not fit.
     """
     folder = Path(path)
     file = folder / "config.json"
     data = read_json(file)
     if not data.get("num_nextn_predict_layers"):
-        raise ModelError(f"{file} has no num_nextn_predict_layers: there is no MTP")
-    sizes = {
-        "vocab_size": target.vocab_size,
-        "hidden_size": target.hidden_size,
-        "num_hidden_layers": target.num_layers,
-    }
-    for name, size in sizes.items():
-        if data.get(name) != size:
-            raise ModelError(
-                f"{file} is for a target with {name}={data.get(name)}, and this one "
-                f"has {size}: take the model that it was trained for"
-            )
-    model, start = MTPModel(target), f"model.layers.{target.num_layers}."
+        raise ModelError(f"{file} has no num_nextn_predict_layers: it is no MTP layer")
+    own = data.get("angeljax")
+    try:
+        if isinstance(own, dict) and "target" in own:
+            target = DecoderConfig.from_dict(own["target"])
+        else:
+            target = DecoderConfig.from_hf(data)
+    except (ValueError, TypeError) as e:
+        raise ModelError(f"{file}: {e}") from None
+    start = f"model.layers.{target.num_layers}."
 
     def place(name: str) -> tuple[Any, ...] | None:
         if not name.startswith(start):
@@ -123,6 +120,6 @@ def load_mtp(
         found = hf_path(f"model.layers.0.{rest}")
         return None if found is None else ("layer", *found[2:])
 
-    tensors = read_tensors(folder, place)
+    model, tensors = MTPModel(target), read_tensors(folder, place)
     params = assemble(model, tensors, dtype=dtype, shardings=None, file=folder)
     return model, params

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_type_hints
 
 import yaml
 
@@ -138,7 +138,8 @@ class DraftTrainConfig:
       ConfigError: a field is out of range; one line.
     """
 
-    # What messages call such a training.
+    # Of drafters, as in the section `draft` of a recipe; and what messages call it.
+    kind: ClassVar[str]
     what: ClassVar[str] = "a training of a drafter"
 
     model: str
@@ -193,7 +194,7 @@ class DraftTrainConfig:
 
     @classmethod
     def from_dict(cls, data: Any) -> Self:
-        """From plain values.
+        """From plain values; `kind` may be among them.
 
         Raises:
           ConfigError: an unknown, missing or invalid field.
@@ -201,22 +202,24 @@ class DraftTrainConfig:
         if not isinstance(data, Mapping):
             raise ConfigError(f"a training must be a mapping, not {data!r}")
         data = dict(data)
-        fields = dataclasses.fields(cls)
-        for field in fields:
-            name, kind = field.name, type(field.default)
-            if not dataclasses.is_dataclass(kind) or isinstance(data.get(name), kind):
-                continue
-            if data.get(name) is None:
+        choice("kind", data.pop("kind", cls.kind), (cls.kind,))
+        types, missing = get_type_hints(cls), []
+        for field in dataclasses.fields(cls):
+            name, kind = field.name, types[field.name]
+            if dataclasses.is_dataclass(kind) and data.get(name) is None:
                 data.pop(name, None)
-            else:
+            elif dataclasses.is_dataclass(kind) and not isinstance(data[name], kind):
                 data[name] = build(kind, data[name], name)
-        if "model" not in data and not set(data) - {f.name for f in fields}:
-            raise ConfigError("a training needs the field 'model'")
+            if field.default is dataclasses.MISSING and name not in data:
+                missing.append(name)
+        # An unknown field says more than the one that its typing error left out.
+        if missing and not set(data) - set(types):
+            raise ConfigError(f"a training needs the field {missing[0]!r}")
         return build(cls, data, cls.what)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `from_dict` restores an equal configuration."""
-        return _yaml.plain(dataclasses.asdict(self))
+        return {"kind": self.kind, **_yaml.plain(dataclasses.asdict(self))}
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:

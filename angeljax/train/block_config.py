@@ -80,6 +80,7 @@ class BlockTrainConfig(DraftTrainConfig):
       (16, 7.0)
     """
 
+    kind: ClassVar[str] = "dflash"
     what: ClassVar[str] = "a training of a block drafter"
 
     block: BlockOptions
@@ -133,6 +134,7 @@ class MTPTrainConfig(DraftTrainConfig):
       (4, 'equal')
     """
 
+    kind: ClassVar[str] = "mtp"
     what: ClassVar[str] = "a training of an MTP layer"
 
     mtp: MTPOptions = MTPOptions()

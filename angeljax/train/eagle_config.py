@@ -65,6 +65,7 @@ class EagleTrainConfig(DraftTrainConfig):
       (62, 5)
     """
 
+    kind: ClassVar[str] = "eagle3"
     what: ClassVar[str] = "a training of a head"
 
     head: HeadConfig = HeadConfig()

@@ -1,6 +1,5 @@
 """The block drafter and the MTP layer in decoding, and their files."""
 
-import dataclasses
 import functools
 import json
 
@@ -118,7 +117,7 @@ def test_files_of_a_block_drafter(tmp_path):
 def test_files_of_an_mtp_layer(tmp_path):
     drafter, target = mtp_drafter(), tiny()[0].config
     save_mtp(tmp_path, drafter.model, drafter.params, dtype=jnp.float32)
-    model, params = load_mtp(tmp_path, target, dtype=jnp.float32)
+    model, params = load_mtp(tmp_path, dtype=jnp.float32)
     assert model == drafter.model
     jax.tree.map(np.testing.assert_array_equal, params, drafter.params)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -130,22 +129,24 @@ def test_files_of_an_mtp_layer(tmp_path):
     others = ("model.layers.1.mlp.up_proj", "model.layers.2.embed_tokens", "lm_head")
     more = {f"{x}.weight": np.ones((size, 16), np.float32) for x in others}
     save_file({**tensors, **more}, tmp_path / "model.safetensors")
-    again = load_mtp(tmp_path, target, dtype=jnp.float32)[1]
+    again = load_mtp(tmp_path, dtype=jnp.float32)[1]
     jax.tree.map(np.testing.assert_array_equal, again, params)
-    for change, message in [
-        ({"num_layers": 3}, "num_hidden_layers=2, and this one has 3"),
-        ({"vocab_size": 40}, "vocab_size=32, and this one has 40"),
-        ({"num_heads": 4}, "_proj.weight has shape"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            load_mtp(tmp_path, dataclasses.replace(target, **change))
+    # As a whole model's configuration has it.
+    file = tmp_path / "config.json"
+    data = {k: v for k, v in json.loads(file.read_text()).items() if k != "angeljax"}
+    file.write_text(json.dumps(data))
+    assert load_mtp(tmp_path)[0].config == drafter.model.config
+    file.write_text(json.dumps({**data, "num_attention_heads": 4}))
+    with pytest.raises(ValueError, match="_proj.weight has shape"):
+        load_mtp(tmp_path)
+    file.write_text(json.dumps(data))
     del tensors["model.layers.2.hnorm.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="no tensor for hnorm/scale"):
-        load_mtp(tmp_path, target)
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="there is no MTP"):
-        load_mtp(tmp_path, target)
+        load_mtp(tmp_path)
+    file.write_text("{}")
+    with pytest.raises(ValueError, match="it is no MTP layer"):
+        load_mtp(tmp_path)
 
 
 def test_training_computes_what_the_drafter_drafts():
