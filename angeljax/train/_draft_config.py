@@ -205,7 +205,8 @@ class DraftTrainConfig:
         choice("kind", data.pop("kind", cls.kind), (cls.kind,))
         types, missing = get_type_hints(cls), []
         for field in dataclasses.fields(cls):
-            name, kind = field.name, types[field.name]
+            name: str = field.name
+            kind: Any = types[name]
             if dataclasses.is_dataclass(kind) and data.get(name) is None:
                 data.pop(name, None)
             elif dataclasses.is_dataclass(kind) and not isinstance(data[name], kind):
