@@ -122,7 +122,11 @@ def _text(
     template = None if opened.tokenizer is None else template_of(opened.tokenizer)
     if not config.answers_only or template is None:
         return ids, None
-    mask = answer_mask(ids, template.between, opened.model.config.eos_ids)
+    ends = list(opened.model.config.eos_ids)
+    tokenizer, first = opened.need_tokenizer(), template.before[0]
+    if not tokenizer.decode([first]):  # of no text: it begins what follows a cut
+        ends.append(first)
+    mask = answer_mask(ids, template.between, ends)
     if not mask.any():
         raise ConfigError(
             "data: no answer stands in the text by the model's chat template: set "

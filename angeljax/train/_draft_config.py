@@ -203,10 +203,10 @@ class DraftTrainConfig:
             raise ConfigError(f"a training must be a mapping, not {data!r}")
         data = dict(data)
         choice("kind", data.pop("kind", cls.kind), (cls.kind,))
-        types, missing = get_type_hints(cls), []
+        types: dict[str, Any] = get_type_hints(cls)
+        missing = []
         for field in dataclasses.fields(cls):
-            name: str = field.name
-            kind: Any = types[name]
+            name, kind = field.name, types[field.name]
             if dataclasses.is_dataclass(kind) and data.get(name) is None:
                 data.pop(name, None)
             elif dataclasses.is_dataclass(kind) and not isinstance(data[name], kind):

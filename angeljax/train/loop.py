@@ -163,6 +163,7 @@ def fit(
         flops=flops,
         peak=peak,
         kept=None if checkpoints is None else str(checkpoints.directory),
+        deadline=None if max_minutes is None else begun + 60 * max_minutes,
     )
     step_fn = _compiled(loss_fn, optimizer, accumulate, clip, mesh, state)
     first = batches(start)  # what is wrong with the data is said before compiling
