@@ -203,18 +203,19 @@ class DraftTrainConfig:
             raise ConfigError(f"a training must be a mapping, not {data!r}")
         data = dict(data)
         choice("kind", data.pop("kind", cls.kind), (cls.kind,))
-        types: dict[str, Any] = get_type_hints(cls)
-        missing = []
-        for field in dataclasses.fields(cls):
+        types, fields = get_type_hints(cls), dataclasses.fields(cls)
+        for field in fields:
             name, kind = field.name, types[field.name]
-            if dataclasses.is_dataclass(kind) and data.get(name) is None:
+            if not isinstance(kind, type) or not dataclasses.is_dataclass(kind):
+                continue
+            if data.get(name) is None:
                 data.pop(name, None)
-            elif dataclasses.is_dataclass(kind) and not isinstance(data[name], kind):
+            elif not isinstance(data[name], kind):
                 data[name] = build(kind, data[name], name)
-            if field.default is dataclasses.MISSING and name not in data:
-                missing.append(name)
+        needed = [f.name for f in fields if f.default is dataclasses.MISSING]
+        missing = [name for name in needed if name not in data]
         # An unknown field says more than the one that its typing error left out.
-        if missing and not set(data) - set(types):
+        if missing and not set(data) - {f.name for f in fields}:
             raise ConfigError(f"a training needs the field {missing[0]!r}")
         return build(cls, data, cls.what)
 
