@@ -195,8 +195,8 @@ class SpecExit(Drafter):
         self.drafter.check(model, sampling)
         if "exit" not in self.drafter.params:
             raise ValueError(
-                "SpecExit needs a head with the outputs 'exit': train one with "
-                "loss.exit, or use the drafter alone"
+                "SpecExit needs a head with the outputs 'exit': train one with a "
+                "section exit, or use the drafter alone"
             )
         named = (*self.rule.end, *self.rule.breaks, self.rule.begin or 0)
         if max(named) >= model.config.vocab_size:
