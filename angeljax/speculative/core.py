@@ -51,7 +51,6 @@ class Generated:
         return float(jnp.sum(self.lengths) / jnp.sum(self.stats.rounds))
 
 
-@functools.partial(jax.jit, static_argnames=("slots",))
 def prefill(
     target: Target,
     drafter: Drafter,
@@ -63,6 +62,8 @@ def prefill(
 ) -> State:
     """Reads the prompts; compiled once for each shape.
 
+    What the target reads is a program that drafters share if they want the same layers.
+
     Args:
       target, drafter: see `decode`.
       tokens: int32 `[B, T]`, padded on the right.
@@ -73,16 +74,33 @@ def prefill(
     Returns:
       The state before the first round.
     """
+    final, hidden, cache = _read_prompt(
+        target.model, target.params, tokens, slots=slots, hidden=drafter.hidden
+    )
+    prompt = Prompt(tokens, lengths, final, hidden, None)
+    return _first_state(target, drafter, prompt, cache, limits, slots=slots)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "slots", "hidden"))
+def _read_prompt(
+    model: TargetModel,
+    params: Any,
+    tokens: jax.Array,
+    *,
+    slots: int,
+    hidden: tuple[int, ...],
+) -> tuple[jax.Array, tuple[jax.Array, ...], Any]:
+    """Outputs of the last layer and of others, and the cache with all its slots."""
     batch, count = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (batch, count))
-    rows = target.model.read_rows(
-        target.params,
-        target.model.init_rows(batch, count),
+    rows = model.read_rows(
+        params,
+        model.init_rows(batch, count),
         tokens,
         positions=positions,
         slots=jnp.zeros(batch, jnp.int32),
         mask=chain_mask(positions, count),
-        hidden=drafter.hidden,
+        hidden=hidden,
     )
 
     def widened(x: jax.Array) -> jax.Array:
@@ -90,16 +108,29 @@ def prefill(
         rest[-2] = (0, slots - count)
         return jnp.pad(x, rest)
 
-    cache = jax.tree.map(widened, rows.cache)
-    prompt = Prompt(tokens, lengths, rows.final, rows.hidden, cache)
+    return rows.final, tuple(rows.hidden), jax.tree.map(widened, rows.cache)
+
+
+@functools.partial(jax.jit, static_argnames=("slots",), donate_argnames=("cache",))
+def _first_state(
+    target: Target,
+    drafter: Drafter,
+    prompt: Prompt,
+    cache: Any,
+    limits: jax.Array,
+    *,
+    slots: int,
+) -> State:
+    batch, count = prompt.tokens.shape
+    prompt = prompt._replace(cache=cache)
     memory = drafter.init(target, batch, slots)
     none = jnp.zeros(batch, jnp.int32)
     return State(
         # A last round may write a token beyond the last slot.
-        tokens=jnp.pad(tokens, [(0, 0), (0, slots + 1 - count)]),
-        lengths=lengths,
-        cache=cache,
-        active=lengths < limits,
+        tokens=jnp.pad(prompt.tokens, [(0, 0), (0, slots + 1 - count)]),
+        lengths=prompt.lengths,
+        cache=prompt.cache,
+        active=prompt.lengths < limits,
         limits=limits,
         drafter=drafter.prefill(target, memory, prompt),
         stats=Stats(none, none, none, jnp.zeros(depth_of(drafter), jnp.int32)),
