@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from angeljax.models.language_model import LanguageModel
 from angeljax.models.prompts import decoder_inputs
 from angeljax.models.rows import RowInputs
 from angeljax.speculative import _check
@@ -27,7 +28,7 @@ def read_prompts(
         return *_check.prompts(model, given, lengths), None
     if lengths is not None:
         raise ValueError("lengths belong to prompts that are one array of tokens")
-    if not hasattr(model, "embed"):
+    if not isinstance(model, LanguageModel):
         raise ValueError(
             f"a prompt of embeddings is for a LanguageModel, and {type(model).__name__}"
             " is none"

@@ -20,9 +20,9 @@ from angeljax.speculative import (
     Sampling,
     Target,
     autoregressive,
+    core,
     decode,
     divergences,
-    core,
     generate,
     prefill,
 )
