@@ -40,8 +40,30 @@ def _eagle(data: dict[str, Any], out: Path, resume: bool, show: bool | None) -> 
     return Trained("eagle3", done.path, done.steps, metrics, done.evaluation)
 
 
+def _block(data: dict[str, Any], out: Path, resume: bool, show: bool | None) -> Trained:
+    from angeljax._train_workflow.block import train_block
+    from angeljax.train.block_config import BlockTrainConfig
+
+    config = BlockTrainConfig.from_dict(data)
+    done = train_block(config, out, resume=resume, show=show)
+    return Trained("dflash", done.path, done.steps, done.metrics, done.evaluation)
+
+
+def _mtp(data: dict[str, Any], out: Path, resume: bool, show: bool | None) -> Trained:
+    from angeljax._train_workflow.block import train_mtp
+    from angeljax.train.block_config import MTPTrainConfig
+
+    config = MTPTrainConfig.from_dict(data)
+    done = train_mtp(config, out, resume=resume, show=show)
+    return Trained("mtp", done.path, done.steps, done.metrics, done.evaluation)
+
+
 # The methods of `draft` that are trained here, the default first.
-KINDS: dict[str, Callable[..., Trained]] = {"eagle3": _eagle}
+KINDS: dict[str, Callable[..., Trained]] = {
+    "eagle3": _eagle,
+    "dflash": _block,
+    "mtp": _mtp,
+}
 
 
 def train(

@@ -1,15 +1,15 @@
-"""MTP layers on disk: `config.json` and `model.safetensors`, named as DeepSeek-V3 does.
+"""MTP layers on disk, under the names of DeepSeek-V3.
 
-The layer stands behind the target's last one (arXiv 2412.19437, section 2.2), so that
-for a target of N layers its tensors are `model.layers.N.enorm.weight`, `hnorm`,
-`eh_proj`, `shared_head.norm` and those of any layer. A folder with a whole model that
-has such a layer can be read as well.
+The layer stands behind those of the target, as `model.layers.L` for a target with L
+layers: `enorm`, `hnorm` and `eh_proj` before an ordinary decoder layer, and
+`shared_head.norm` after it. So it can be read from the folder of a model that has one,
+or from a folder of its own.
 """
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from angeljax.models._assemble import assemble
 from angeljax.models._names import hf_path
 from angeljax.models.config import DecoderConfig, ModelError
 from angeljax.models.hf import read_json, read_tensors
+from angeljax.speculative._decoder_files import layer_name, save
 from angeljax.speculative.mtp import MTPModel
 
-_TOP = {
+_AROUND = {
     "enorm.weight": ("enorm", "scale"),
     "hnorm.weight": ("hnorm", "scale"),
     "eh_proj.weight": ("eh_proj", "kernel"),
@@ -36,6 +37,7 @@ def save_mtp(
     params: Any,
     *,
     dtype: Any = jnp.bfloat16,
+    notes: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes an MTP layer; embedding and head are the target's and stay out.
 
@@ -44,50 +46,55 @@ def save_mtp(
       model: the network.
       params: its params, dense.
       dtype: of the tensors.
+      notes: JSON values kept under `angeljax`, such as the tau that was measured.
 
     Returns:
       The folder.
-    """
-    from safetensors.flax import save_file
 
-    names = _names(model)
+    Example:
+      >>> import jax, tempfile
+      >>> from angeljax.models import DecoderConfig
+      >>> from angeljax.speculative import MTPModel, load_mtp, save_mtp
+      >>> target = DecoderConfig(
+      ...     model_type="llama", vocab_size=32, hidden_size=16, num_layers=2,
+      ...     intermediate_size=32, num_heads=2, num_kv_heads=1, head_dim=8,
+      ... )
+      >>> model = MTPModel(target)
+      >>> folder = save_mtp(tempfile.mkdtemp(), model, model.init(jax.random.key(0)))
+      >>> load_mtp(folder)[0] == model
+      True
+    """
+    names = {place: name for name, place in _AROUND.items()}
     tensors = {}
     for where, leaf in jax.tree_util.tree_leaves_with_path(params):
         key = tuple(k.key for k in where)
+        name = names.get(key) or layer_name(key[1:])
         value = jnp.asarray(leaf, dtype)
-        tensors[names[key]] = value.T if key[-1] == "kernel" else value
+        value = value.T if key[-1] == "kernel" else value
+        tensors[f"model.layers.{model.target.num_layers}.{name}"] = value
     path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    target = model.target
-    document = {
-        "model_type": target.model_type,
-        "dtype": jnp.dtype(dtype).name,
-        "hidden_size": target.hidden_size,
-        "num_hidden_layers": target.num_layers,
-        "vocab_size": target.vocab_size,
-        "num_nextn_predict_layers": 1,
-        "angeljax": {"target": target.to_dict()},
-    }
-    text = json.dumps(document, indent=2) + "\n"
-    (path / "config.json").write_text(text, encoding="utf-8")
+    # Hugging Face has no fields for all that a configuration can say.
+    own = {**(notes or {}), "target": model.target.to_dict()}
+    save(path, tensors, model.target, {"num_nextn_predict_layers": 1}, own)
     return path
 
 
 def load_mtp(
     path: str | os.PathLike[str], *, dtype: Any = jnp.bfloat16
 ) -> tuple[MTPModel, Any]:
-    """Reads an MTP layer, or the first one of a whole model.
+    """Reads an MTP layer, the first if there are more.
 
     Args:
-      path: a folder with `config.json` and safetensors.
+      path: a folder with `config.json` and safetensors: of the layer alone, or of a
+        whole model that has one.
       dtype: of the params.
 
     Returns:
-      The network and its params.
+      The network and its params. Copies of the target's embedding and head are left
+      out.
 
     Raises:
-      ModelError: a file or field is missing, or a tensor does not fit.
+      ModelError: a file or field is missing, or a tensor is missing or does not fit.
     """
     folder = Path(path)
     file = folder / "config.json"
@@ -102,33 +109,17 @@ def load_mtp(
             target = DecoderConfig.from_hf(data)
     except (ValueError, TypeError) as e:
         raise ModelError(f"{file}: {e}") from None
-    model = MTPModel(target)
-    paths = {name: path for path, name in _names(model).items()}
-    tensors = read_tensors(folder, paths.get)
-    return model, assemble(model, tensors, dtype=dtype, shardings=None, file=folder)
+    start = f"model.layers.{target.num_layers}."
 
+    def place(name: str) -> tuple[Any, ...] | None:
+        if not name.startswith(start):
+            return None
+        rest = name.removeprefix(start)
+        if rest in _AROUND:
+            return _AROUND[rest]
+        found = hf_path(f"model.layers.0.{rest}")
+        return None if found is None else ("layer", *found[2:])
 
-def _names(model: MTPModel) -> dict[tuple[Any, ...], str]:
-    """The name in a file of each parameter."""
-    first = f"model.layers.{model.target.num_layers}."
-    found = {path: first + name for name, path in _TOP.items()}
-    leaves = jax.tree_util.tree_leaves_with_path(model.abstract())
-    for where, _ in leaves:
-        key = tuple(k.key for k in where)
-        if key not in found:
-            found[key] = first + _layer_name(key[1:])
-    return found
-
-
-def _layer_name(path: tuple[Any, ...]) -> str:
-    """The name of a decoder layer's parameter, which `hf_path` undoes."""
-    part, *rest = path
-    norms = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-    if part in norms:
-        name = f"{norms[part]}.weight"
-    else:
-        part = "self_attn" if part == "attn" else part
-        last = "bias" if rest[1] == "bias" else "weight"
-        name = f"{part}.{rest[0]}.{last}"
-    assert hf_path(f"model.layers.0.{name}") == ("layers", 0, *path), name
-    return name
+    model, tensors = MTPModel(target), read_tensors(folder, place)
+    params = assemble(model, tensors, dtype=dtype, shardings=None, file=folder)
+    return model, params
