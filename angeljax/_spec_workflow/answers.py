@@ -98,11 +98,11 @@ class _Clock:
             self._show(text[len(self._shown) :])
 
     def rate(self, skip: int) -> float | None:
-        """Tokens of a second after the first calls."""
+        """Tokens of a second after the first calls; None if too few are left."""
         if len(self._times) <= skip:
             return None
         (start, few), (end, many) = self._times[skip - 1], self._times[-1]
-        return (many - few) / (end - start) if end > start else None
+        return (many - few) / (end - start) if many - few >= ROUNDS else None
 
 
 def answer(

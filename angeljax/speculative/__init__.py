@@ -58,6 +58,7 @@ from angeljax.speculative.lookup import PromptLookup, lookup
 from angeljax.speculative.model_drafter import DraftModel, SelfDrafter
 from angeljax.speculative.mtp import MTPDrafter, MTPModel
 from angeljax.speculative.mtp_files import load_mtp, save_mtp
+from angeljax.speculative.prepare import prepare_drafter
 from angeljax.speculative.profile import (
     Profile,
     cache_folder,
@@ -135,6 +136,7 @@ __all__ = [
     "lookup",
     "make_drafter",
     "prefill",
+    "prepare_drafter",
     "profile_drafter",
     "profile_target",
     "rank_tree",

@@ -13,6 +13,7 @@ from angeljax._draft_options import DraftOptions, DraftSampling
 from angeljax._fields import build, known_fields
 from angeljax.formats import QTensor
 from angeljax.speculative import _check
+from angeljax.speculative._prompts import read_prompts
 from angeljax.speculative.auto import Plan, auto_generate
 from angeljax.speculative.block import BlockDrafter
 from angeljax.speculative.block_files import load_block
@@ -23,6 +24,7 @@ from angeljax.speculative.lookup import PromptLookup
 from angeljax.speculative.model_drafter import DraftModel, SelfDrafter
 from angeljax.speculative.mtp import MTPDrafter
 from angeljax.speculative.mtp_files import load_mtp
+from angeljax.speculative.prepare import prepare_drafter
 from angeljax.speculative.profile import profile_target
 from angeljax.speculative.recycling import Hybrid, TokenRecycling, successors
 from angeljax.speculative.sampling import Sampling
@@ -37,20 +39,11 @@ class _Ready:
     params: Any
     dense: Any
     tokenizer: Any
-    prepare: bool
 
     def given(self, *names: str) -> dict[str, Any]:
         """Fields of the section that are set; the others keep a drafter's defaults."""
         values = {name: getattr(self.options, name) for name in names}
         return {name: value for name, value in values.items() if value is not None}
-
-    def decoder(self, model: Any, params: Any) -> tuple[Any, Any]:
-        """A model as it is to run."""
-        if not self.prepare:
-            return model, params
-        from angeljax.models import prepare_decoder
-
-        return prepare_decoder(model, params)
 
 
 def make_drafter(
@@ -71,8 +64,8 @@ def make_drafter(
         copy; default what `params` stand for.
       tokenizer: of the target. With one, a draft model must have the same tokens, where
         else it must have as many.
-      prepare: whether the target will decode as `prepare_decoder` leaves it: copies
-        and draft models are then prepared as well.
+      prepare: whether the target will decode as `prepare_decoder` leaves it: the
+        drafter then goes through `prepare_drafter`.
 
     Returns:
       A drafter; `NoDrafter` for the method "none". With `options.auto` it has the
@@ -103,10 +96,10 @@ def make_drafter(
     parsed = DraftOptions.parse(options)
     if parsed is None:
         raise ValueError("no draft options: name a method, such as prompt_lookup")
-    ready = _Ready(parsed, model, params, dense, tokenizer, prepare)
+    ready = _Ready(parsed, model, params, dense, tokenizer)
     drafter = _MAKERS[parsed.method](ready)
     drafter.check(model, sampling_of(parsed.sampling))
-    return drafter
+    return prepare_drafter(model, drafter) if prepare else drafter
 
 
 def sampling_of(options: DraftSampling) -> Sampling:
@@ -151,7 +144,7 @@ def generate_as(
         return generate(*given, exact=options.exact, **rest), None
     profile = None
     if auto.widths:
-        _, sizes = _check.prompts(model, prompts, lengths)
+        _, sizes, _ = read_prompts(model, prompts, lengths)
         room = _check.bucket(max_new_tokens + drafter.width)
         profile = profile_target(
             model,
@@ -205,8 +198,7 @@ def _layer_skip(ready: _Ready) -> SelfDrafter:
 
 def _self_quant(ready: _Ready) -> SelfDrafter:
     layers = ready.options.kept_layers(ready.model.config.num_layers)
-    model, params = ready.decoder(ready.model, _copy(ready))
-    return SelfDrafter(params, layers=layers, model=model, **ready.given("num_tokens"))
+    return SelfDrafter(_copy(ready), layers=layers, **ready.given("num_tokens"))
 
 
 def _copy(ready: _Ready) -> Any:
@@ -257,8 +249,7 @@ def _draft_model(ready: _Ready) -> DraftModel:
             "target: take a model with the same tokenizer"
         )
     plain = dataclasses.replace(opened.model, kv_cache=None)
-    model, params = ready.decoder(plain, opened.params)
-    return DraftModel(model, params, **ready.given("num_tokens"))
+    return DraftModel(plain, opened.params, **ready.given("num_tokens"))
 
 
 def _eagle(ready: _Ready) -> EagleDrafter:
