@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from angeljax import _workflow
-from angeljax._train_workflow.eagle import train_eagle
+from angeljax._train_workflow.eagle import _held_out, train_eagle
 from angeljax._train_workflow.prompts import read_prompts
 from angeljax.models import DecoderConfig, LanguageModel
 from angeljax.speculative import load_eagle
@@ -312,3 +312,21 @@ def test_trainings_that_cannot_be(folder):
     ]:
         with pytest.raises(ValueError, match=says):
             train_eagle(config(folder, **changes), out, show=False)
+
+
+def test_what_is_held_out_is_not_trained_on():
+    ids = np.arange(200).astype(np.uint16)
+    mask = np.zeros(200, bool)
+    for first in (20, 60, 100, 140, 180):
+        mask[first : first + 10] = True
+    options = EagleTrainConfig.from_dict(
+        {"model": "any", "steps": 1, "eval": {"prompts": 2, "prompt_tokens": 8}}
+    )
+    rest, kept, prompts = _held_out(options, ids, mask)
+    # Each ends where an answer begins.
+    assert [p.tolist() for p in prompts] == [[*range(132, 140)], [*range(172, 180)]]
+    assert len(rest) == len(kept) == 132
+    rest, _, prompts = _held_out(options, ids, None)
+    assert len(rest) == 184 and prompts[1].tolist() == list(range(192, 200))
+    with pytest.raises(ConfigError, match="more than half"):
+        _held_out(options, ids[:24], None)
