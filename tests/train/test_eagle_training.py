@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from angeljax import _workflow
-from angeljax._train_workflow.eagle import _held_out, train_eagle
+from angeljax._train_workflow._draft_data import _held_out
+from angeljax._train_workflow.eagle import train_eagle
 from angeljax._train_workflow.prompts import read_prompts
 from angeljax.models import DecoderConfig, LanguageModel
 from angeljax.speculative import load_eagle
@@ -322,11 +323,11 @@ def test_what_is_held_out_is_not_trained_on():
     options = EagleTrainConfig.from_dict(
         {"model": "any", "steps": 1, "eval": {"prompts": 2, "prompt_tokens": 8}}
     )
-    rest, kept, prompts = _held_out(options, ids, mask)
+    rest, kept, prompts = _held_out(options.eval, ids, mask)
     # Each ends where an answer begins.
     assert [p.tolist() for p in prompts] == [[*range(132, 140)], [*range(172, 180)]]
     assert len(rest) == len(kept) == 132
-    rest, _, prompts = _held_out(options, ids, None)
+    rest, _, prompts = _held_out(options.eval, ids, None)
     assert len(rest) == 184 and prompts[1].tolist() == list(range(192, 200))
     with pytest.raises(ConfigError, match="more than half"):
-        _held_out(options, ids[:24], None)
+        _held_out(options.eval, ids[:24], None)
