@@ -178,6 +178,8 @@ def decode_round(
         text = jnp.take_along_axis(chosen, path, axis=1)
         hidden = tuple(jnp.take_along_axis(h, path[..., None], axis=1) for h in hidden)
 
+    read_tokens = jnp.take_along_axis(tokens, path, axis=1)
+    text, accepted, memory = drafter.steer(memory, read_tokens, text, accepted)
     place = jnp.arange(text.shape[1])
     ends = jnp.isin(text, stops)
     last = jnp.where(ends.any(axis=1), jnp.argmax(ends, axis=1), text.shape[1])

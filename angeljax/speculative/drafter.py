@@ -231,6 +231,23 @@ class Drafter(abc.ABC):
         """The state after the target has read the drafts."""
         return state
 
+    def steer(
+        self, state: Any, read: jax.Array, text: jax.Array, accepted: jax.Array
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        """Changes the text on purpose, before it is committed; by default it does not.
+
+        Args:
+          state: of the drafter.
+          read: int32 `[B, R + 1]`, last token and drafts along the accepted path.
+          text: int32 `[B, R + 1]`, what the target puts after each.
+          accepted: int32 `[B]`, drafts that it would have chosen.
+
+        Returns:
+          text, of which `accepted + 1` tokens are committed; accepted, not more than
+          before; the state.
+        """
+        return text, accepted, state
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
