@@ -398,10 +398,13 @@ def equality(bench: Bench, clock: Clock) -> list[Row]:
     ids = [ids for _, ids in bench.prompts][: bench.args.equal_prompts]
     samplings = {"greedy": Sampling(), "coupled": Sampling(temperature=0.8, seed=1)}
     rows: list[Row] = []
+    left = 2 * len(samplings)
     for size in (bench.batch, 1):
         for name, sampling in samplings.items():
             if clock.over:
                 return rows
+            # Each has its share of the time, and what others left of theirs.
+            own, left = Clock((clock.seconds - clock.spent) / left), left - 1
             ways = programs.compile(ways, size, sampling)
             done: dict[str, list[Done]] = defaultdict(list)
             for i in range(0, len(ids) - size + 1, size):
@@ -409,7 +412,7 @@ def equality(bench: Bench, clock: Clock) -> list[Row]:
                     group = ids[i : i + size]
                     found = programs.run(label, way, group, bench.new // 2, sampling)
                     done[label].append(found)
-                if clock.over:
+                if own.over:
                     break
             for label in [label for label in ways if label != "plain"]:
                 case: dict[str, Any] = {"part": "equality", "drafter": label}
