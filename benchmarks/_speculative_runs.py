@@ -7,6 +7,7 @@ import dataclasses
 import re
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from angeljax.speculative import Drafter, NoDrafter, Sampling, Target
-from angeljax.speculative.core import decode, prefill
+from angeljax.speculative.core import GREEDY, decode, prefill
 from angeljax.speculative.profile import _start
 from benchmarks.decode_step import CAPTURED
 
@@ -113,10 +114,10 @@ class Programs:
         self,
         ways: Mapping[str, Way],
         batch: int,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
         loop: str | None = None,
-    ) -> None:
-        """Makes the programs that are not there yet."""
+    ) -> dict[str, Way]:
+        """Makes the programs that are not there yet; returns those that there are."""
         loop = loop or self.loop
         wanted = {
             (loop, way.always_wide, batch, sampling, label): way
@@ -140,8 +141,19 @@ class Programs:
             self.compiled[key] = found
             self.kernels[key] = kernels_of_round(found.as_text() or "")
 
+        def tried(item: Any) -> None:
+            # One that cannot be compiled must not cost the others their time.
+            try:
+                one(item)
+            except Exception:
+                print(f"{item[0][-1]} at batch {batch}:", flush=True)
+                traceback.print_exc()
+
         with ThreadPoolExecutor(self.threads) as pool:
-            list(pool.map(one, wanted.items()))
+            list(pool.map(tried, wanted.items()))
+        keys = {(loop, w.always_wide, batch, sampling, n): n for n, w in ways.items()}
+        found = {name for key, name in keys.items() if key in self.compiled}
+        return {name: way for name, way in ways.items() if name in found}
 
     def run(
         self,
@@ -149,7 +161,7 @@ class Programs:
         way: Way,
         prompts: Sequence[Sequence[int]],
         new: int,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
         loop: str | None = None,
     ) -> Done:
         """The text of a batch; the program must be compiled."""
@@ -207,7 +219,7 @@ class Programs:
         rounds = ROUNDS - few
         return (long - short) / rounds, (many - less) // rounds
 
-    def target(self, batch: int, sampling: Sampling = Sampling()) -> Target:
+    def target(self, batch: int, sampling: Sampling = GREEDY) -> Target:
         """The model for a batch."""
         key = batch, sampling
         if key not in self._targets:
@@ -217,7 +229,7 @@ class Programs:
 
     def kernels_of(self, label: str, way: Way, batch: int) -> int:
         """Kernels of a round in the compiled program."""
-        return self.kernels[self.loop, way.always_wide, batch, Sampling(), label]
+        return self.kernels[self.loop, way.always_wide, batch, GREEDY, label]
 
     def _precise(self) -> Any:
         # Such settings belong to a thread: each program is compiled under its own.
@@ -235,7 +247,7 @@ class Programs:
         way: Way,
         batch: int,
         rounds: int,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
         loop: str | None = None,
     ) -> Callable[[Any], Any]:
         """The loop as a function of its state, with all else on the device."""

@@ -20,6 +20,7 @@ from angeljax.speculative import (
     sampling_of,
 )
 from angeljax.speculative._check import bucket
+from angeljax.speculative._round import reach_of
 
 ROUNDS = 8  # of a call, after which the text so far is shown
 
@@ -187,5 +188,5 @@ def shared_slots(
     prompts: Sequence[Sequence[int]], max_new_tokens: int, drafters: Sequence[Drafter]
 ) -> int:
     """Slots of a cache that suits all prompts and drafters."""
-    reach = max(max(d.width, d.reach) for d in drafters)
+    reach = max(map(reach_of, drafters))
     return bucket(max(map(len, prompts))) + bucket(max_new_tokens + reach)

@@ -103,6 +103,8 @@ class Context(NamedTuple):
       cache: of the target: slots up to `lengths - 2` hold keys and values, slot `s`
         those of token `s`; the rest is junk. A drafter may write any slot from
         `lengths - 1` on, and then hands the cache back: the target overwrites them.
+        With a tree a `RowCache` may hold the last of them back until it is read
+        (`read_rows`).
       active: bool `[B]`, rows that are not finished.
     """
 
@@ -127,12 +129,15 @@ class Draft(NamedTuple):
       log_probs: float32 `[B, width - 1, V]`, what the tokens were drawn with (from
         `sampler.draft`), for the rejection rule; None if nothing was drawn.
       cache: that of the context if the drafter wrote into it; else None.
+      ancestors: bool `[B, width, width]` for a `DynamicTree`, which nodes each descends
+        from, itself included, if the drafter knows them; else they are worked out.
     """
 
     tokens: jax.Array
     parents: jax.Array | None = None
     log_probs: jax.Array | None = None
     cache: Any = None
+    ancestors: jax.Array | None = None
 
 
 class Verified(NamedTuple):
