@@ -1,15 +1,24 @@
 """Speculative decoding: is the text the same, and how much sooner is it there?
 
-    python -m benchmarks.speculative PROMPTS.jsonl [--tag h100] [--parts equality speed]
+    python -m benchmarks.speculative PROMPTS.jsonl [--model FOLDER] [--tag h100]
+        [--parts plain speed ...] [--eagle FOLDER] [--block FOLDER]
     python -m benchmarks.speculative --smoke
 
-PROMPTS has lines {"category": ..., "turns": [first question, ...]}. Parts:
-`equality` counts texts that differ from plain decoding: float32; bfloat16 with rounds
-of one width, and fast ones; `speed` times whole generations in bfloat16, by batches,
-against plain decoding by the same code (`autoregressive`, the baseline of all
-ratios) and by `models.generate` ("plain decode"); `width` times rounds by their width;
-`large` does so for random weights of 8B shape. Weights are fused and stored as
-`prepare_decoder` does. A generation is one call; its prompt is read in it.
+PROMPTS has lines {"category": ..., "turns": [first question, ...]}. Parts, each with a
+time of its own (`--seconds speed=60`), after which it stops with what it has:
+
+`plain`: a token of plain decoding, with the loop launched by the host and as one CUDA
+graph; the better is used in what follows (`--loop` names one). The share of gaps is
+1 - (time in which a kernel runs, by a profile) / (time without the profiler).
+`width`: rounds that propose nothing, by their width.
+`speed`: batch 1. Time of a token after the prompt, and speed-up over plain decoding by
+the same code, the mean over prompts of the ratio of each; with the prompt read in it as
+well; texts that differ from plain decoding, in rounds of one width and of any.
+`batch`: the same for batch 8 of all tasks.
+`equality`: float32 with exact products, greedy and sampled with the coupled rule: texts
+that differ from plain decoding. Layers are scanned, which compiles sooner.
+`large`: rounds by width for random weights of 8B shape, and the chance at which each
+draft must be right for drafts that cost nothing to pay.
 """
 
 from __future__ import annotations
@@ -17,7 +26,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,190 +33,233 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from angeljax.models import LanguageModel, load_model, prepare_decoder
-from angeljax.models import generate as plain_generate
+import angeljax as aj
+from angeljax.models import DecoderConfig, LanguageModel, load_model, prepare_decoder
+from angeljax.recipe import Recipe
 from angeljax.speculative import (
+    BlockDrafter,
     Drafter,
-    Generated,
+    EagleDrafter,
+    EagleTree,
     Hybrid,
-    Profile,
     PromptLookup,
+    Sampling,
+    SelfDrafter,
     TokenRecycling,
-    autoregressive,
-    divergences,
-    generate,
-    profile_target,
+    load_block,
+    load_eagle,
+    prepare_drafter,
     successors,
 )
-from angeljax.speculative._check import bucket
 from benchmarks._results import RESULTS, Row, write
+from benchmarks._speculative_runs import (
+    LOOPS,
+    Clock,
+    Done,
+    Programs,
+    Way,
+    widths_of,
+)
 from benchmarks.decode_step import MODELS, random_params
+from benchmarks.packed_matmul import LIMITS
 
-PARTS = ("equality", "speed", "width", "large")
-# Equality is counted on longer prompts as well.
-LENGTH, EQUAL_LENGTH, NEW = 512, 1024, 128
-WIDTHS = (1, 2, 4, 8, 15, 16, 32)
+SECONDS = {
+    "plain": 30.0,
+    "width": 30.0,
+    "speed": 60.0,
+    "batch": 40.0,
+    "equality": 60.0,
+    "large": 50.0,
+}
+TASKS = {"summarise_news": "summaries", "summarise_textbook": "summaries"}
+WIDTHS = (1, 2, 4, 8, 16, 32, 64)
+SKIPPED = (10, 13, 16, 19, 22, 25)
+Prompts = Sequence[tuple[str, list[int]]]
 
 
 def read_prompts(
-    path: Path, encode: Callable[[str], list[int]], length: int, limit: int | None
+    path: Path, encode: Callable[[str], list[int]], length: int
 ) -> list[tuple[str, list[int]]]:
-    """Categories and tokens of prompts that fit one length, evenly over the file."""
+    """Tasks and tokens of the prompts that fit a length, tasks in turn."""
     lines = path.read_text(encoding="utf-8").splitlines()
-    entries = [json.loads(line) for line in lines if line.strip()]
-    found = [(e["category"], encode(e["turns"][0])) for e in entries]
-    found = [(name, ids) for name, ids in found if 0 < len(ids) <= length]
-    if not found:
+    tasks: dict[str, list[list[int]]] = defaultdict(list)
+    for entry in (json.loads(line) for line in lines if line.strip()):
+        ids = encode(entry["turns"][0])
+        if 0 < len(ids) <= length:
+            name = entry["category"]
+            tasks[TASKS.get(name, name)].append(ids)
+    if not tasks:
         raise ValueError(f"{path}: no prompt of at most {length} tokens")
-    if limit is not None and limit < len(found):
-        found = [found[i * len(found) // limit] for i in range(limit)]
+    most = max(map(len, tasks.values()))
+    return [
+        (t, ids[i]) for i in range(most) for t, ids in tasks.items() if i < len(ids)
+    ]
+
+
+def first_of(prompts: Prompts, per_task: int) -> Prompts:
+    """At most so many prompts of each task."""
+    seen: dict[str, int] = defaultdict(int)
+    found = []
+    for task, ids in prompts:
+        seen[task] += 1
+        if seen[task] <= per_task:
+            found.append((task, ids))
     return found
 
 
-def padded(prompts: Sequence[list[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """One array for all, so that all share a program."""
-    tokens = np.zeros((len(prompts), length), np.int32)
-    for row, ids in zip(tokens, prompts, strict=True):
-        row[: len(ids)] = ids
-    return tokens, np.asarray([len(p) for p in prompts], np.int32)
-
-
-def run_one(
-    model: Any, params: Any, ids: np.ndarray, size: np.ndarray, how: Any, new: int
-) -> Generated:
-    """A batch of padded prompts; `how` is a drafter, or None for plain decoding."""
-    # Slots by the padded length: prompts of all lengths share a program.
-    options: dict[str, Any] = {"max_new_tokens": new, "slots": ids.shape[1] + new + 64}
-    if how is None:
-        return autoregressive(model, params, ids, size, **options)
-    return generate(model, params, ids, size, drafter=how, **options)
-
-
-def equality(
+def drafters_of(
     model: Any,
     params: Any,
-    prompts: Sequence[list[int]],
-    drafters: dict[str, Drafter],
     *,
-    name: str,
-    exact: str,
-    length: int,
-    new: int,
-    batch: int,
-) -> list[Row]:
-    """How many texts differ from plain decoding, and the largest gap where they do."""
-    out = []
-    for label, drafter in drafters.items():
-        if exact == "same_width" and drafter.tree is not None:
-            continue
-        differ, gap, count = 0, 0.0, 0
-        for first in range(0, len(prompts), batch):
-            # The last batch is as large as the others; what it repeats is not counted.
-            at = min(first, len(prompts) - batch)
-            ids, size = padded(prompts[at : at + batch], length)
-            width = drafter.width if exact == "same_width" else 1
-            options: dict[str, Any] = {
-                "max_new_tokens": new,
-                "slots": length + new + 64,
-            }
-            plain = autoregressive(model, params, ids, size, width=width, **options)
-            fast = generate(
-                model, params, ids, size, drafter=drafter, exact=exact, **options
-            )
-            found = divergences(model, params, ids, plain, fast, size)
-            found = [d for d in found if at + d.row >= first]
-            differ += len(found)
-            gap = max([gap, *(d.gap for d in found)])
-            count += at + batch - first
-        case = {"drafter": label, "dtype": name, "exact": exact, "prompts": count}
-        out.append(Row(case, "texts that differ", differ, "1"))
-        out.append(Row(case, "largest gap", min(gap, 1e9), "logits"))
-    return out
+    eagle: Path | None = None,
+    block: Path | None = None,
+    dtype: Any = jnp.bfloat16,
+) -> dict[str, Drafter]:
+    """All drafters; the target is as `load_model` gives it."""
+    recycling = TokenRecycling(16, table=successors(model, params))
+    lookup = PromptLookup(7, min_ngram=2)
+    recipe = Recipe.from_dict(
+        {"rules": [{"format": "int4", "granularity": "group", "group_size": 64}]}
+    )
+    layers = tuple(i for i in range(model.config.num_layers) if i not in SKIPPED)
+    found: dict[str, Drafter] = {
+        "prompt_lookup": lookup,
+        "recycling": recycling,
+        "hybrid": Hybrid(recycling, lookup),
+        "int4_self": SelfDrafter(aj.compress(params, recipe, progress=False), 3),
+        "layer_skip": SelfDrafter(num_tokens=3, layers=layers),
+    }
+    if eagle is not None:
+        config, head = load_eagle(eagle, model.config, dtype=dtype)
+        found["eagle"] = EagleDrafter(config, head, num_tokens=3)
+        growth = EagleTree(nodes=16, branches=4, levels=3)
+        found["eagle_tree"] = EagleDrafter(config, head, growth=growth)
+    if block is not None:
+        found["block"] = BlockDrafter(*load_block(block, dtype=dtype))
+    return found
 
 
-def speed(
-    model: Any,
-    params: Any,
-    prompts: Sequence[tuple[str, list[int]]],
-    drafters: dict[str, Drafter],
-    *,
-    length: int,
-    new: int,
-    batch: int,
-) -> list[Row]:
-    """Milliseconds of a token, tau and speed-up of each drafter and category."""
-    groups = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
-    groups = [g for g in groups if len(g) == batch]
-    ways: dict[str, Any] = {"autoregressive": None, **drafters}
-    seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
-    taus: dict[tuple[str, str], list[float]] = defaultdict(list)
-    gains: dict[tuple[str, str], list[float]] = defaultdict(list)
-    compiled: set[int] = set()
-    for group in groups:
-        task = group[0][0] if len({t for t, _ in group}) == 1 else "mixed"
-        ids, size = padded([p for _, p in group], length)
-        # Prompts of one bucket share the program that reads them.
-        fresh = bucket(int(size.max())) not in compiled
-        compiled.add(bucket(int(size.max())))
-        base = 0.0
-        for label, how in ways.items():
-            if fresh:
-                run_one(model, params, ids, size, how, new)
-            start = time.perf_counter()
-            done = run_one(model, params, ids, size, how, new)
-            jax.block_until_ready(done.tokens)
-            each = (time.perf_counter() - start) / max(int(done.lengths.max()), 1)
-            base = each if how is None else base
-            for key in ((label, task), (label, "all")):
-                seconds[key].append(each)
-                taus[key].append(done.tau)
-                gains[key].append(base / each)
-    rows = []
-    for (label, task), values in seconds.items():
-        case = {"drafter": label, "task": task, "batch": batch, "prompts": len(values)}
-        mine, plain = (
-            statistics.fmean(seconds[key, task]) * 1e3
-            for key in (label, "autoregressive")
+class Bench:
+    """A model, its prompts, its drafters and their programs."""
+
+    # Slots of at most 1024 let plain decoding use its fastest attention.
+    length, new, slots = 768, 128, 960
+
+    def __init__(self, args: Any) -> None:
+        self.args, self.batch = args, 8
+        self.loop = args.loop or "launched"
+        self.prompts: Prompts = []
+        self._small: Programs | None = None
+        self.ways: dict[str, Way] = {}
+
+    def load(self, dtype: Any, **options: Any) -> tuple[Any, Any, Any]:
+        """Model, params and drafters; reads the prompts as well."""
+        loaded = load_model(
+            self.args.model, dtype=dtype, compute_dtype=dtype, **options
         )
-        ratio = statistics.fmean(gains[label, task])
-        rows.append(Row(case, "time of a token", mine, "ms", plain, ratio))
-        rows.append(Row(case, "tau", statistics.fmean(taus[label, task]), "1"))
+        tokenizer = loaded.tokenizer
+        assert tokenizer is not None
+        if not self.prompts:
+            self.prompts = read_prompts(
+                self.args.prompts,
+                lambda text: tokenizer.encode(tokenizer.chat(text)),
+                self.length,
+            )
+        model, params = loaded.model, loaded.params
+        given = {"eagle": self.args.eagle, "block": self.args.block, "dtype": dtype}
+        return model, params, drafters_of(model, params, **given)
+
+    def eight(self) -> tuple[Any, Any]:
+        """Random weights of 8B shape."""
+        model = LanguageModel(MODELS["8b"], jnp.bfloat16, fused=True)
+        return model, random_params(model, "bfloat16")
+
+    @property
+    def small(self) -> Programs:
+        """bfloat16, as one would serve it."""
+        if self._small is None:
+            model, params, drafters = self.load(jnp.bfloat16)
+            ready, params = prepare_decoder(model, params)
+            self.ways = {
+                name: Way(prepare_drafter(model, drafter))
+                for name, drafter in drafters.items()
+            }
+            self._small = Programs(
+                *(ready, params),
+                length=self.length,
+                slots=self.slots,
+                loop=self.loop,
+                threads=self.args.threads,
+            )
+        return self._small
+
+
+def plain(bench: Bench, clock: Clock) -> list[Row]:
+    """A token of plain decoding, and where its time goes."""
+    small, rows, best = bench.small, [], {}
+    (way,) = widths_of([1]).values()
+    size = sum(x.nbytes for x in jax.tree.leaves(small.params))
+    device = jax.devices()[0].device_kind
+    speed = next((v[0] for k, v in LIMITS.items() if k in device), None)
+    for loop in [bench.args.loop] if bench.args.loop else LOOPS:
+        small.compile({"plain": way}, 1, loop=loop)
+        seconds = small.seconds_of_round("plain", way, 1, loop)
+        best[loop] = seconds
+        case = {"part": "plain", "loop": loop}
+        floor = None if speed is None else size / speed / seconds
+        rows.append(Row(case, "time of a token", seconds * 1e3, "ms", roofline=floor))
+        kernels = small.kernels[loop, False, 1, Sampling(), "plain"]
+        rows.append(Row(case, "kernels", kernels, "1"))
+        if device != "cpu" and not bench.args.no_profile:
+            busy, count = small.profiled("plain", way, loop)
+            if count:
+                rows += [
+                    Row(case, "kernels in the profile", count, "1"),
+                    Row(case, "time of kernels", busy * 1e3, "ms"),
+                    Row(case, "share of gaps", max(0.0, 1 - busy / seconds), "1"),
+                ]
+        if clock.over:
+            break
+    rows.append(Row({"part": "plain", "loop": ""}, "weights", size / 1e6, "MB"))
+    bench.loop = small.loop = min(best, key=lambda loop: best[loop])
     return rows
 
 
-def plain_decode(model: LanguageModel, params: Any, length: int, new: int) -> Row:
-    """Milliseconds of a token of the library's own plain decoding."""
-    ids = jnp.ones((1, length), jnp.int32)
-
-    def once(count: int) -> float:
-        start = time.perf_counter()
-        out = plain_generate(model, params, ids, max_new_tokens=count, eos_ids=())
-        jax.block_until_ready(out.tokens)
-        return time.perf_counter() - start
-
-    for count in (new, new // 2):
-        once(count)
-    long, short = (min(once(n) for _ in range(3)) for n in (new, new // 2))
-    value = (long - short) / (new - new // 2) * 1e3
-    return Row({"drafter": "plain decode", "batch": 1}, "time of a token", value, "ms")
+def width(bench: Bench, clock: Clock) -> list[Row]:
+    """Rounds of the small model by width."""
+    rows: list[Row] = []
+    for batch in (1, bench.batch):
+        rows += rounds(bench.small, "smollm2", bench.args.widths, batch, clock)
+    return rows
 
 
-def width_rows(profile: Profile, name: str) -> list[Row]:
+def rounds(
+    programs: Programs, name: str, widths: Sequence[int], batch: int, clock: Clock
+) -> list[Row]:
     """Times of rounds, and the chance of each draft at which they pay."""
-    base = profile.seconds[0] * 1e3
-    rows = []
-    for width, seconds in zip(profile.widths, profile.seconds, strict=True):
-        case = {"model": name, "width": width, "batch": profile.batch}
-        rows.append(Row(case, "time of a round", seconds * 1e3, "ms", base))
-        if width > 1:
-            even = _break_even(profile.cost(width), width - 1)
+    rows: list[Row] = []
+    if clock.over:
+        return rows
+    ways = widths_of({1, *widths})
+    programs.compile(ways, batch)
+    base = 0.0
+    for label, way in ways.items():
+        size = way.drafter.width
+        seconds = programs.seconds_of_round(label, way, batch)
+        base = base or seconds
+        case = {"part": "width", "model": name, "width": size, "batch": batch}
+        rows.append(Row(case, "time of a round", seconds * 1e3, "ms", base * 1e3))
+        rows.append(Row(case, "kernels", programs.kernels_of(label, way, batch), "1"))
+        if size > 1:
+            even = break_even(seconds / base, size - 1)
             rows.append(Row(case, "break-even acceptance", even, "1"))
+        if clock.over:
+            break
     return rows
 
 
-def _break_even(cost: float, gamma: int) -> float:
+def break_even(cost: float, gamma: int) -> float:
     """The constant chance at which drafts that cost nothing just pay; 1 if never."""
     low, high = 0.0, 1.0
     for _ in range(40):
@@ -218,115 +269,222 @@ def _break_even(cost: float, gamma: int) -> float:
     return high
 
 
-def drafters_of(model: Any, params: Any) -> dict[str, Drafter]:
-    """Drafters that need no training."""
-    table = successors(model, params)
-    recycling = TokenRecycling(15, table=table)
-    return {
-        "prompt_lookup": PromptLookup(7, min_ngram=2),
-        "recycling": recycling,
-        "hybrid": Hybrid(recycling, PromptLookup(7, min_ngram=2)),
-    }
+def speed(bench: Bench, clock: Clock) -> list[Row]:
+    """Batch 1."""
+    some = first_of(bench.prompts, bench.args.per_task) if bench.small else []
+    return texts(bench, [[p] for p in some], bench.new, clock)
+
+
+def batch(bench: Bench, clock: Clock) -> list[Row]:
+    """Batches of prompts of all tasks."""
+    some = list(bench.prompts)[: bench.args.equal_prompts] if bench.small else []
+    size = bench.batch
+    groups = [some[i : i + size] for i in range(0, len(some) - size + 1, size)]
+    return texts(bench, groups, bench.new // 2, clock)
+
+
+def texts(bench: Bench, groups: Sequence[Prompts], new: int, clock: Clock) -> list[Row]:
+    """Times and texts of all drafters, in turn for each group of prompts."""
+    small, size = bench.small, len(groups[0])
+    ways = {"plain": widths_of([1])["plain"], **bench.ways}
+    # Rounds of one width, and the plain decoding that they must equal.
+    for label, way in list(bench.ways.items()):
+        if way.drafter.optional:
+            ways[f"{label}_wide"] = Way(way.drafter, always_wide=True)
+        if way.drafter.tree is None:
+            ways |= widths_of([way.drafter.width])
+    small.compile(ways, size)
+    for label, way in ways.items():
+        small.run(label, way, [ids for _, ids in groups[0]], 4)
+    done: dict[str, list[Done]] = defaultdict(list)
+    for group in groups:
+        for label, way in ways.items():
+            ids = [ids for _, ids in group]
+            done[label].append(small.run(label, way, ids, new))
+        if clock.over:
+            break
+    tasks = [g[0][0] if size == 1 else "mixed" for g in groups]
+    common = {"part": "speed", "loop": bench.loop, "batch": size, "new": new}
+    rows = speed_rows(done, tasks, common)
+    for label, way in ways.items():
+        kernels = small.kernels_of(label, way, size)
+        case = {"part": "speed", "drafter": label, "batch": size}
+        rows.append(Row(case, "kernels", kernels, "1"))
+        if label in bench.ways:
+            # Rounds that may be narrow are compared in a program of their own.
+            other = f"{label}_wide" if way.drafter.optional else label
+            case = {"part": "equality", "drafter": label, "dtype": "bfloat16"}
+            case |= {"sampling": "greedy", "batch": size}
+            rows += differing(case, "fast", done["plain"], done[label])
+            if way.drafter.tree is None:
+                (same,) = widths_of([way.drafter.width])
+                rows += differing(case, "same_width", done[same], done[other])
+    return rows
+
+
+def speed_rows(
+    done: dict[str, list[Done]], tasks: Sequence[str], common: dict[str, Any]
+) -> list[Row]:
+    """Means over prompts; texts of other lengths are compared by the token."""
+    rows = []
+    base = done["plain"]
+    for label, found in done.items():
+        for task in [*dict.fromkeys(tasks[: len(found)]), "all"]:
+            at = [i for i in range(len(found)) if task in (tasks[i], "all")]
+            each = [found[i].decode / found[i].longest for i in at]
+            plain = [base[i].decode / base[i].longest for i in at]
+            whole = [
+                ((base[i].read + base[i].decode) / base[i].longest)
+                / ((found[i].read + found[i].decode) / found[i].longest)
+                for i in at
+            ]
+            ratio = statistics.fmean(b / a for a, b in zip(each, plain, strict=True))
+            mine, theirs = statistics.fmean(each) * 1e3, statistics.fmean(plain) * 1e3
+            case = {**common, "drafter": label, "task": task, "prompts": len(at)}
+            tau = statistics.fmean(found[i].tau for i in at)
+            read = statistics.median(found[i].read for i in at) * 1e3
+            rows += [
+                Row(case, "time of a token", mine, "ms", theirs, ratio),
+                Row(case, "tau", tau, "1"),
+                Row(case, "speed-up with the prompt", statistics.fmean(whole), "1"),
+                Row(case, "time of the prompt", read, "ms"),
+            ]
+    return rows
+
+
+def differing(
+    case: dict[str, Any], exact: str, first: Sequence[Done], second: Sequence[Done]
+) -> list[Row]:
+    """How many rows have another text, of those that both made."""
+    pairs = [
+        (a, b)
+        for one, two in zip(first, second, strict=False)
+        for a, b in zip(one.tokens, two.tokens, strict=True)
+    ]
+    case = {**case, "exact": exact, "prompts": len(pairs)}
+    return [Row(case, "texts that differ", sum(a != b for a, b in pairs), "1")]
+
+
+def equality(bench: Bench, clock: Clock) -> list[Row]:
+    """float32 with exact products."""
+    with jax.default_matmul_precision("highest"):
+        model, params, drafters = bench.load(jnp.float32, scan_layers=True)
+    programs = Programs(
+        *(model, params),
+        length=bench.length,
+        slots=bench.slots,
+        loop=bench.loop,
+        precision="highest",
+        threads=bench.args.threads,
+    )
+    ways = {"plain": widths_of([1])["plain"]}
+    ways |= {name: Way(drafter) for name, drafter in drafters.items()}
+    ids = [ids for _, ids in bench.prompts][: bench.args.equal_prompts]
+    samplings = {"greedy": Sampling(), "coupled": Sampling(temperature=0.8, seed=1)}
+    rows: list[Row] = []
+    for size in (bench.batch, 1):
+        for name, sampling in samplings.items():
+            if clock.over:
+                return rows
+            programs.compile(ways, size, sampling)
+            done: dict[str, list[Done]] = defaultdict(list)
+            for i in range(0, len(ids) - size + 1, size):
+                for label, way in ways.items():
+                    group = ids[i : i + size]
+                    found = programs.run(label, way, group, bench.new // 2, sampling)
+                    done[label].append(found)
+                if clock.over:
+                    break
+            for label in drafters:
+                case = {"part": "equality", "drafter": label, "dtype": "float32"}
+                case |= {"sampling": name, "batch": size}
+                rows += differing(case, "fast", done["plain"], done[label])
+    return rows
+
+
+def large(bench: Bench, clock: Clock) -> list[Row]:
+    """Random weights of 8B shape."""
+    programs = Programs(
+        *bench.eight(),
+        length=128,
+        slots=256,
+        loop=bench.loop,
+        threads=bench.args.threads,
+    )
+    return rounds(programs, "8b", bench.args.widths, 1, clock)
+
+
+TINY = DecoderConfig(
+    model_type="llama",
+    vocab_size=256,
+    hidden_size=32,
+    num_layers=1,
+    intermediate_size=32,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=16,
+)
+PARTS: dict[str, Callable[[Bench, Clock], list[Row]]] = {
+    "plain": plain,
+    "width": width,
+    "speed": speed,
+    "batch": batch,
+    "equality": equality,
+    "large": large,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("prompts", nargs="?", type=Path)
+    parser.add_argument("--model", default="smollm2", help="as `load_model` takes one")
     parser.add_argument("--tag", default="cpu")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--limit", type=int, help="prompts of the part `speed`")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--seconds", nargs="*", default=[], metavar="PART=SECONDS")
+    parser.add_argument("--loop", choices=LOOPS, help="default the faster of both")
+    parser.add_argument("--per-task", type=int, default=8, help="prompts of `speed`")
+    parser.add_argument("--equal-prompts", type=int, default=200)
+    parser.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS))
+    parser.add_argument("--threads", type=int, default=4, help="compile at once")
+    parser.add_argument("--eagle", type=Path, help="folder of a trained head")
+    parser.add_argument("--block", type=Path, help="folder of a trained block drafter")
+    parser.add_argument("--no-profile", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--smoke", action="store_true", help="seconds, random weights")
     args = parser.parse_args(arguments)
-    rows = smoke() if args.smoke else measure(args)
-    for row in rows:
-        print(dict(row.case), row.metric, f"{row.value:.4g}", row.unit, row.ratio or "")
-    print(write("speculative", rows, device_tag=args.tag, directory=args.out))
-
-
-def measure(args: Any) -> list[Row]:
-    """All parts that were asked for."""
-    if args.prompts is None:
+    if args.prompts is None and not args.smoke:
         raise SystemExit("name a file of prompts, or use --smoke")
+    bench = Smoke(args) if args.smoke else Bench(args)
+    given = dict(pair.split("=") for pair in args.seconds)
     rows: list[Row] = []
-    small = {"equality", "speed", "width"} & set(args.parts)
-    if small:
-        rows += _small(args)
-    if "large" in args.parts:
-        model = LanguageModel(MODELS["8b"], jnp.bfloat16, fused=True)
-        params = random_params(model, "bfloat16")
-        found = profile_target(
-            model, params, (1, 2, 4, 8, 16, 32), slots=512, repeats=3, cache=False
-        )
-        rows += width_rows(found, "8b")
-    return rows
+    for part in args.parts:
+        clock = Clock(float(given.get(part, SECONDS[part])))
+        rows += PARTS[part](bench, clock)
+        # What is measured is kept, whatever the next part does.
+        path = write("speculative", rows, device_tag=args.tag, directory=args.out)
+        print(f"{part}: {clock.spent:.0f} s, {path}", flush=True)
+    for row in rows:
+        ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
+        print(dict(row.case), row.metric, f"{row.value:.4g}", row.unit, ratio)
 
 
-def _small(args: Any) -> list[Row]:
-    rows: list[Row] = []
-    for dtype in (jnp.bfloat16, jnp.float32):
-        name = jnp.dtype(dtype).name
-        if name == "float32" and "equality" not in args.parts:
-            continue
-        loaded = load_model("smollm2", dtype=dtype, compute_dtype=dtype)
-        model, params = prepare_decoder(loaded.model, loaded.params)
-        tokenizer = loaded.tokenizer
-        assert tokenizer is not None
+class Smoke(Bench):
+    """The same on a tiny model and made-up prompts."""
 
-        def encode(text: str, tokenizer: Any = tokenizer) -> list[int]:
-            return tokenizer.encode(tokenizer.chat(text))
+    length, new, slots = 8, 8, 96
 
-        prompts = read_prompts(args.prompts, encode, EQUAL_LENGTH, None)
-        drafters = drafters_of(model, params)
-        sizes: dict[str, Any] = {"length": LENGTH, "new": NEW}
-        if name == "bfloat16" and "width" in args.parts:
-            found = profile_target(model, params, WIDTHS, slots=704, cache=False)
-            rows += width_rows(found, "smollm2")
-        if name == "bfloat16" and "speed" in args.parts:
-            rows.append(plain_decode(model, params, LENGTH, NEW))
-            some = read_prompts(args.prompts, encode, LENGTH, args.limit)
-            for batch in args.batches:
-                rows += speed(model, params, some, drafters, batch=batch, **sizes)
-        if "equality" in args.parts:
-            ids = [p for _, p in prompts]
-            for exact in ("fast", "same_width")[: 2 if name == "bfloat16" else 1]:
-                with jax.default_matmul_precision("highest"):
-                    rows += equality(
-                        *(model, params, ids, drafters),
-                        name=name,
-                        exact=exact,
-                        batch=min(40, len(ids)),
-                        **{**sizes, "length": EQUAL_LENGTH},
-                    )
-    return rows
+    def __init__(self, args: Any) -> None:
+        super().__init__(args)
+        self.prompts = [("chat", [5, 6, 7, 5, 6]), ("code", [9, 9, 8])]
+        self.batch = 2
 
+    def load(self, dtype: Any, **options: Any) -> tuple[Any, Any, Any]:
+        model = LanguageModel(TINY, **options)
+        params = model.init(jax.random.key(0))
+        return model, params, {"prompt_lookup": PromptLookup(3)}
 
-def smoke() -> list[Row]:
-    """The same functions on a tiny model and made-up prompts."""
-    from angeljax.models import DecoderConfig
-
-    config = DecoderConfig(
-        model_type="llama",
-        vocab_size=256,
-        hidden_size=32,
-        num_layers=1,
-        intermediate_size=32,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=16,
-    )
-    model = LanguageModel(config)
-    model, params = prepare_decoder(model, model.init(jax.random.key(0)))
-    some = [("chat", [5, 6, 7, 5, 6]), ("code", [9, 9, 8])]
-    drafters: dict[str, Drafter] = {"prompt_lookup": PromptLookup(3)}
-    sizes: dict[str, Any] = {"length": 8, "new": 8}
-    rows = width_rows(profile_target(model, params, (1, 4), slots=64, cache=False), "t")
-    rows += speed(model, params, some, drafters, batch=1, **sizes)
-    ids = [p for _, p in some]
-    return rows + equality(
-        *(model, params, ids, drafters), name="float32", exact="fast", batch=2, **sizes
-    )
+    def eight(self) -> tuple[Any, Any]:
+        return self.load(jnp.float32)[:2]
 
 
 if __name__ == "__main__":

@@ -31,10 +31,31 @@ class RowCache:
     Attributes:
       k, v: as those of a `KVCache`: a tuple with `[B, num_kv_heads, slots, head_dim]`
         for each layer, or one array `[layers, B, num_kv_heads, slots, head_dim]`.
+      rope_delta: int32 `[B]`, what is added to positions before they turn queries and
+        keys, where a prompt with images ended elsewhere than its tokens; or None.
     """
 
     k: Layers
     v: Layers
+    rope_delta: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowInputs:
+    """What is read in place of the embeddings of tokens, as by a model that sees.
+
+    Attributes:
+      embeds: `[B, T, hidden_size]`.
+      rotary: int32 `[B, T]`, or `[3, B, T]` for M-RoPE; None for the positions.
+      deepstack: planes `[B, T, hidden_size]` that are added behind the first layers.
+      rope_delta: for the cache.
+    """
+
+    embeds: jax.Array
+    rotary: jax.Array | None = None
+    deepstack: tuple[jax.Array, ...] = ()
+    rope_delta: jax.Array | None = None
 
 
 class Rows(NamedTuple):
@@ -76,6 +97,7 @@ def read_rows(
     key_positions: jax.Array | None = None,
     layers: Sequence[int] | None = None,
     hidden: Sequence[int] = (),
+    inputs: RowInputs | None = None,
 ) -> Rows:
     """Reads T tokens of each row; see `LanguageModel.read_rows`."""
     config, count = module.config, module.config.num_layers
@@ -83,8 +105,17 @@ def read_rows(
     wanted = check_layers(hidden, count)
     if missing := set(wanted) - set(run):
         raise ValueError(f"hidden layer {min(missing)} is not among those that run")
-    x = module.embed(tokens)
-    rotation = cos_sin(config, positions)
+    rotary = positions
+    planes: tuple[jax.Array, ...] = ()
+    if cache.rope_delta is not None:
+        rotary = rotary + cache.rope_delta[:, None]
+    if inputs is None:
+        x = module.embed(tokens)
+    else:
+        x, planes = inputs.embeds.astype(module.dtype), inputs.deepstack
+        rotary = rotary if inputs.rotary is None else inputs.rotary
+        cache = dataclasses.replace(cache, rope_delta=inputs.rope_delta)
+    rotation = cos_sin(config, rotary)
     if key_positions is None:
         key_positions = jnp.arange(mask.shape[-1], dtype=jnp.int32)[None]
     distance = positions[:, :, None] - key_positions[:, None, :]
@@ -107,7 +138,8 @@ def read_rows(
             return layer(x, rotation, told(window), store, fn)
 
         graphdef, state = nnx.split(module.layers)
-        return _scan(block, state, cache, x, slots, jnp.asarray(order), wanted)
+        around = jnp.asarray(order), wanted, planes
+        return _scan(block, state, cache, x, slots, *around)
     masks = {w: seen(w) if w else mask for w in set(windows)}
     k: list[Any] = list(cast(Any, cache.k))
     v: list[Any] = list(cast(Any, cache.v))
@@ -115,10 +147,11 @@ def read_rows(
     for i in run:
         store = Store(k[i], v[i], None, slots)
         x, store = module.layers[i](x, rotation, masks[windows[i]], store, fn)
+        x = x if i >= len(planes) else x + planes[i].astype(x.dtype)
         k[i], v[i] = store.k, store.v
         outputs[i] = x
     found = tuple(outputs[i] for i in wanted)
-    return Rows(x, found, RowCache(tuple(k), tuple(v)))
+    return Rows(x, found, dataclasses.replace(cache, k=tuple(k), v=tuple(v)))
 
 
 def _place(wanted: tuple[int, ...], layer: int) -> int:
@@ -134,15 +167,20 @@ def _scan(
     slots: jax.Array,
     order: jax.Array,
     wanted: tuple[int, ...],
+    planes: tuple[jax.Array, ...],
 ) -> Rows:
     """The layers of a stack; `order` has (layer, window, place of its output)."""
     kept = jnp.zeros((len(wanted) + 1, *x.shape), x.dtype) if wanted else None
+    added = jnp.stack([p.astype(x.dtype) for p in planes]) if planes else None
 
     def step(carry: Any, entry: jax.Array) -> tuple[Any, None]:
         x, k, v, kept = carry
         layer, window, place = entry
         state = jax.tree.map(lambda a: _at(a, layer), stack)
         x, store = block(state, x, Store(k, v, None, slots, layer), window)
+        if added is not None:
+            plane = added[jnp.minimum(layer, len(added) - 1)]
+            x = x + jnp.where(layer < len(added), plane, 0)
         if kept is not None:
             kept = jax.lax.dynamic_update_index_in_dim(kept, x, place, 0)
         return (x, store.k, store.v, kept), None
@@ -151,7 +189,7 @@ def _scan(
     x, k, v, kept = carry
     # A layer may have been asked for twice.
     found = () if kept is None else tuple(kept[wanted.index(i)] for i in wanted)
-    return Rows(x, found, RowCache(k, v))
+    return Rows(x, found, dataclasses.replace(cache, k=k, v=v))
 
 
 def _at(stack: jax.Array, layer: jax.Array) -> jax.Array:

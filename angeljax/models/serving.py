@@ -71,12 +71,15 @@ def prepare_decoder(
     ready = prepare(
         params, device=device, implementation=implementation, activation=activation
     )
-    if is_gpu(device) if transpose is None else transpose:
-        ready = _transpose_kernels(ready)
-    return model, ready
+    return model, prepare_kernels(ready, device=device, transpose=transpose)
 
 
-def _transpose_kernels(params: dict[str, Any]) -> dict[str, Any]:
+def prepare_kernels(
+    params: dict[str, Any], *, device: Any = None, transpose: bool | None = None
+) -> dict[str, Any]:
+    """Stores matrices that are not packed transposed, as `prepare_decoder` does."""
+    if not (is_gpu(device) if transpose is None else transpose):
+        return params
     leaves, treedef = flatten(params)
     done = [
         transposed(leaf.value)

@@ -16,9 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from angeljax.models.rows import RowInputs
 from angeljax.speculative import _check
+from angeljax.speculative._prompts import padded_inputs, read_prompts
 from angeljax.speculative._round import State, Stats, decode_round, depth_of
-from angeljax.speculative._rows import chain_mask
+from angeljax.speculative._rows import chain_mask, map_slots
 from angeljax.speculative.drafter import (
     Drafter,
     NoDrafter,
@@ -51,7 +53,6 @@ class Generated:
         return float(jnp.sum(self.lengths) / jnp.sum(self.stats.rounds))
 
 
-@functools.partial(jax.jit, static_argnames=("slots",))
 def prefill(
     target: Target,
     drafter: Drafter,
@@ -60,8 +61,11 @@ def prefill(
     limits: jax.Array,
     *,
     slots: int,
+    inputs: RowInputs | None = None,
 ) -> State:
     """Reads the prompts; compiled once for each shape.
+
+    What the target reads is a program that drafters share if they want the same layers.
 
     Args:
       target, drafter: see `decode`.
@@ -69,20 +73,42 @@ def prefill(
       lengths: int32 `[B]`, from 1 to T.
       limits: int32 `[B]`, length of prompt and text that a row may reach.
       slots: of the cache: `max(limits) + drafter.reach - 1` or more, and T or more.
+      inputs: what is read in place of the tokens' embeddings.
 
     Returns:
       The state before the first round.
     """
+    final, hidden, cache = _read_prompt(
+        target.model, target.params, tokens, inputs, slots=slots, hidden=drafter.hidden
+    )
+    prompt = Prompt(tokens, lengths, final, hidden, None)
+    return _first_state(target, drafter, prompt, cache, limits, slots=slots)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "slots", "hidden"))
+def _read_prompt(
+    model: TargetModel,
+    params: Any,
+    tokens: jax.Array,
+    inputs: RowInputs | None,
+    *,
+    slots: int,
+    hidden: tuple[int, ...],
+) -> tuple[jax.Array, tuple[jax.Array, ...], Any]:
+    """Outputs of the last layer and of others, and the cache with all its slots."""
     batch, count = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (batch, count))
-    rows = target.model.read_rows(
-        target.params,
-        target.model.init_rows(batch, count),
+    # Targets that know no embeddings need not know the argument.
+    given: Any = {} if inputs is None else {"inputs": inputs}
+    rows = model.read_rows(
+        params,
+        model.init_rows(batch, count),
         tokens,
         positions=positions,
         slots=jnp.zeros(batch, jnp.int32),
         mask=chain_mask(positions, count),
-        hidden=drafter.hidden,
+        hidden=hidden,
+        **given,
     )
 
     def widened(x: jax.Array) -> jax.Array:
@@ -90,16 +116,29 @@ def prefill(
         rest[-2] = (0, slots - count)
         return jnp.pad(x, rest)
 
-    cache = jax.tree.map(widened, rows.cache)
-    prompt = Prompt(tokens, lengths, rows.final, rows.hidden, cache)
+    return rows.final, tuple(rows.hidden), map_slots(widened, rows.cache)
+
+
+@functools.partial(jax.jit, static_argnames=("slots",), donate_argnames=("cache",))
+def _first_state(
+    target: Target,
+    drafter: Drafter,
+    prompt: Prompt,
+    cache: Any,
+    limits: jax.Array,
+    *,
+    slots: int,
+) -> State:
+    batch, count = prompt.tokens.shape
+    prompt = prompt._replace(cache=cache)
     memory = drafter.init(target, batch, slots)
     none = jnp.zeros(batch, jnp.int32)
     return State(
         # A last round may write a token beyond the last slot.
-        tokens=jnp.pad(tokens, [(0, 0), (0, slots + 1 - count)]),
-        lengths=lengths,
-        cache=cache,
-        active=lengths < limits,
+        tokens=jnp.pad(prompt.tokens, [(0, 0), (0, slots + 1 - count)]),
+        lengths=prompt.lengths,
+        cache=prompt.cache,
+        active=prompt.lengths < limits,
         limits=limits,
         drafter=drafter.prefill(target, memory, prompt),
         stats=Stats(none, none, none, jnp.zeros(depth_of(drafter), jnp.int32)),
@@ -172,7 +211,9 @@ def generate(
     Args:
       model: such as `angeljax.models.LanguageModel`.
       params: its param tree, compressed or not.
-      prompts: a sequence of token sequences, or int32 `[B, T]` padded on the right.
+      prompts: a sequence of token sequences, or int32 `[B, T]` padded on the right. Or
+        what a model that sees or hears makes of one, an `angeljax.tokens.Prompt` or
+        `Pruned`, for its language model; padded anywhere.
       lengths: int32 `[B]`, tokens of each prompt where `prompts` is an array; default
         T.
       drafter: what proposes tokens.
@@ -304,11 +345,12 @@ def begin(
     slots: int | None,
 ) -> tuple[Run, State]:
     """Checks all options and reads the prompts; see `generate`."""
-    tokens, sizes = _check.prompts(model, prompts, lengths)
+    tokens, sizes, inputs = read_prompts(model, prompts, lengths)
     _check.options(model, drafter, sampling, max_new_tokens, exact, rounds_per_call)
     slots = _check.slots(model, drafter, sizes, max_new_tokens, slots)
     stops = model.config.eos_ids if stop_tokens is None else tuple(stop_tokens)
-    tokens = _check.padded(tokens, min(_check.bucket(tokens.shape[1]), slots))
+    length = min(_check.bucket(tokens.shape[1]), slots)
+    tokens = _check.padded(tokens, length)
     target = Target(model, params, sampling.sampler(len(tokens)))
     state = prefill(
         target,
@@ -317,6 +359,7 @@ def begin(
         jnp.asarray(sizes),
         jnp.asarray(sizes + max_new_tokens),
         slots=slots,
+        inputs=None if inputs is None else padded_inputs(inputs, length),
     )
     looked_at = on_tokens is not None or bool(stop_strings)
     if rounds_per_call is None:

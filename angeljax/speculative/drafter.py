@@ -28,7 +28,9 @@ class TargetModel(Protocol):
     """What decoding needs of a model: hashable, without parameters.
 
     `angeljax.models.LanguageModel` is one. Its methods are described there. The cache
-    is a pytree of arrays `[..., B, heads, slots, features]`.
+    is a pytree of arrays `[..., B, heads, slots, features]`; arrays of fewer axes tell
+    of rows, and stay as the prompt left them. `inputs` of `read_rows` are needed for
+    prompts of embeddings alone.
     """
 
     @property

@@ -29,6 +29,7 @@ class Monitor:
       flops: operations per unit, 0 if not known.
       peak: FLOP/s of all devices, None if not known.
       kept: folder of the checkpoints, for messages.
+      deadline: when the run ends, by `time.perf_counter`, if time ends it.
 
     Attributes:
       last: numbers of the last interval.
@@ -47,8 +48,10 @@ class Monitor:
         flops: float,
         peak: float | None,
         kept: str | None,
+        deadline: float | None = None,
     ) -> None:
         self.watch = watch
+        self._deadline = deadline
         self.last: dict[str, float] = {}
         self._out = out
         self._steps, self._every, self._schedule = steps, max(log_every, 1), schedule
@@ -117,7 +120,10 @@ class Monitor:
         seconds = now - (self._clock or now)
         if timed and seconds > 0:
             values[f"{self._unit}_per_second"] = amount / seconds
-            values["seconds_left"] = seconds / len(steps) * (self._steps - steps[-1])
+            left = seconds / len(steps) * (self._steps - steps[-1])
+            if self._deadline is not None:
+                left = min(left, max(self._deadline - now, 0.0))
+            values["seconds_left"] = left
             if self._flops and self._peak:
                 values["mfu"] = amount / seconds * self._flops / self._peak
         self._clock = now

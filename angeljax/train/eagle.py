@@ -152,22 +152,22 @@ class EagleTask:
         final, features = self.target(frozen, tokens[:, :-1])
         best = self._best(frozen, final)
         hidden = self.hidden(trainable, frozen, features, tokens)
+        losses, drafted, known = self._row_losses(
+            trainable, frozen, hidden, final, best, step
+        )
         size = final.shape[1]
         total, metrics = jnp.zeros(()), {}
         run = jnp.ones(best.shape, bool)
         ahead, weight, start = jnp.zeros(best.shape), jnp.zeros(()), run
-        for k, h in enumerate(hidden):
+        for k in range(o.steps):
             # Column i drafts the token i + 2 + k, after i + 1 + k.
             inside = jnp.arange(size) + 1 + k < size
             counts = inside & _ahead(mask, 2 + k, size)
-            goal = _ahead(best, 1 + k, size)
-            losses, right, known = self._row_losses(
-                trainable, frozen, h, _ahead(final, 1 + k, size), goal, step
-            )
-            valid = counts & known
-            mean = jnp.sum(jnp.where(valid, losses, 0.0))
+            valid = counts & _ahead(known, 1 + k, size)
+            mean = jnp.sum(jnp.where(valid, _ahead(losses[:, k], 1 + k, size), 0.0))
             mean = mean / jnp.maximum(jnp.sum(valid), 1)
             total = total + o.decay**k * mean
+            right = _ahead(drafted[:, k] == best, 1 + k, size)
             share = jnp.sum(right & counts) / jnp.maximum(jnp.sum(counts), 1)
             metrics[f"top1/{k}"] = share
             start = counts if k == 0 else start
@@ -235,23 +235,26 @@ class EagleTask:
         self,
         trainable: Params,
         frozen: Any,
-        hidden: jax.Array,
+        hidden: list[jax.Array],
         final: jax.Array,
-        goal: jax.Array,
+        best: jax.Array,
         step: Any,
     ) -> Any:
-        """Loss of each token, whether the draft is right, whether it could be.
+        """Loss and draft of each step `[B, K, T]`, whether it could be right `[B, T]`.
 
-        One row at a time, each computed again for the gradient: the logits of a batch
-        would not fit.
+        All at the place of the target's prediction that they are compared with, which
+        is computed once for all steps. One row at a time, each computed again for the
+        gradient: the logits of a batch would not fit.
         """
         o, ids, rows = self.options, frozen["ids"], frozen["rows"]
         module = self.model.bind(frozen["target"])
         last = {k: trainable[k] for k in ("norm", "lm_head")}
+        # Step k of column i is compared with place i + 1 + k.
+        moved = [_behind(h, 1 + k) for k, h in enumerate(hidden)]
 
         @jax.checkpoint
         def one(last: Params, row: Any) -> Any:
-            h, x, goal = row
+            h, x, best = row
             q = draft_logits(self.config, cast(last, self.dtype), h)
             if rows is None:
                 p = module.head(x)
@@ -266,9 +269,17 @@ class EagleTask:
             drafted, top = jnp.argmax(q, axis=-1), jnp.argmax(p, axis=-1)
             if ids is not None:
                 drafted, top = ids[drafted], ids[top]
-            return loss, drafted == goal, top == goal
+            return loss, drafted, top == best
 
-        return jax.lax.map(functools.partial(one, last), (hidden, final, goal))
+        each = jnp.stack(moved, axis=1), final, best
+        return jax.lax.map(functools.partial(one, last), each)
+
+
+def _behind(x: jax.Array, count: int) -> jax.Array:
+    """`x` moved `count` places on, zeros where it begins."""
+    rest = [(0, 0)] * x.ndim
+    rest[1] = (count, 0)
+    return jnp.pad(x, rest)[:, : x.shape[1]]
 
 
 def _ahead(x: jax.Array, count: int, size: int) -> jax.Array:

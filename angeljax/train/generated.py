@@ -7,6 +7,7 @@ model itself samples stands in for it (LLM-QAT, arXiv 2305.17888, section 3.1).
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ def generate_tokens(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    width: int | None = None,
+    max_minutes: float | None = None,
     progress: bool | None = None,
 ) -> list[Path]:
     """Samples documents from a model and writes them as token streams.
@@ -57,6 +60,10 @@ def generate_tokens(
       eos_ids: ids that end a document; default those of the configuration.
       seed: of the sampling.
       temperature, top_k, top_p: see `angeljax.models.generate`; 0 is greedy.
+      width: tokens that prompts are padded to; default that of the longest. Calls with
+        the same width and rows share a program.
+      max_minutes: begin no shard that would end later, after the first; default no
+        limit.
       progress: show a progress bar on stderr; default: if it is a terminal.
 
     Returns:
@@ -95,6 +102,11 @@ def generate_tokens(
             raise ValueError(
                 f"prompt {i} is empty or outside the vocabulary of {vocabulary}"
             )
+    longest = max(map(len, prompts))
+    if width is not None and width < longest:
+        raise ValueError(f"width of {width} for a prompt of {longest} tokens")
+    if max_minutes is not None and not max_minutes > 0:
+        raise ValueError(f"max_minutes must be above 0, not {max_minutes}")
     ends = model.config.eos_ids if eos_ids is None else tuple(eos_ids)
     manifest = {
         "kind": _shards.GENERATED,
@@ -114,7 +126,7 @@ def generate_tokens(
     }
     _shards.start(path, manifest)
     # One width for all shards, so that one program serves them.
-    width = max(map(len, prompts))
+    width = longest if width is None else width
     sample = functools.partial(
         generate,
         model,
@@ -126,9 +138,12 @@ def generate_tokens(
         eos_ids=ends,
     )
     files = [path / _shards.text_name(shard) for shard in range(shards)]
+    clock = _Clock(max_minutes)
     with progress_bar("generate", shards, progress) as advance:
         for shard, file in enumerate(files):
             if not file.exists():
+                if clock.over():
+                    return files[:shard]
                 first = shard * rows
                 some = [prompts[(first + i) % len(prompts)] for i in range(rows)]
                 tokens = np.zeros((rows, width), np.int32)
@@ -141,8 +156,28 @@ def generate_tokens(
                 ids, lengths = jax.device_get((out.tokens, out.lengths))
                 stream = _stream(some, ids, lengths, ends, prompts[0][0])
                 _shards.save_array(file, stream.astype(_shards.id_dtype(vocabulary)))
+                clock.lap()
             advance(None)
     return files
+
+
+class _Clock:
+    """Whether there is time for one more shard."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self._end = None if minutes is None else time.perf_counter() + 60 * minutes
+        self._laps: list[float] = [time.perf_counter()]
+
+    def lap(self) -> None:
+        self._laps.append(time.perf_counter())
+
+    def over(self) -> bool:
+        count = len(self._laps) - 1
+        if self._end is None or not count:
+            return False
+        # The first one was compiled too: it says nothing about the next.
+        last = self._laps[-1] - self._laps[-2] if count > 1 else 0.0
+        return time.perf_counter() + last > self._end
 
 
 def _stream(

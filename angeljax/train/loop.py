@@ -8,11 +8,13 @@ finite, so that nothing is lost by noticing late.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from angeljax.train._monitor import Monitor
@@ -65,6 +67,8 @@ def fit(
     writers: Callable[[int], list[Writer]] | None = None,
     evaluate: Callable[[Any, Any, int], Mapping[str, float]] | None = None,
     evaluate_every: int = 0,
+    max_minutes: float | None = None,
+    pace: Callable[[float], float] | None = None,
     divergence: Divergence | None = None,
     unit: str = "tokens",
     flops: float = 0.0,
@@ -96,6 +100,9 @@ def fit(
       evaluate: `(trainable, opt_state, step) -> numbers`, logged as they are.
       evaluate_every: steps between two evaluations; 0 for none. The last step is always
         evaluated.
+      max_minutes: of this call, compilation included: the step that is then under way
+        is the last one, and what belongs to the end is done. Default no limit.
+      pace: share of the limit that is over -> factor on the learning rate.
       divergence: when to stop; default `Divergence()`.
       unit: what `metrics["weight"]` counts, for the log.
       flops: floating-point operations per unit, for the utilisation.
@@ -105,7 +112,8 @@ def fit(
       A `FitResult`.
 
     Raises:
-      ValueError: `steps` is not positive, or the batch cannot be divided.
+      ValueError: `steps` or `max_minutes` is not positive, or the batch cannot be
+        divided.
       TrainingStopped: a gradient was not finite (names the leaves) or the loss
         diverges; the checkpoints are those from before.
 
@@ -125,6 +133,9 @@ def fit(
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
+    if max_minutes is not None and not max_minutes > 0:
+        raise ValueError(f"max_minutes must be above 0, not {max_minutes}")
+    begun = time.perf_counter()
     if not jax.tree.leaves(trainable):
         raise ValueError("nothing is trainable: every leaf is frozen")
     mesh = _default_mesh() if mesh is None else mesh
@@ -152,6 +163,7 @@ def fit(
         flops=flops,
         peak=peak,
         kept=None if checkpoints is None else str(checkpoints.directory),
+        deadline=None if max_minutes is None else begun + 60 * max_minutes,
     )
     step_fn = _compiled(loss_fn, optimizer, accumulate, clip, mesh, state)
     first = batches(start)  # what is wrong with the data is said before compiling
@@ -159,9 +171,13 @@ def fit(
     feed = prefetch(lambda i: place_batch(mesh, batches(i), accumulate), start, steps)
     try:
         for done, batch in enumerate(feed, start + 1):
-            state, numbers = step_fn(state, frozen, batch, key)
+            last, paced = done == steps, ()
+            if max_minutes is not None:
+                share = (time.perf_counter() - begun) / (60 * max_minutes)
+                last |= share >= 1
+                paced = () if pace is None else (np.float32(pace(min(share, 1.0))),)
+            state, numbers = step_fn(state, frozen, batch, key, *paced)
             run.add(done, numbers, state)
-            last = done == steps
             save = checkpoints is not None and (checkpoints.due(done) or last)
             measure = evaluate is not None and (
                 last or (evaluate_every > 0 and done % evaluate_every == 0)
@@ -175,6 +191,8 @@ def fit(
                 if evaluate is not None and measure:
                     found = evaluate(state.trainable, state.opt_state, done)
                     out.write(done, found)
+            if last:
+                break
         run.flush(state)
     finally:
         feed.close()  # type: ignore[attr-defined]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -134,6 +135,28 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     # Step 0 already moves: a rate of 0 would waste it.
     up = optax.linear_schedule(lr / warmup, lr, max(warmup - 1, 1))
     return optax.join_schedules([up, main], [warmup])
+
+
+def decay_at(config: OptimizerConfig, share: float) -> float:
+    """Factor on the rate after a share of the training, where time is what ends it.
+
+    Args:
+      config: see `OptimizerConfig`.
+      share: from 0 to 1.
+
+    Example:
+      >>> from angeljax.train.optimizers import OptimizerConfig, decay_at
+      >>> decay_at(OptimizerConfig(schedule="linear", final_lr=0.2), 0.5)
+      0.6
+    """
+    kind, least = config.schedule, config.final_lr
+    if kind == "constant":
+        return 1.0
+    if kind == "wsd":
+        width = max(config.decay_fraction, 1e-9)
+        share = max(0.0, 1 - (1 - share) / width)
+    fall = (1 - math.cos(math.pi * share)) / 2 if kind == "cosine" else share
+    return 1 - (1 - least) * fall
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

@@ -8,6 +8,7 @@ it writes after the header of a user's turn (Magpie, arXiv 2406.08464).
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ def write_conversations(
     question_tokens: int = 96,
     question_temperature: float = 1.0,
     seed: int = 0,
+    max_minutes: float | None = None,
     progress: bool | None = None,
 ) -> list[Path]:
     """Lets a model answer questions, or ask them first; goes on where it stopped.
@@ -84,6 +86,8 @@ def write_conversations(
       question_tokens: where a question that has not ended is dropped.
       question_temperature: of these.
       seed: of the sampling.
+      max_minutes: for all of it, compilation included; what is written by then is the
+        text. Default no limit.
       progress: see `generate_tokens`.
 
     Returns:
@@ -93,6 +97,7 @@ def write_conversations(
       ConfigError: the model asks no question that ends.
     """
     folder, template = Path(folder), template_of(tokenizer)
+    begun = time.perf_counter()
     each = [len(range(i, shards, len(temperatures))) for i in range(len(temperatures))]
     if template is None:
         end, _ = document_separator(tokenizer)
@@ -116,14 +121,21 @@ def write_conversations(
             prompts=[list(template.before)],
             seed=seed + 1,
             temperature=question_temperature,
+            max_minutes=None if max_minutes is None else max_minutes / 4,
             progress=progress,
         )
         asked = _asked(files, template, model.config.eos_ids)
     folders = []
+    # One program for all temperatures but greedy.
+    width = max(map(len, asked))
     for i, (temperature, count) in enumerate(zip(temperatures, each, strict=True)):
         # Each temperature has questions of its own, if there are enough.
         some = asked[i :: len(temperatures)] or asked
         folders.append(folder / f"temperature-{temperature:g}")
+        minutes = None
+        if max_minutes is not None:
+            left = max_minutes - (time.perf_counter() - begun) / 60
+            minutes = max(left, 1e-6) / (len(temperatures) - i)
         generate_tokens(
             folders[-1],
             model,
@@ -134,6 +146,8 @@ def write_conversations(
             prompts=some,
             seed=seed,
             temperature=temperature,
+            width=width,
+            max_minutes=minutes,
             progress=progress,
         )
     return folders

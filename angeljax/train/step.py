@@ -63,7 +63,7 @@ def make_step(
     *,
     accumulate: int = 1,
     clip: float = 0.0,
-) -> Callable[[TrainState, Any, Any, jax.Array], tuple[TrainState, Metrics]]:
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """A pure step function, to be jitted with its state donated.
 
     Args:
@@ -76,8 +76,10 @@ def make_step(
       clip: largest global norm of the gradient; 0 does not clip.
 
     Returns:
-      `(state, frozen, batch, key) -> (state, metrics)`; the metrics are float32 scalars
-      with "loss", "grad_norm" (before clipping), "weight" and "failed" among them.
+      `(state, frozen, batch, key, pace=None) -> (state, metrics)`; the metrics are
+      float32 scalars with "loss", "grad_norm" (before clipping), "weight" and "failed"
+      among them. `pace`, a scalar, multiplies the update as a factor on the learning
+      rate would.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -116,7 +118,7 @@ def make_step(
         return *mean, weight
 
     def step(
-        state: TrainState, frozen: Any, batch: Any, key: jax.Array
+        state: TrainState, frozen: Any, batch: Any, key: jax.Array, pace: Any = None
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
         run = one if accumulate == 1 else summed
@@ -128,6 +130,8 @@ def make_step(
             scale = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-30))
             grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        if pace is not None:
+            updates = jax.tree.map(lambda u: u * jnp.asarray(pace, u.dtype), updates)
         moved = jnp.sqrt(_squares(updates).sum())
         fine = jnp.isfinite(metrics["loss"]) & ~bad.any() & jnp.isfinite(moved)
         keep = fine & ~state.failed

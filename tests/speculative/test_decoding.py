@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from angeljax.speculative import (
     Sampling,
     Target,
     autoregressive,
+    core,
     decode,
     divergences,
     generate,
@@ -175,10 +177,15 @@ def test_what_is_rejected_is_never_seen():
 def test_one_program_for_all_prompts_of_a_bucket():
     options = {"drafter": PromptLookup(3), "max_new_tokens": 6}
     generate(TOY, table(), [[1, 2, 3]], **options)
-    before = decode._cache_size(), prefill._cache_size()
+
+    def programs():
+        pieces = decode, core._read_prompt, core._first_state
+        return [piece._cache_size() for piece in pieces]
+
+    before = programs()
     generate(TOY, table(seed=1), [[4] * 50], **options)
     generate(TOY, table(), [[7, 8]], **options | {"max_new_tokens": 9})
-    assert (decode._cache_size(), prefill._cache_size()) == before
+    assert programs() == before
 
 
 def test_nothing_passes_between_host_and_device_inside():
@@ -204,8 +211,9 @@ def test_a_loop_holds_one_cache():
         target = Target(model, model.abstract(), Sampling().sampler(2))
         drafter = TreeOracle(jnp.zeros((2, 32), int), (-1, 0, 0, 1), 32)
         sizes = jnp.asarray([3, 4])
-        state = prefill.eval_shape(
-            target, drafter, jnp.zeros((2, 8), int), sizes, sizes + 8, slots=2048
+        state = jax.eval_shape(
+            functools.partial(prefill, slots=2048),
+            *(target, drafter, jnp.zeros((2, 8), int), sizes, sizes + 8),
         )
         compiled = decode.lower(
             target, drafter, state, jnp.zeros(0, int), jnp.int32(4)

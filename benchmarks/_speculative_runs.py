@@ -1,0 +1,328 @@
+"""Programs of speculative decoding, compiled beside each other, and their times."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from angeljax.speculative import Drafter, NoDrafter, Sampling, Target
+from angeljax.speculative.core import decode, prefill
+from angeljax.speculative.profile import _start
+from benchmarks.decode_step import CAPTURED
+
+# How the loop is compiled: kernels launched by the host, or one CUDA graph with the
+# loop and its predicate in it.
+LOOPS: dict[str, Any] = {"launched": None, "captured": CAPTURED}
+ROUNDS = 96
+
+
+class Clock:
+    """Seconds that a part may take."""
+
+    def __init__(self, seconds: float) -> None:
+        self.start, self.seconds = time.perf_counter(), seconds
+
+    @property
+    def spent(self) -> float:
+        """Seconds since it was made."""
+        return time.perf_counter() - self.start
+
+    @property
+    def over(self) -> bool:
+        """Whether the time has passed."""
+        return self.spent > self.seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How text is made: a drafter, and whether each round has its whole width."""
+
+    drafter: Drafter
+    always_wide: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """One batch of prompts.
+
+    Attributes:
+      read, decode: seconds of the prompts, and of the text that follows.
+      tokens: for each row its text.
+      rounds: forwards of the target for each row.
+    """
+
+    read: float
+    decode: float
+    tokens: list[list[int]]
+    rounds: np.ndarray
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text, at least 1."""
+        return max(1, *map(len, self.tokens))
+
+    @property
+    def tau(self) -> float:
+        """Tokens of a forward of the target, over all rows."""
+        return sum(map(len, self.tokens)) / max(int(self.rounds.sum()), 1)
+
+
+class Programs:
+    """Compiled loops for prompts of one padded length.
+
+    Args:
+      model, params: the target.
+      length: tokens that a prompt is padded to.
+      slots: of the cache.
+      loop: a name of `LOOPS`.
+      precision: of products, such as "highest".
+      threads: how many programs are compiled at once.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        params: Any,
+        *,
+        length: int,
+        slots: int,
+        loop: str = "launched",
+        precision: str | None = None,
+        threads: int = 4,
+    ) -> None:
+        self.model, self.params = model, params
+        self.length, self.slots, self.threads = length, slots, threads
+        self.loop, self.precision = loop, precision
+        self.compiled: dict[Any, Any] = {}
+        self.kernels: dict[Any, int] = {}
+        self._targets: dict[Any, Target] = {}
+        self._stops = jnp.asarray(model.config.eos_ids, jnp.int32)
+
+    def compile(
+        self,
+        ways: Mapping[str, Way],
+        batch: int,
+        sampling: Sampling = Sampling(),
+        loop: str | None = None,
+    ) -> None:
+        """Makes the programs that are not there yet."""
+        loop = loop or self.loop
+        wanted = {
+            (loop, way.always_wide, batch, sampling, label): way
+            for label, way in ways.items()
+        }
+        wanted = {k: v for k, v in wanted.items() if k not in self.compiled}
+        target = self.target(batch, sampling)
+
+        def one(item: Any) -> None:
+            key, way = item
+            with self._precise():
+                state = jax.eval_shape(
+                    lambda *args: prefill(*args, slots=self.slots),
+                    *(target, way.drafter, *self._shapes(batch)),
+                )
+                lowered = decode.lower(
+                    *(target, way.drafter, state, self._stops, jnp.int32(1)),
+                    always_wide=way.always_wide,
+                )
+                found = lowered.compile(compiler_options=LOOPS[loop])
+            self.compiled[key] = found
+            self.kernels[key] = kernels_of_round(found.as_text() or "")
+
+        with ThreadPoolExecutor(self.threads) as pool:
+            list(pool.map(one, wanted.items()))
+
+    def run(
+        self,
+        label: str,
+        way: Way,
+        prompts: Sequence[Sequence[int]],
+        new: int,
+        sampling: Sampling = Sampling(),
+        loop: str | None = None,
+    ) -> Done:
+        """The text of a batch; the program must be compiled."""
+        batch, target = len(prompts), self.target(len(prompts), sampling)
+        tokens = np.zeros((batch, self.length), np.int32)
+        for row, ids in zip(tokens, prompts, strict=True):
+            row[: len(ids)] = ids
+        sizes = np.asarray([len(ids) for ids in prompts], np.int32)
+        args = jax.device_put((tokens, sizes, sizes + np.int32(new)))
+        jax.block_until_ready(args)
+        loop_of = self._loop(label, way, batch, new, sampling, loop)
+        start = time.perf_counter()
+        with self._precise():
+            state = prefill(target, way.drafter, *args, slots=self.slots)
+        jax.block_until_ready(state)
+        read = time.perf_counter()
+        state = jax.block_until_ready(loop_of(state))
+        end = time.perf_counter()
+        text, ends = np.asarray(state.tokens), np.asarray(state.lengths)
+        found = [
+            row[size:stop].tolist()
+            for row, size, stop in zip(text, sizes, ends, strict=True)
+        ]
+        return Done(read - start, end - read, found, np.asarray(state.stats.rounds))
+
+    def seconds_of_round(
+        self, label: str, way: Way, batch: int, loop: str | None = None
+    ) -> float:
+        """Of a drafter that proposes nothing; the better of three differences."""
+        state = _start(self.target(batch), way.drafter, batch, self.slots)
+
+        def once(rounds: int) -> float:
+            loop_of = self._loop(label, way, batch, rounds, loop=loop)
+            own = jax.block_until_ready(jax.tree.map(jnp.copy, state))
+            start = time.perf_counter()
+            jax.block_until_ready(loop_of(own))
+            return time.perf_counter() - start
+
+        few = ROUNDS // 8
+        once(few)
+        long, short = (min(once(n) for _ in range(3)) for n in (ROUNDS, few))
+        return (long - short) / (ROUNDS - few)
+
+    def profiled(self, label: str, way: Way, loop: str) -> tuple[float, int]:
+        """Seconds in which a kernel runs and kernels, of one round at batch 1."""
+        state = _start(self.target(1), way.drafter, 1, self.slots)
+
+        def call(rounds: int) -> tuple[float, int]:
+            loop_of = self._loop(label, way, 1, rounds, loop=loop)
+            own = jax.block_until_ready(jax.tree.map(jnp.copy, state))
+            return busy_seconds(lambda: loop_of(own))
+
+        few = ROUNDS // 8
+        (long, many), (short, less) = call(ROUNDS), call(few)
+        rounds = ROUNDS - few
+        return (long - short) / rounds, (many - less) // rounds
+
+    def target(self, batch: int, sampling: Sampling = Sampling()) -> Target:
+        """The model for a batch."""
+        key = batch, sampling
+        if key not in self._targets:
+            sampler = sampling.sampler(batch)
+            self._targets[key] = Target(self.model, self.params, sampler)
+        return self._targets[key]
+
+    def kernels_of(self, label: str, way: Way, batch: int) -> int:
+        """Kernels of a round in the compiled program."""
+        return self.kernels[self.loop, way.always_wide, batch, Sampling(), label]
+
+    def _precise(self) -> Any:
+        # Such settings belong to a thread: each program is compiled under its own.
+        if self.precision is None:
+            return contextlib.nullcontext()
+        return jax.default_matmul_precision(self.precision)
+
+    def _shapes(self, batch: int) -> tuple[Any, ...]:
+        row = jax.ShapeDtypeStruct((batch,), jnp.int32)
+        return jax.ShapeDtypeStruct((batch, self.length), jnp.int32), row, row
+
+    def _loop(
+        self,
+        label: str,
+        way: Way,
+        batch: int,
+        rounds: int,
+        sampling: Sampling = Sampling(),
+        loop: str | None = None,
+    ) -> Callable[[Any], Any]:
+        """The loop as a function of its state, with all else on the device."""
+        key = loop or self.loop, way.always_wide, batch, sampling, label
+        compiled, target = self.compiled[key], self.target(batch, sampling)
+        count = jax.block_until_ready(jnp.int32(rounds))
+        return lambda state: compiled(target, way.drafter, state, self._stops, count)
+
+
+def widths_of(widths: Iterable[int]) -> dict[str, Way]:
+    """Rounds of these widths that propose nothing; the first name is plain decoding."""
+    return {
+        "plain" if w == 1 else f"width {w}": Way(NoDrafter(w)) for w in sorted(widths)
+    }
+
+
+def busy_seconds(call: Callable[[], Any]) -> tuple[float, int]:
+    """Seconds in which any kernel runs on the first GPU, and kernels, by a profile."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            jax.block_until_ready(call())
+        file = next(Path(folder).rglob("*.xplane.pb"))
+        data = jax.profiler.ProfileData.from_file(str(file))
+        spans = [
+            (event.start_ns, event.start_ns + event.duration_ns)
+            for plane in data.planes
+            if plane.name.startswith("/device:GPU:0")
+            for line in plane.lines
+            if line.name.startswith("Stream")
+            for event in line.events
+        ]
+    return union(spans) * 1e-9, len(spans)
+
+
+def union(spans: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of intervals."""
+    total, until = 0.0, -float("inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
+
+
+def kernels_of_round(text: str) -> int:
+    """Kernels, copies and library calls in the body of the outermost loop.
+
+    Loops inside count as often as they run; of a choice the dearer branch counts.
+
+    Args:
+      text: compiled HLO.
+    """
+    blocks = {}
+    entry = ""
+    for block in re.split(r"\n(?=\S)", text):
+        if found := re.match(r"(ENTRY )?%?([\w.\-]+)", block):
+            blocks[found[2]] = block
+            entry = found[2] if found[1] else entry
+    done: dict[str, int] = {}
+
+    def count(name: str) -> int:
+        if name not in done:
+            lines = blocks.get(name, "").splitlines()[1:]
+            done[name] = sum(of_line(line) for line in lines)
+        return done[name]
+
+    def named(line: str, field: str) -> list[str]:
+        found = re.search(rf"\b{field}=\{{?([^,}}]*(?:, *%[\w.\-]+)*)", line)
+        return re.findall(r"[\w.\-]+", found[1]) if found else []
+
+    def of_line(line: str) -> int:
+        found = re.search(r"= (?:\(.*?\)|\S+) ([a-z][\w\-]*)\((?=[%)\w\-])", line)
+        kind = found[1] if found else ""
+        if kind == "while":
+            trips = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+            return (int(trips[1]) if trips else 1) * sum(
+                count(n) for n in named(line, "body")
+            )
+        if kind == "conditional":
+            fields = ("branch_computations", "true_computation", "false_computation")
+            return max(count(n) for f in fields for n in named(line, f))
+        if kind == "call":
+            return sum(count(n) for n in named(line, "to_apply"))
+        started = kind in ("fusion-start", "copy-start", "async-start")
+        return int(started or kind in ("fusion", "custom-call", "copy", "sort"))
+
+    outer = [line for line in blocks.get(entry, "").splitlines() if " while(" in line]
+    bodies = [n for line in outer for n in named(line, "body")]
+    return max((count(n) for n in bodies), default=0)
