@@ -11,6 +11,7 @@ import typer
 from angeljax import _workflow, models
 from angeljax._data import configs_dir
 from angeljax._spec_workflow import setup, widths
+from angeljax._train_workflow import block
 from angeljax.cli import app
 from angeljax.models import DecoderConfig, LanguageModel
 from angeljax.recipe import Recipe
@@ -144,15 +145,43 @@ def test_train_and_use_a_head(checkpoint, tmp_path):
     args = ("spec", "train", "-c", config, "-o", out)
     done = json.loads(run(*args, "--set", "batch_size=1", "--json").stdout)
     assert done["kind"] == "eagle3" and done["steps"] == 1
-    assert done["path"] == str(out / "head")
     failed = run(*args, "--no-resume", code=1).stderr
     assert "holds a run: choose another folder, or resume it" in failed
     args = ("-m", checkpoint, "-p", PROMPTS[0], "--compare", "--json")
-    found = json.loads(generated(*args, "-d", f"eagle3:{out}/head").stdout)
+    found = json.loads(generated(*args, "-d", f"eagle3:{done['path']}").stdout)
     assert found["answers"][0]["same"] is True
-    config.write_text("kind: medusa\nmodel: x\nsteps: 1")
+
+
+@pytest.mark.parametrize(
+    ("file", "name"), [("block-smollm2", "train_block"), ("mtp-smollm2", "train_mtp")]
+)
+def test_trainings_of_other_drafters(tmp_path, monkeypatch, file, name):
+    """What these do is tested with them; here, that they are given what was said."""
+    seen = []
+
+    def train(config, out, *, resume, show):
+        seen.append((config, out, resume))
+        return block.TrainedDrafter(out / "x", 7, {"loss": 2.0}, {"eval/tau": 3.0})
+
+    monkeypatch.setattr(block, name, train)
+    config, out = configs_dir() / "train" / f"{file}.yaml", tmp_path / "run"
+    args = ("spec", "train", "-c", config, "-o", out, "--no-resume")
+    shown = run(*args, "--set", "seed=5").output
+    ((used, where, resume),) = seen
+    assert (used.seed, where, resume) == (5, out, False)
+    assert f"7 steps, loss 2, eval/tau 3; use it with --drafter {used.kind}" in shown
+
+
+def test_trainings_of_nothing_known(tmp_path):
+    config = tmp_path / "train.yaml"
     args = ("spec", "train", "-c", config, "-o", tmp_path / "no")
-    assert "head.yaml: kind must be one of eagle3" in run(*args, code=1).stderr
+    for text, says in (
+        ("kind: medusa", "train.yaml: kind must be one of eagle3, dflash, mtp"),
+        ("kind: mtp\nmodel: x\nsteps: 1\nhead: {}", "train.yaml: "),
+        ("steps: 1", "needs the field 'model'"),
+    ):
+        config.write_text(text)
+        assert says in run(*args, code=1).stderr
     assert not (tmp_path / "no").exists()
 
 

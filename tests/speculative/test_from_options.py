@@ -24,7 +24,6 @@ from angeljax.speculative import (
     autoregressive,
     generate_as,
     init_eagle,
-    load_mtp,
     make_drafter,
     sampling_of,
     save_block,
@@ -153,15 +152,6 @@ def test_auto_of_a_section(monkeypatch, tmp_path):
     assert plan is not None and not plan.on  # nothing is 99 times faster
     plain = autoregressive(*run, max_new_tokens=NEW)
     np.testing.assert_array_equal(out.tokens, plain.tokens)
-
-
-def test_mtp_files_keep_every_number(folders):
-    model, params = load_mtp(folders / "mtp", dtype=jnp.float32)
-    mine = random_params(MTPModel(tiny()[0].config), std=0.3)
-    assert model == MTPModel(tiny()[0].config)
-    assert jax.tree.structure(params) == jax.tree.structure(mine)
-    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(mine), strict=True):
-        np.testing.assert_array_equal(a, b.astype(jnp.bfloat16).astype(jnp.float32))
 
 
 @pytest.mark.parametrize(
