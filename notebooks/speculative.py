@@ -339,10 +339,13 @@ for node in range(15):
     if node:
         line = [[v[parents[node]], v[node]] for v in (x, y)]
         axis.plot(*line, color="#228833" if good else "#cccccc", lw=3 if good else 1)
+    label = repr(show([nodes[node]])) if nodes[node] >= 0 else "no draft"
+    if nodes[node] in model.config.eos_ids:
+        label = "end of text"
     axis.text(
         x[node],
         y[node],
-        repr(show([nodes[node]])) if nodes[node] >= 0 else "no draft",
+        label,
         ha="center",
         va="center",
         weight="bold" if good else "normal",
@@ -411,7 +414,7 @@ def write(drafter=None):
             out = autoregressive(model, params, [prompt], **options)
         else:
             out = generate(model, params, [prompt], drafter=drafter, **options)
-        jax.block_until_ready(out)
+        jax.block_until_ready(out.tokens)
         return out, time.perf_counter() - began
 
     outs, seconds, rounds = [], 0.0, 0
