@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from angeljax.speculative import Drafter, NoDrafter, Sampling, Target
-from angeljax.speculative.core import decode, prefill
+from angeljax.speculative.core import GREEDY, decode, prefill
 from angeljax.speculative.profile import _start
 from benchmarks.decode_step import CAPTURED
 
@@ -113,7 +113,7 @@ class Programs:
         self,
         ways: Mapping[str, Way],
         batch: int,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
         loop: str | None = None,
     ) -> None:
         """Makes the programs that are not there yet."""
@@ -149,7 +149,7 @@ class Programs:
         way: Way,
         prompts: Sequence[Sequence[int]],
         new: int,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
         loop: str | None = None,
     ) -> Done:
         """The text of a batch; the program must be compiled."""
@@ -207,7 +207,7 @@ class Programs:
         rounds = ROUNDS - few
         return (long - short) / rounds, (many - less) // rounds
 
-    def target(self, batch: int, sampling: Sampling = Sampling()) -> Target:
+    def target(self, batch: int, sampling: Sampling = GREEDY) -> Target:
         """The model for a batch."""
         key = batch, sampling
         if key not in self._targets:
@@ -217,7 +217,7 @@ class Programs:
 
     def kernels_of(self, label: str, way: Way, batch: int) -> int:
         """Kernels of a round in the compiled program."""
-        return self.kernels[self.loop, way.always_wide, batch, Sampling(), label]
+        return self.kernels[self.loop, way.always_wide, batch, GREEDY, label]
 
     def _precise(self) -> Any:
         # Such settings belong to a thread: each program is compiled under its own.
@@ -235,7 +235,7 @@ class Programs:
         way: Way,
         batch: int,
         rounds: int,
-        sampling: Sampling = Sampling(),
+        sampling: Sampling = GREEDY,
         loop: str | None = None,
     ) -> Callable[[Any], Any]:
         """The loop as a function of its state, with all else on the device."""

@@ -24,6 +24,7 @@ draft must be right for drafts that cost nothing to pay.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 from collections import defaultdict
@@ -35,7 +36,13 @@ import jax
 import jax.numpy as jnp
 
 import angeljax as aj
-from angeljax.models import DecoderConfig, LanguageModel, load_model, prepare_decoder
+from angeljax.models import (
+    DecoderConfig,
+    LanguageModel,
+    load_model,
+    prepare_decoder,
+    stack_layers,
+)
 from angeljax.recipe import Recipe
 from angeljax.speculative import (
     BlockDrafter,
@@ -117,7 +124,12 @@ def drafters_of(
     dtype: Any = jnp.bfloat16,
 ) -> dict[str, Drafter]:
     """All drafters; the target is as `load_model` gives it."""
-    recycling = TokenRecycling(16, table=successors(model, params))
+    one, stack = model, params
+    if not model.scan_layers:
+        # A table is the same from scanned layers, which compile sooner.
+        one, stack = dataclasses.replace(model, scan_layers=True), stack_layers(params)
+    recycling = TokenRecycling(16, table=successors(one, stack))
+    del stack
     lookup = PromptLookup(7, min_ngram=2)
     recipe = Recipe.from_dict(
         {"rules": [{"format": "int4", "granularity": "group", "group_size": 64}]}

@@ -3,8 +3,8 @@
     python -m benchmarks.tables [--check]
 
 They are docs/results.md, docs/results_kernels.md, docs/results_training.md,
-docs/results_attention.md, docs/results_tokens.md, docs/results_ptq.md and the parts of
-README.md and of guides between two marks.
+docs/results_attention.md, docs/results_tokens.md, docs/results_ptq.md,
+docs/results_speculative.md and the parts of README.md and of guides between two marks.
 `--check` fails if a page is out of date, and writes nothing.
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 from benchmarks import (
     _attention_tables,
     _ptq_tables,
+    _speculative_tables,
     _token_tables,
     _training_tables,
 )
@@ -58,6 +59,15 @@ PTQ_HEAD = (
 larger agreement are better. Weights outside of the layers are not compressed and not
 counted in `bit/weight`. Rows that share a device (`--threads`) take longer to compress
 than they would alone. [What the rows are](guides/ptq.md).
+"""
+)
+SPECULATIVE_HEAD = (
+    HEAD
+    + """
+All times are of this library's own plain decoding and of its speculative decoding, in
+one run and by the same code, after the prompt is read unless it says otherwise. `times
+faster` is the mean over prompts of the ratio of each. A benchmark that has not been run
+has no section here. [What is measured](guides/speculative.md).
 """
 )
 # Claims about speed; every other one is about quality.
@@ -172,7 +182,8 @@ def render(directory: Path = RESULTS) -> dict[str, str]:
     files = sorted(directory.glob("*.json"))
     claims = {f: f.name.split(".")[0] for f in files}
     speed = [f for claim in KERNELS for f in files if claims[f] == claim]
-    own = *_attention_tables.CLAIMS, *_token_tables.CLAIMS, *_ptq_tables.CLAIMS
+    pages_of = _attention_tables, _token_tables, _ptq_tables, _speculative_tables
+    own = [claim for page in pages_of for claim in page.CLAIMS]
     others = *KERNELS, *TRAINING, *own
     quality = [f for f in files if claims[f] not in others]
     heads = {
@@ -199,6 +210,10 @@ def render(directory: Path = RESULTS) -> dict[str, str]:
     pages["results_tokens.md"] = "\n".join([head, *_token_tables.sections(directory)])
     head = PTQ_HEAD.format(title="Results of post-training quantization")
     pages["results_ptq.md"] = "\n".join([head, *_ptq_tables.sections(directory)])
+    head = SPECULATIVE_HEAD.format(title="Results of speculative decoding")
+    pages["results_speculative.md"] = "\n".join(
+        [head, *_speculative_tables.sections(directory)]
+    )
     return pages
 
 

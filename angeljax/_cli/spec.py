@@ -20,14 +20,15 @@ from angeljax._cli import (
 
 app = typer.Typer(
     help="Decode speculatively: the same text sooner. Without --drafter and --recipe "
-    "the way that pays is chosen as `auto` does.",
+    "it is done as --drafter auto does.",
     no_args_is_help=True,
 )
 _DRAFTER = (
     "prompt_lookup[:drafts], recycling[:nodes], hybrid[:nodes], self_quant:RECIPE, "
     "layer_skip:LAYERS, draft_model:MODEL, eagle3:FOLDER, mtp:FOLDER, dflash:FOLDER, "
-    "auto or none, each with other fields of `draft` behind commas "
-    "(prompt_lookup:7,min_ngram=2); or a recipe with a section `draft`."
+    "or none, each with other fields of `draft` behind commas "
+    "(prompt_lookup:7,min_ngram=2); auto, which is hybrid:31 as far as it pays; or a "
+    "recipe with a section `draft`."
 )
 Recipe = Annotated[
     str | None,
@@ -122,7 +123,7 @@ def generate(
     named = None if drafter is None else setup.parse_drafter(drafter)
     ready = _open(model, recipe, dtype)
     options = setup.settle(
-        named or ready.draft or setup.parse_drafter("auto"),
+        named or ready.draft or setup.AUTO,
         num_tokens=num_tokens,
         exact=exact,
         temperature=temperature,
@@ -138,6 +139,8 @@ def generate(
         )
     rows = setup.encode(ready.opened, texts, chat=not raw)
     made = ready.drafter(options)
+    if options.auto is not None:
+        typer.echo("note: rounds are timed, once for each machine", err=True)
     slots = shared_slots(rows, max_new_tokens, [made])
     found = []
     for text, ids in zip(texts, rows, strict=True):

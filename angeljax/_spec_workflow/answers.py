@@ -20,6 +20,7 @@ from angeljax.speculative import (
     sampling_of,
 )
 from angeljax.speculative._check import bucket
+from angeljax.speculative._round import reach_of
 
 ROUNDS = 8  # of a call, after which the text so far is shown
 
@@ -98,11 +99,11 @@ class _Clock:
             self._show(text[len(self._shown) :])
 
     def rate(self, skip: int) -> float | None:
-        """Tokens of a second after the first calls."""
+        """Tokens of a second after the first calls; None if too few are left."""
         if len(self._times) <= skip:
             return None
         (start, few), (end, many) = self._times[skip - 1], self._times[-1]
-        return (many - few) / (end - start) if end > start else None
+        return (many - few) / (end - start) if many - few >= ROUNDS else None
 
 
 def answer(
@@ -187,5 +188,5 @@ def shared_slots(
     prompts: Sequence[Sequence[int]], max_new_tokens: int, drafters: Sequence[Drafter]
 ) -> int:
     """Slots of a cache that suits all prompts and drafters."""
-    reach = max(max(d.width, d.reach) for d in drafters)
+    reach = max(map(reach_of, drafters))
     return bucket(max(map(len, prompts))) + bucket(max_new_tokens + reach)

@@ -20,6 +20,9 @@ from angeljax.models.attention import dense_attention
 from angeljax.recipe import Recipe, RecipeError
 from angeljax.speculative import Drafter, make_drafter
 
+# What is drafted where nobody says how. Without `successors`, whose table takes a CPU
+# minutes.
+AUTO = DraftOptions(method="hybrid", nodes=31, auto=True)  # type: ignore[arg-type]
 SHORT = {"lookup": "prompt_lookup", "eagle": "eagle3", "block": "dflash"}
 # What stands behind the colon of a short name.
 _MAIN = {
@@ -138,10 +141,12 @@ def parse_drafter(text: str) -> DraftOptions:
     head, *fields = re.split(r",(?=\w+=)", text)
     name, colon, main = head.partition(":")
     name = SHORT.get(name, name)
+    if text == "auto":
+        return AUTO
     if name not in METHODS:
         if fields:
             raise ValueError(f"--drafter {text}: no method {name!r} that takes fields")
-        return _of_recipe("spec-auto" if text == "auto" else text)
+        return _of_recipe(text)
     data: dict[str, Any] = {"method": name}
     if colon:
         if name not in _MAIN or not main:

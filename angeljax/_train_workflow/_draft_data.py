@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,20 @@ class DraftData:
 
 
 def read_data(
-    config: DraftTrainConfig, opened: Opened, out: Path, show: bool | None
+    config: DraftTrainConfig,
+    opened: Opened,
+    out: Path,
+    show: bool | None,
+    more: Callable[[np.ndarray], dict[str, np.ndarray] | None] | None = None,
 ) -> DraftData:
     """Rows to train on and held-out prompts; the text is written if there is none.
+
+    Args:
+      config: of the training.
+      opened: the target.
+      out: its folder.
+      show: progress.
+      more: of the ids that are trained on, what else there is about each.
 
     Raises:
       ConfigError: the text does not suffice; one line.
@@ -82,6 +94,7 @@ def read_data(
     rows = MaskedTokens(
         ids,
         mask,
+        None if more is None else more(ids),
         length=config.seq_length,
         batch_size=config.batch_size,
         seed=config.seed,

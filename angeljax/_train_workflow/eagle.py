@@ -18,16 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from angeljax._fields import ConfigError
 from angeljax._train_workflow import _draft_run
 from angeljax._train_workflow._draft_data import open_target, read_data
+from angeljax._workflow import Opened
 from angeljax.speculative import EagleConfig, EagleDrafter, init_eagle, save_eagle
 from angeljax.train import language_model as lm
 from angeljax.train._feature_scales import feature_scales
 from angeljax.train.eagle import EagleTask
 from angeljax.train.eagle_config import EagleTrainConfig
-from angeljax.train.eagle_data import draft_vocabulary
+from angeljax.train.eagle_data import draft_vocabulary, thinking_targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,14 +88,19 @@ def train_eagle(
         target_layers=config.head.layers,
     )
     out.mkdir(parents=True, exist_ok=True)
-    data = read_data(config, opened, out, show)
+
+    def more(ids: np.ndarray) -> dict[str, np.ndarray] | None:
+        return _thinking(config, opened, ids)
+
+    data = read_data(config, opened, out, show, more)
     rows = data.rows
     chosen, coverage = None, 1.0
     if head_config.draft_vocab_size != sizes.vocab_size:
         size = head_config.draft_vocab_size
         chosen, coverage = draft_vocabulary(rows.ids, rows.mask, size, sizes.vocab_size)
     own = json.loads(json.dumps(dataclasses.asdict(head_config)))
-    own = {"head": {**config.to_dict()["head"], **own}}
+    plain = config.to_dict()
+    own = {"exit": plain["exit"], "head": {**plain["head"], **own}}
     checkpoints = _draft_run.open_checkpoints(config, out, rows, own)
     config.save(out / "config.yaml")
 
@@ -110,6 +117,7 @@ def train_eagle(
         target=opened.params,
         ids=chosen,
         norm_scale=config.head.norm_scale,
+        exit=config.exit is not None,
     )
     task = EagleTask(model, head_config, config.loss, config.dtype)
     trainable, frozen = task.init(params, head, scales)
@@ -137,3 +145,25 @@ def train_eagle(
         notes={**_draft_run.notes(config, opened, fitted), "coverage": coverage},
     )
     return TrainedHead(path, fitted.steps, coverage, fitted.metrics, fitted.evaluation)
+
+
+def _thinking(
+    config: EagleTrainConfig, opened: Opened, ids: np.ndarray
+) -> dict[str, np.ndarray] | None:
+    """What the outputs for `SpecExit` learn, if the head has them."""
+    if config.exit is None:
+        return None
+    found = []
+    for name in ("begin", "end"):
+        text = getattr(config.exit, name)
+        token = opened.need_tokenizer().token_id(text)
+        if token is None:
+            raise ConfigError(f"exit.{name}: {config.model} has no token {text!r}")
+        found.append(token)
+    progress, remaining = thinking_targets(ids, *found)
+    if not remaining.any():
+        raise ConfigError(
+            f"exit: the text has no thinking from {config.exit.begin!r} to "
+            f"{config.exit.end!r}"
+        )
+    return {"progress": progress, "remaining": remaining}

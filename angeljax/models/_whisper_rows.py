@@ -17,7 +17,7 @@ from angeljax import ops
 from angeljax.models._whisper_config import WhisperConfig
 from angeljax.models._whisper_layers import SelfKV
 from angeljax.models.features import check_layers
-from angeljax.models.rows import RowCache, Rows
+from angeljax.models.rows import RowCache, Rows, settle_rows
 from angeljax.models.whisper import WhisperModel
 
 
@@ -107,6 +107,7 @@ class WhisperText:
         if missing := set(wanted) - set(run):
             raise ValueError(f"hidden layer {min(missing)} is not among those that run")
         decoder = self.model.bind(params["model"]).decoder
+        cache = settle_rows(cache, slots)
         # Padding may stand beyond the last position; nothing sees it.
         at = jnp.minimum(positions, self.config.max_positions - 1)
         table = decoder.embed_positions.embedding[...]

@@ -67,7 +67,7 @@ class Store(NamedTuple):
 
     Attributes:
       k, v: `[B, num_kv_heads, slots, head_dim]`, or with a leading layer axis; arrays,
-        or `QuantizedKV` of that shape.
+        or `QuantizedKV` of that shape; or a `Held`.
       pages: bounds of the keys, likewise; None without.
       slot: int32 scalar, where the first of the new tokens goes; `[B]` where rows
         differ.
@@ -75,12 +75,50 @@ class Store(NamedTuple):
       real: bool `[B, T]`, which of the new tokens are no padding; None if all are.
     """
 
-    k: Stored
-    v: Stored
+    k: Any
+    v: Any
     pages: Any
     slot: jax.Array
     layer: Any = None
     real: jax.Array | None = None
+
+
+class Held(NamedTuple):
+    """A store with entries that the next write puts in front of its own.
+
+    A write of few slots is a kernel: entries that are known before a write come with it
+    for nothing.
+
+    Attributes:
+      store: an array as in `Store`.
+      rows: `[B, num_kv_heads, R, head_dim]`.
+      valid: int32 `[B]`, how many of them count: they go before the slot of the write.
+    """
+
+    store: jax.Array
+    rows: jax.Array
+    valid: jax.Array
+
+    @property
+    def dtype(self) -> Any:
+        """Of the store."""
+        return self.store.dtype
+
+    def before(self, new: jax.Array) -> jax.Array:
+        """These and the entries `[B, T, num_kv_heads, head_dim]`, R + T of each row."""
+        size, many = self.rows.shape[2], new.shape[1]
+
+        def row(held: jax.Array, new: jax.Array, count: jax.Array) -> jax.Array:
+            # Shifted and chosen, not joined and gathered: that is one kernel.
+            held = jnp.pad(jnp.swapaxes(held, 0, 1), [(0, many), (0, 0), (0, 0)])
+            new = jnp.pad(new, [(size, size), (0, 0), (0, 0)])
+            new = jax.lax.dynamic_slice_in_dim(new, size - count, size + many)
+            first = jnp.arange(size + many) < count
+            return jnp.where(first[:, None, None], held, new)
+
+        if len(new) == 1:
+            return row(self.rows[0], new[0], self.valid[0])[None]
+        return jax.vmap(row)(self.rows, new, self.valid)
 
 
 def init_cache(
@@ -180,12 +218,13 @@ def init_cache(
 
 
 def write(
-    store: Stored, new: jax.Array, slot: jax.Array, layer: Any = None
+    store: Stored | Held, new: jax.Array, slot: jax.Array, layer: Any = None
 ) -> tuple[Stored, jax.Array]:
     """Writes the keys (or values) of new tokens.
 
     Args:
-      store: `[B, num_kv_heads, slots, head_dim]`, or with a leading layer axis.
+      store: `[B, num_kv_heads, slots, head_dim]`, or with a leading layer axis; a
+        `Held` with what stands before the new tokens.
       new: `[B, T, num_kv_heads, head_dim]`.
       slot: int32 scalar, where the first of them goes; `[B]` where rows differ.
       layer: index of the layer if `store` holds all of them.
@@ -205,6 +244,9 @@ def write(
         seen = (store if layer is None else store.at(layer)).dequantize()
         return store, jnp.swapaxes(seen, 1, 2)
     new = new.astype(store.dtype)
+    if isinstance(store, Held):
+        new, slot = store.before(new), slot - store.valid
+        store = store.store
     if jnp.ndim(slot) == 0 or len(slot) == 1:
         put = jnp.swapaxes(new, 1, 2)
         put = put if layer is None else put[None]
@@ -221,7 +263,7 @@ def write(
     return store, jnp.swapaxes(seen, 1, 2)
 
 
-def kept(store: Stored, new: jax.Array, layer: Any = None) -> jax.Array:
+def kept(store: Stored | Held, new: jax.Array, layer: Any = None) -> jax.Array:
     """What a store would give back of new tokens `[B, T, num_kv_heads, head_dim]`."""
     if not isinstance(store, QuantizedKV):
         return new.astype(store.dtype)

@@ -18,7 +18,7 @@ from flax import nnx
 
 from angeljax.attention.prefill import SparseAttention
 from angeljax.models.attention import causal_attention, dense_attention
-from angeljax.models.cache import Layers, Store
+from angeljax.models.cache import Held, Layers, Store
 from angeljax.models.features import check_layers
 from angeljax.models.rope import cos_sin
 
@@ -31,12 +31,14 @@ class RowCache:
     Attributes:
       k, v: as those of a `KVCache`: a tuple with `[B, num_kv_heads, slots, head_dim]`
         for each layer, or one array `[layers, B, num_kv_heads, slots, head_dim]`.
+      held: entries that the next reading puts in place; None without.
       rope_delta: int32 `[B]`, what is added to positions before they turn queries and
         keys, where a prompt with images ended elsewhere than its tokens; or None.
     """
 
     k: Layers
     v: Layers
+    held: HeldRows | None = None
     rope_delta: jax.Array | None = None
 
 
@@ -56,6 +58,69 @@ class RowInputs:
     rotary: jax.Array | None = None
     deepstack: tuple[jax.Array, ...] = ()
     rope_delta: jax.Array | None = None
+
+
+class HeldRows(NamedTuple):
+    """Entries of all layers that go before the slots of the next reading.
+
+    Attributes:
+      k, v: as those of a `RowCache`, with R slots.
+      valid: int32 `[B]`, how many of these count.
+    """
+
+    k: Layers
+    v: Layers
+    valid: jax.Array
+
+
+def hold_rows(
+    cache: RowCache, starts: jax.Array, path: jax.Array, count: jax.Array, nodes: int
+) -> RowCache:
+    """The entries at `starts + path`, to be put at `starts` and on by the next reading.
+
+    That must be at `starts + count`.
+
+    Args:
+      cache: without held entries.
+      starts: int32 `[B]`.
+      path: int32 `[B, R]`, from 0 to `nodes - 1`.
+      count: int32 `[B]`, how many of them matter.
+      nodes: how many slots from `starts` on are looked at.
+
+    Returns:
+      The cache, nothing of it moved.
+    """
+
+    def taken(x: jax.Array) -> jax.Array:
+        if len(starts) == 1:
+            window = jax.lax.dynamic_slice_in_dim(x, starts[0], nodes, x.ndim - 2)
+            return jnp.take(window, path[0], axis=x.ndim - 2)
+        at = (starts[:, None] + path)[:, None, :, None]
+        at = at.reshape((1,) * (x.ndim - 4) + at.shape)
+        return jnp.take_along_axis(x, at, axis=-2, mode="promise_in_bounds")
+
+    k, v = jax.tree.map(taken, (cache.k, cache.v))
+    return dataclasses.replace(cache, held=HeldRows(k, v, count))
+
+
+def settle_rows(cache: RowCache, slots: jax.Array) -> RowCache:
+    """The cache with what it holds put before `slots`, int32 `[B]`."""
+    if (held := cache.held) is None:
+        return cache
+    start = slots - held.valid
+    row = jnp.arange(len(start))[:, None]
+
+    def put(x: jax.Array, rows: jax.Array) -> jax.Array:
+        if len(start) == 1:
+            return jax.lax.dynamic_update_slice_in_dim(x, rows, start[0], x.ndim - 2)
+        at = start[:, None] + jnp.arange(rows.shape[-2])
+        goal = (..., row, slice(None), at, slice(None))
+        # The indices come first, and then the layers of a stack.
+        rows = jnp.moveaxis(rows, (x.ndim - 4, x.ndim - 2), (0, 1))
+        return x.at[goal].set(rows, mode="promise_in_bounds", unique_indices=True)
+
+    k, v = jax.tree.map(put, (cache.k, cache.v), (held.k, held.v))
+    return dataclasses.replace(cache, k=k, v=v, held=None)
 
 
 class Rows(NamedTuple):
@@ -128,6 +193,11 @@ def read_rows(
     fn = module.attention_fn
     if fn is causal_attention or isinstance(fn, SparseAttention):
         fn = dense_attention
+    held = cache.held
+
+    def behind(store: Any, rows: Any) -> Any:
+        return store if held is None else Held(store, rows, held.valid)
+
     if module.scan_layers:
         mixed = any(windows)
         told = seen if mixed else lambda _: mask
@@ -135,6 +205,11 @@ def read_rows(
 
         def block(state: Any, x: Any, store: Store, window: Any) -> Any:
             layer = nnx.merge(graphdef, state)
+            if held is not None:
+                sides: Any = held.k, held.v
+                rows = (_at(side, store.layer) for side in sides)
+                k, v = map(behind, (store.k, store.v), rows)
+                store = store._replace(k=k, v=v)
             return layer(x, rotation, told(window), store, fn)
 
         graphdef, state = nnx.split(module.layers)
@@ -146,12 +221,17 @@ def read_rows(
     outputs = {}
     for i in run:
         store = Store(k[i], v[i], None, slots)
+        if held is not None:
+            ahead: Any = held
+            store = store._replace(
+                k=behind(k[i], ahead.k[i]), v=behind(v[i], ahead.v[i])
+            )
         x, store = module.layers[i](x, rotation, masks[windows[i]], store, fn)
         x = x if i >= len(planes) else x + planes[i].astype(x.dtype)
         k[i], v[i] = store.k, store.v
         outputs[i] = x
     found = tuple(outputs[i] for i in wanted)
-    return Rows(x, found, dataclasses.replace(cache, k=tuple(k), v=tuple(v)))
+    return Rows(x, found, dataclasses.replace(cache, k=tuple(k), v=tuple(v), held=None))
 
 
 def _place(wanted: tuple[int, ...], layer: int) -> int:
@@ -189,7 +269,7 @@ def _scan(
     x, k, v, kept = carry
     # A layer may have been asked for twice.
     found = () if kept is None else tuple(kept[wanted.index(i)] for i in wanted)
-    return Rows(x, found, dataclasses.replace(cache, k=k, v=v))
+    return Rows(x, found, dataclasses.replace(cache, k=k, v=v, held=None))
 
 
 def _at(stack: jax.Array, layer: jax.Array) -> jax.Array:

@@ -72,9 +72,13 @@ from angeljax.speculative.recycling import (
     successors,
 )
 from angeljax.speculative.sampling import Sampler, Sampling
+from angeljax.speculative.spec_exit import ExitRule, SpecExit, exit_signals
 from angeljax.speculative.tree import DynamicTree, Tree, chain
 
 __all__ = [
+    "ExitRule",
+    "SpecExit",
+    "exit_signals",
     "BlockConfig",
     "BlockDrafter",
     "BlockModel",

@@ -17,6 +17,8 @@ def draw_chain(
     carry: Any,
     lengths: jax.Array,
     num_tokens: int,
+    *,
+    unroll: bool = False,
 ) -> tuple[Draft, Any]:
     """Draws, reads what was drawn, and so on; the last is not read.
 
@@ -27,6 +29,7 @@ def draw_chain(
       carry: pytree, such as logits and a cache.
       lengths: int32 `[B]`, the position of the first draft.
       num_tokens: how many are drawn.
+      unroll: for what reads in a few kernels: XLA then joins some of them.
 
     Returns:
       The draft and the carry after the last token but one was read.
@@ -38,7 +41,7 @@ def draw_chain(
         return (read(carry, new, at), at + 1), (new[:, 0], log_q)
 
     first = carry, lengths
-    (carry, at), drawn = jax.lax.scan(step, first, length=num_tokens - 1)
+    (carry, at), drawn = jax.lax.scan(step, first, length=num_tokens - 1, unroll=unroll)
     new, log_q = choose(carry, at)
     last = new[:, 0], log_q
     drawn = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), drawn, last)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from angeljax.attention.prefill import SparseAttention
+from angeljax.speculative._round import reach_of
 from angeljax.speculative.drafter import Drafter, TargetModel
 from angeljax.speculative.sampling import Sampling
 from angeljax.tokens import Prompt, Pruned
@@ -131,14 +132,14 @@ def slots(
             f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed "
             f"the context of {context}: shorten one of them"
         )
-    reach = max(drafter.width, drafter.reach)
+    reach = reach_of(drafter)
     need = longest + max_new_tokens + reach - 1
     if given is None:
         return bucket(longest) + bucket(max_new_tokens + reach)
     if given < need:
         raise ValueError(
             f"slots={given}: a prompt of {longest} tokens, max_new_tokens="
-            f"{max_new_tokens} and drafts {reach} wide need {need}"
+            f"{max_new_tokens} and {reach} slots for drafts need {need}"
         )
     return given
 

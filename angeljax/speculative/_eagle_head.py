@@ -27,6 +27,8 @@ from pallas_kernels._fused import before
 # (q [B,T,H,D], k and v [B,T,Hkv,D]) -> [B,T,H,D]; whoever reads knows the cache.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Params = dict[str, Any]
+# What `SpecExit` reads, in the order of its outputs.
+EXIT_SIGNALS = ("confidence", "progress", "remaining")
 
 
 def shapes(config: EagleConfig) -> dict[str, Any]:
@@ -64,6 +66,7 @@ def init_eagle(
     target: Params | None = None,
     ids: Any = None,
     norm_scale: float = 0.15,
+    exit: bool = False,
     std: float = 0.02,
 ) -> Params:
     """Parameters to begin training with, float32.
@@ -76,6 +79,7 @@ def init_eagle(
       ids: int `[draft_vocab_size]`, the tokens that the head proposes; None for all.
       norm_scale: factor on the target's final norm, so that the first logits are small:
         features of inner layers may be a hundred times as large as those of the last.
+      exit: also `exit`, the outputs that `SpecExit` looks at, zeros to begin with.
       std: of what is drawn.
 
     Returns:
@@ -120,6 +124,9 @@ def init_eagle(
         params["lm_head"]["kernel"] = rows
         norm = jnp.asarray(target["norm"]["scale"], jnp.float32)
         params["norm"]["scale"] = norm_scale * norm
+    if exit:
+        wide = len(config.target_layers) * config.target_hidden_size
+        params["exit"] = {"kernel": jnp.zeros((wide, len(EXIT_SIGNALS)))}
     if found is not None:
         params["d2t"] = jnp.asarray(found - np.arange(len(found)), jnp.int32)
     return params

@@ -24,7 +24,7 @@ from angeljax.models import DecoderConfig
 from angeljax.models.config import ModelError
 from angeljax.models.hf import read_json, read_tensors
 from angeljax.speculative._eagle_config import EagleConfig, default_layers
-from angeljax.speculative._eagle_head import Params, eagle_ids, shapes
+from angeljax.speculative._eagle_head import EXIT_SIGNALS, Params, eagle_ids, shapes
 
 # Names of the same class: SGLang and vLLM know the first, AngelSlim writes the second.
 ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
@@ -44,7 +44,8 @@ def save_eagle(
     Args:
       path: a folder, made if it is missing.
       config: of the head.
-      params: its parameters, dense.
+      params: its parameters, dense. Outputs for `SpecExit` become more rows of
+        `fc.weight`, as AngelSlim has them; other engines load only heads without.
       scales: float `[3 * target_hidden_size]` that features are multiplied by before
         `fc`; they become part of it.
       dtype: of the floating-point tensors.
@@ -78,6 +79,13 @@ def save_eagle(
     if scales is not None:
         kernel = jnp.asarray(scales, jnp.float32)[:, None] * params["fc"]["kernel"]
         params = {**params, "fc": {"kernel": kernel}}
+    if (signals := params.get("exit")) is not None:
+        kernel = jnp.asarray(signals["kernel"], jnp.float32)
+        if scales is not None:
+            kernel = jnp.asarray(scales, jnp.float32)[:, None] * kernel
+        wide = jnp.concatenate([params["fc"]["kernel"], kernel], axis=1)
+        params = {k: v for k, v in params.items() if k != "exit"}
+        params["fc"] = {"kernel": wide}
     tensors: dict[str, jax.Array] = {}
     dense = {k: v for k, v in params.items() if k != "d2t"}
     for where, leaf in jax.tree_util.tree_leaves_with_path(dense):
@@ -190,6 +198,9 @@ def load_eagle(
         if array is None:
             raise ModelError(f"{folder}: has no tensor {key}")
         array = array.T if last == "kernel" else array
+        if names == ["fc"] and array.shape[1] == shape[1] + len(EXIT_SIGNALS):
+            more = jnp.asarray(array[:, shape[1] :], dtype)
+            params["exit"], array = {"kernel": more}, array[:, : shape[1]]
         if array.shape != shape:
             raise ModelError(
                 f"{folder}: {key} has the shape {array.shape[::-1]} and "

@@ -10,11 +10,13 @@ Going back after a rejected draft is therefore nothing but a smaller n.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from angeljax.models.rows import RowCache, hold_rows, settle_rows
 from angeljax.speculative._rows import (
     cache_slots,
     chain_mask,
@@ -77,6 +79,33 @@ def depth_of(drafter: Drafter) -> int:
     return drafter.width - 1 if drafter.tree is None else drafter.tree.depth
 
 
+def reach_of(drafter: Drafter) -> int:
+    """Slots of the target's cache, from the last token's on, that a round may write."""
+    own = max(drafter.width, drafter.reach)
+    # What was accepted of a tree is put in place along with the next one.
+    return own if drafter.tree is None else own + drafter.tree.depth + 1
+
+
+def ready(drafter: Drafter, state: State) -> State:
+    """The state as it enters rounds and leaves them: a tree's holds entries."""
+    cache = state.cache
+    if drafter.tree is None or not isinstance(cache, RowCache):
+        return state
+    start = state.lengths - 1
+    path = jnp.zeros((len(start), drafter.tree.depth + 1), jnp.int32)
+    none = jnp.zeros_like(start)
+    held = hold_rows(cache, start, path, none, 1)
+    return dataclasses.replace(state, cache=held)
+
+
+def settled(state: State) -> State:
+    """The state with all entries of the cache in their places."""
+    if not isinstance(state.cache, RowCache):
+        return state
+    cache = settle_rows(state.cache, state.lengths - 1)
+    return dataclasses.replace(state, cache=cache)
+
+
 def decode_round(
     target: Target,
     drafter: Drafter,
@@ -103,6 +132,8 @@ def decode_round(
     proposed = (tokens >= 0) & state.active[:, None]
     shape = _Shape.of(drafter, draft, before.lengths, cache_slots(cache))
 
+    after, sampler = shape.positions + 1, target.sampler
+
     def read(width: int) -> Any:
         rows = target.model.read_rows(
             target.params,
@@ -115,22 +146,26 @@ def decode_round(
             hidden=drafter.hidden,
         )
         logits = target.model.head_rows(target.params, rows.final)
+        # What the branches of a choice give is padded: choices, not logits.
+        told = [logits]
+        if not sampler.rejection:
+            told = [sampler.choose(logits, after[:, :width])[..., None]]
+        if drafter.top_k:
+            told.append(jax.lax.top_k(logits, drafter.top_k)[1].astype(jnp.int32))
         rest = [(0, 0), (0, drafter.width - width), (0, 0)]
-        hidden = tuple(jnp.pad(h, rest) for h in rows.hidden)
-        return jnp.pad(logits, rest), hidden, rows.cache
+        pad = functools.partial(jnp.pad, pad_width=rest)
+        return *jax.tree.map(pad, (told, rows.hidden)), rows.cache
 
     if drafter.optional and drafter.width > 1 and not always_wide:
         some = jnp.any(proposed[:, 1:])
         out = jax.lax.cond(some, lambda: read(drafter.width), lambda: read(1))
     else:
         out = read(drafter.width)
-    logits, hidden, cache = out
-    after = shape.positions + 1
-    sampler = target.sampler
+    told, hidden, cache = out
     if sampler.rejection:
-        chosen, good = sampler.reject(logits, draft.tokens, draft.log_probs, after)
+        chosen, good = sampler.reject(told[0], draft.tokens, draft.log_probs, after)
     else:
-        chosen = sampler.choose(logits, after)
+        chosen = told[0][..., 0]
         good = draft.tokens == chosen[:, :-1]
 
     if drafter.tree is None:
@@ -139,11 +174,12 @@ def decode_round(
         path, text = jnp.minimum(path, accepted[:, None]), chosen
     else:
         depth = drafter.tree.depth
-        path, accepted = walk(shape.parents, tokens, chosen, depth)
+        path, accepted = walk(shape.parents, shape.lines, tokens, chosen, depth)
         text = jnp.take_along_axis(chosen, path, axis=1)
-        cache = move_rows(cache, before.lengths - 1, path, drafter.width)
         hidden = tuple(jnp.take_along_axis(h, path[..., None], axis=1) for h in hidden)
 
+    read_tokens = jnp.take_along_axis(tokens, path, axis=1)
+    text, accepted, memory = drafter.steer(memory, read_tokens, text, accepted)
     place = jnp.arange(text.shape[1])
     ends = jnp.isin(text, stops)
     last = jnp.where(ends.any(axis=1), jnp.argmax(ends, axis=1), text.shape[1])
@@ -151,6 +187,12 @@ def decode_round(
     emitted = jnp.minimum(jnp.minimum(accepted + 1, last + 1), room)
     emitted = jnp.where(state.active, emitted, 0).astype(jnp.int32)
     lengths = before.lengths + emitted
+    if drafter.tree is not None:
+        root, nodes = before.lengths - 1, drafter.width
+        if isinstance(cache, RowCache):
+            cache = hold_rows(cache, root, path, emitted, nodes)
+        else:
+            cache = move_rows(cache, root, path, nodes)
     active = state.active & (last >= emitted) & (lengths < state.limits)
     now = dataclasses.replace(
         state,
@@ -175,7 +217,7 @@ def decode_round(
         chosen=chosen,
         path=path,
         hidden=hidden,
-        top_ids=_likeliest(logits, drafter.top_k),
+        top_ids=told[1] if drafter.top_k else None,
     )
     return dataclasses.replace(now, drafter=drafter.update(target, memory, verified))
 
@@ -188,6 +230,7 @@ class _Shape:
     mask: jax.Array
     keys: jax.Array | None = None
     parents: Any = None
+    lines: Any = None
 
     @classmethod
     def of(
@@ -202,8 +245,8 @@ class _Shape:
             lines = jnp.asarray(tree.ancestors)[None]
         else:
             assert isinstance(tree, DynamicTree) and draft.parents is not None
-            parents = draft.parents.astype(jnp.int32)
-            lines = ancestors(parents, tree.depth)
+            parents, known = draft.parents.astype(jnp.int32), draft.ancestors
+            lines = ancestors(parents, tree.depth) if known is None else known
         depths = jnp.sum(lines, axis=-1, dtype=jnp.int32) - 1
         positions = root + depths
         return cls(
@@ -211,6 +254,7 @@ class _Shape:
             tree_mask(lines, root[:, 0], slots),
             key_positions(positions, root[:, 0], slots),
             parents,
+            lines,
         )
 
 
@@ -236,9 +280,3 @@ def _check(drafter: Drafter, draft: Draft, batch: int, rejection: bool) -> None:
             f"{name} gives log_probs, which only the rejection rule looks at: draw "
             "with sampler.draft, which says when they are wanted"
         )
-
-
-def _likeliest(logits: jax.Array, k: int) -> jax.Array | None:
-    if not k:
-        return None
-    return jax.lax.top_k(logits, k)[1].astype(jnp.int32)

@@ -89,11 +89,12 @@ def tree_mask(ancestors: jax.Array, starts: jax.Array, slots: int) -> jax.Array:
     Returns:
       bool `[B, 1, T, slots]`.
     """
-    batch, (_, count, _) = len(starts), ancestors.shape
-    before = jnp.arange(slots) < starts[:, None, None]
-    before = jnp.broadcast_to(before, (batch, count, slots))
-    given = jnp.broadcast_to(ancestors, (batch, *ancestors.shape[1:]))
-    return put_rows(before, given, starts)[:, None]
+    count = ancestors.shape[-1]
+    node = jnp.arange(slots) - starts[:, None, None]  # [B, 1, slots]
+    given = jnp.broadcast_to(ancestors, (len(starts), *ancestors.shape[1:]))
+    at = jnp.clip(node, 0, count - 1)
+    given = jnp.take_along_axis(given, at, axis=-1, mode="promise_in_bounds")
+    return ((node < 0) | (given & (node < count)))[:, None]
 
 
 def key_positions(positions: jax.Array, starts: jax.Array, slots: int) -> jax.Array:

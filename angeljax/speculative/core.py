@@ -19,7 +19,14 @@ import numpy as np
 from angeljax.models.rows import RowInputs
 from angeljax.speculative import _check
 from angeljax.speculative._prompts import padded_inputs, read_prompts
-from angeljax.speculative._round import State, Stats, decode_round, depth_of
+from angeljax.speculative._round import (
+    State,
+    Stats,
+    decode_round,
+    depth_of,
+    ready,
+    settled,
+)
 from angeljax.speculative._rows import chain_mask, map_slots
 from angeljax.speculative.drafter import (
     Drafter,
@@ -72,7 +79,8 @@ def prefill(
       tokens: int32 `[B, T]`, padded on the right.
       lengths: int32 `[B]`, from 1 to T.
       limits: int32 `[B]`, length of prompt and text that a row may reach.
-      slots: of the cache: `max(limits) + drafter.reach - 1` or more, and T or more.
+      slots: of the cache: `max(limits) + drafter.reach - 1` or more, and T or more; for
+        a tree by its depth and one more.
       inputs: what is read in place of the tokens' embeddings.
 
     Returns:
@@ -180,7 +188,8 @@ def decode(
         state = decode_round(target, drafter, state, stops, always_wide=always_wide)
         return done + 1, state
 
-    return jax.lax.while_loop(more, step, (jnp.int32(0), state))[1]
+    first = jnp.int32(0), ready(drafter, state)
+    return settled(jax.lax.while_loop(more, step, first)[1])
 
 
 def generate(

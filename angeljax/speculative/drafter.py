@@ -103,6 +103,8 @@ class Context(NamedTuple):
       cache: of the target: slots up to `lengths - 2` hold keys and values, slot `s`
         those of token `s`; the rest is junk. A drafter may write any slot from
         `lengths - 1` on, and then hands the cache back: the target overwrites them.
+        With a tree a `RowCache` may hold the last of them back until it is read
+        (`read_rows`).
       active: bool `[B]`, rows that are not finished.
     """
 
@@ -127,12 +129,15 @@ class Draft(NamedTuple):
       log_probs: float32 `[B, width - 1, V]`, what the tokens were drawn with (from
         `sampler.draft`), for the rejection rule; None if nothing was drawn.
       cache: that of the context if the drafter wrote into it; else None.
+      ancestors: bool `[B, width, width]` for a `DynamicTree`, which nodes each descends
+        from, itself included, if the drafter knows them; else they are worked out.
     """
 
     tokens: jax.Array
     parents: jax.Array | None = None
     log_probs: jax.Array | None = None
     cache: Any = None
+    ancestors: jax.Array | None = None
 
 
 class Verified(NamedTuple):
@@ -225,6 +230,23 @@ class Drafter(abc.ABC):
     def update(self, target: Target, state: Any, verified: Verified) -> Any:
         """The state after the target has read the drafts."""
         return state
+
+    def steer(
+        self, state: Any, read: jax.Array, text: jax.Array, accepted: jax.Array
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        """Changes the text on purpose, before it is committed; by default it does not.
+
+        Args:
+          state: of the drafter.
+          read: int32 `[B, R + 1]`, last token and drafts along the accepted path.
+          text: int32 `[B, R + 1]`, what the target puts after each.
+          accepted: int32 `[B]`, drafts that it would have chosen.
+
+        Returns:
+          text, of which `accepted + 1` tokens are committed; accepted, not more than
+          before; the state.
+        """
+        return text, accepted, state
 
 
 @jax.tree_util.register_dataclass

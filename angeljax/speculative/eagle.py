@@ -265,7 +265,9 @@ class EagleDrafter(Drafter):
             return draft_logits(self.config, self.params, hidden), hidden, state
 
         first = logits, hidden, state
-        draft, (*_, state) = draw_chain(choose, read, first, lengths, self.num_tokens)
+        draft, (*_, state) = draw_chain(
+            choose, read, first, lengths, self.num_tokens, unroll=True
+        )
         return draft, state
 
     def _tree(

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from angeljax._draft_options import DraftOptions, DraftSampling
-from angeljax._fields import build, known_fields
 from angeljax.formats import QTensor
-from angeljax.speculative import _check
+from angeljax.speculative import _check, _learned_options
 from angeljax.speculative._prompts import read_prompts
 from angeljax.speculative.auto import Plan, auto_generate
-from angeljax.speculative.block import BlockDrafter
-from angeljax.speculative.block_files import load_block
 from angeljax.speculative.core import Generated, generate
 from angeljax.speculative.drafter import Drafter, NoDrafter
-from angeljax.speculative.eagle import EagleDrafter, EagleTree, load_eagle
 from angeljax.speculative.lookup import PromptLookup
 from angeljax.speculative.model_drafter import DraftModel, SelfDrafter
-from angeljax.speculative.mtp import MTPDrafter
-from angeljax.speculative.mtp_files import load_mtp
 from angeljax.speculative.prepare import prepare_drafter
 from angeljax.speculative.profile import profile_target
 from angeljax.speculative.recycling import Hybrid, TokenRecycling, successors
@@ -252,50 +245,6 @@ def _draft_model(ready: _Ready) -> DraftModel:
     return DraftModel(plain, opened.params, **ready.given("num_tokens"))
 
 
-def _eagle(ready: _Ready) -> EagleDrafter:
-    options = ready.options
-    growth = None
-    if options.options:
-        if options.num_tokens is not None:
-            raise ValueError(
-                "draft.options describe a tree and draft.num_tokens a chain: give one"
-            )
-        growth = build(EagleTree, _learned(options, EagleTree), "draft.options")
-    config, params = load_eagle(
-        _folder(options), ready.model.config, dtype=ready.model.dtype
-    )
-    return EagleDrafter(config, params, growth=growth, **ready.given("num_tokens"))
-
-
-def _block(ready: _Ready) -> BlockDrafter:
-    _learned(ready.options, None)
-    model, params = load_block(_folder(ready.options), dtype=ready.model.dtype)
-    return BlockDrafter(model, params, **ready.given("num_tokens"))
-
-
-def _mtp(ready: _Ready) -> MTPDrafter:
-    _learned(ready.options, None)
-    model, params = load_mtp(_folder(ready.options), dtype=ready.model.dtype)
-    return MTPDrafter(model, params, **ready.given("num_tokens"))
-
-
-def _folder(options: DraftOptions) -> Path:
-    folder = Path(str(options.path))
-    if not folder.is_dir():
-        raise ValueError(f"draft.path: no folder {folder} with a drafter")
-    return folder
-
-
-def _learned(options: DraftOptions, kind: Any) -> dict[str, Any]:
-    """The fields of `draft.options`, which a kind of drafter must know."""
-    given = dict(options.options or {})
-    names: Sequence[str] = [f.name for f in dataclasses.fields(kind)] if kind else ()
-    if given and not names:
-        raise ValueError(f"draft.options: {options.method} takes none")
-    known_fields(given, list(names), "draft.options")
-    return given
-
-
 _MAKERS: dict[str, Any] = {
     "none": _none,
     "prompt_lookup": _lookup,
@@ -304,7 +253,7 @@ _MAKERS: dict[str, Any] = {
     "layer_skip": _layer_skip,
     "self_quant": _self_quant,
     "draft_model": _draft_model,
-    "eagle3": _eagle,
-    "mtp": _mtp,
-    "dflash": _block,
+    "eagle3": _learned_options.eagle,
+    "mtp": _learned_options.mtp,
+    "dflash": _learned_options.block,
 }

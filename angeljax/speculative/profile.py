@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from angeljax.speculative import _check
-from angeljax.speculative._round import State, Stats, depth_of
+from angeljax.speculative._round import State, Stats, depth_of, reach_of
 from angeljax.speculative.core import GREEDY, decode, prefill
 from angeljax.speculative.drafter import Drafter, NoDrafter, Target, TargetModel
 
@@ -173,7 +173,7 @@ def profile_drafter(
       ValueError: the drafter does not go with the model.
     """
     drafter.check(model, GREEDY)
-    slots = _check.bucket(max(slots, 2 * max(drafter.width, drafter.reach)))
+    slots = _check.bucket(max(slots, 2 * reach_of(drafter)))
     key = {"drafter": _signature(drafter), "repeats": repeats}
     key |= _key(model, params, batch, slots)
 
@@ -234,7 +234,7 @@ def _seconds(
 
 def _start(target: Target, drafter: Drafter, batch: int, slots: int) -> State:
     """A state from which some dozens of rounds are possible."""
-    reach = max(drafter.width, drafter.reach)
+    reach = reach_of(drafter)
     count = min(16, slots // 4)
     limits = jnp.full(batch, min(count + 96, slots - reach), jnp.int32)
     lengths = jnp.full(batch, count, jnp.int32)

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from angeljax.speculative._rows import chain_mask
 from angeljax.speculative.drafter import (
@@ -247,12 +248,18 @@ class Hybrid(Drafter):
         )
         parents = self.recycling.tree.parents
         rest = [0 if p == 0 else p + count for p in parents[1 : self.width - count]]
-        both = jnp.asarray([*range(-1, count), *rest])
+        both = Tree((*range(-1, count), *rest))
         tokens = jnp.concatenate([line, tree.tokens[:, : len(rest)]], axis=1)
-        found = found[:, None]
+
+        def one_of(line: Any, plain: Any) -> jax.Array:
+            some = found.reshape(-1, *(1 for _ in line.shape[1:]))
+            return jnp.where(some, line, plain)
+
+        plain = self.recycling.tree
         draft = Draft(
-            tokens=jnp.where(found, tokens, tree.tokens),
-            parents=jnp.where(found, both, jnp.asarray(parents)),
+            tokens=one_of(tokens, tree.tokens),
+            parents=one_of(*(np.asarray([t.parents]) for t in (both, plain))),
+            ancestors=one_of(both.ancestors[None], plain.ancestors[None]),
         )
         return draft, state
 

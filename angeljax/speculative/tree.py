@@ -123,12 +123,17 @@ def ancestors(parents: jax.Array, depth: int) -> jax.Array:
 
 
 def walk(
-    parents: jax.Array, tokens: jax.Array, chosen: jax.Array, depth: int
+    parents: jax.Array,
+    lines: jax.Array,
+    tokens: jax.Array,
+    chosen: jax.Array,
+    depth: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Follows the target's choices from the root down.
+    """The longest way from the root down along which the target chose each token.
 
     Args:
       parents: int32 `[B, N]` or `[1, N]`, -1 for the root.
+      lines: bool `[B, N, N]` or `[1, N, N]`, the `ancestors` of each node.
       tokens: int32 `[B, N]` of the nodes, -1 where there is none.
       chosen: int32 `[B, N]`, what the target puts after each node.
       depth: distance from the root that no node exceeds.
@@ -137,15 +142,19 @@ def walk(
       int32 `[B, depth + 1]`, the nodes on the way, the last repeated; and int32 `[B]`,
       how many follow the root.
     """
-    node = jnp.zeros(len(tokens), jnp.int32)
-    count = jnp.zeros(len(tokens), jnp.int32)
-    path = [node]
-    # At most a dozen steps over small integers: unrolled they become few kernels.
-    for _ in range(depth):
-        wanted = jnp.take_along_axis(chosen, node[:, None], axis=1)
-        child = (parents == node[:, None]) & (tokens == wanted)
-        found = jnp.any(child, axis=1)
-        node = jnp.where(found, jnp.argmax(child, axis=1), node).astype(jnp.int32)
-        count += found
-        path.append(node)
-    return jnp.stack(path, axis=1), count
+    # All nodes at once: step by step it would be as many kernels as levels.
+    batch, count = tokens.shape
+    above = jnp.broadcast_to(jnp.maximum(parents, 0), (batch, count))
+    wrong = tokens != jnp.take_along_axis(chosen, above, axis=1)
+    wrong &= jnp.arange(count) > 0
+    levels = jnp.sum(lines, axis=-1, dtype=jnp.int32) - 1
+    good = ~jnp.any(lines & wrong[:, None], axis=-1)
+    # The deepest; of equal ones the first.
+    node = jnp.argmax(jnp.where(good, levels, -1), axis=1).astype(jnp.int32)
+    lines = jnp.broadcast_to(lines, (batch, count, count))
+    levels = jnp.broadcast_to(levels, (batch, count))
+    line = jnp.take_along_axis(lines, node[:, None, None], axis=1)
+    near = line & (levels[:, None] <= jnp.arange(depth + 1)[:, None])
+    path = jnp.max(jnp.where(near, jnp.arange(count), 0), axis=-1)
+    length = jnp.take_along_axis(levels, node[:, None], axis=1)[:, 0]
+    return path.astype(jnp.int32), length

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self, get_type_hints
+from typing import Any, ClassVar, Self, get_args, get_type_hints
 
 import yaml
 
@@ -205,8 +205,8 @@ class DraftTrainConfig:
         choice("kind", data.pop("kind", cls.kind), (cls.kind,))
         types, fields = get_type_hints(cls), dataclasses.fields(cls)
         for field in fields:
-            name, kind = field.name, types[field.name]
-            if not isinstance(kind, type) or not dataclasses.is_dataclass(kind):
+            name, kind = field.name, _section(types[field.name])
+            if kind is None:
                 continue
             if data.get(name) is None:
                 data.pop(name, None)
@@ -244,3 +244,11 @@ class DraftTrainConfig:
         """Writes it as YAML."""
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
         Path(path).write_text(text, encoding="utf-8")
+
+
+def _section(hint: Any) -> type | None:
+    """The class of a field that is a section, `Class` or `Class | None`."""
+    for kind in (hint, *get_args(hint)):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            return kind
+    return None

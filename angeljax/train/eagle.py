@@ -44,6 +44,7 @@ class EagleLoss:
         `angeljax.train._acceptance.distance`.
       kl_steps: optimizer steps that begin with "kl", whatever the kind.
       eta: of "lk_hybrid".
+      exit: weight of the outputs for `SpecExit`, of a head that has them.
 
     Raises:
       ConfigError: a field is out of range.
@@ -54,6 +55,7 @@ class EagleLoss:
     kind: str = "kl"
     kl_steps: int = 0
     eta: float = 3.0
+    exit: float = 0.1
 
     def __post_init__(self) -> None:
         count("loss.steps", self.steps)
@@ -61,6 +63,7 @@ class EagleLoss:
         choice("loss.kind", self.kind, DISTANCES)
         count("loss.kl_steps", self.kl_steps, 0)
         number("loss.eta", self.eta, 0)
+        number("loss.exit", self.exit, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +128,11 @@ class EagleTask:
 
     def head(self, trainable: Params, frozen: Any) -> Params:
         """Parameters for an `EagleDrafter`: the scales in `fc`, and `d2t`."""
-        kernel = frozen["scales"][:, None] * trainable["fc"]["kernel"]
-        out = {**trainable, "fc": {"kernel": kernel}}
+        out = dict(trainable)
+        for name in {"fc", "exit"} & set(trainable):
+            out[name] = {
+                "kernel": frozen["scales"][:, None] * trainable[name]["kernel"]
+            }
         if (ids := frozen["ids"]) is not None:
             out["d2t"] = (ids - jnp.arange(len(ids))).astype(jnp.int32)
         return out
@@ -139,18 +145,21 @@ class EagleTask:
         Args:
           trainable, frozen: see `init`.
           batch: `tokens` int32 `[B, T + 1]`, and `mask` bool `[B, T + 1]`, which of
-            them are predicted.
+            them are predicted; for a head with `exit` also `progress` and `remaining`,
+            see `thinking_targets`.
           step: number of optimizer steps taken.
           key: is not used.
 
         Returns:
           The loss, and `top1/k`, how often step k has the target's likeliest token;
           `tau`, tokens for each forward of the target that a greedy chain of K drafts
-          would give from a place of this text; `weight`, the tokens of step 0.
+          would give from a place of this text; `weight`, the tokens of step 0;
+          `exit/*`, mean errors of the signals: of confidence and progress, and of the
+          logarithm of what remains.
         """
         o, tokens, mask = self.options, batch["tokens"], batch["mask"]
         final, features = self.target(frozen, tokens[:, :-1])
-        best = self._best(frozen, final)
+        best, sure = self._best(frozen, final, "exit" in trainable)
         hidden = self.hidden(trainable, frozen, features, tokens)
         losses, drafted, known = self._row_losses(
             trainable, frozen, hidden, final, best, step
@@ -177,7 +186,33 @@ class EagleTask:
         # Places from which all K drafts can be judged.
         whole = start & (jnp.arange(size) + o.steps < size)
         tau = 1 + jnp.sum(jnp.where(whole, ahead, 0)) / jnp.maximum(jnp.sum(whole), 1)
+        if "exit" in trainable:
+            error, found = self._exit_loss(trainable, frozen, features, batch, sure)
+            total, metrics = total + o.exit * error, {**metrics, **found}
         return total, {**metrics, "tau": tau, "weight": weight}
+
+    def _exit_loss(
+        self, trainable: Params, frozen: Any, features: Any, batch: Any, sure: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Mean square errors of the three signals where there is thinking.
+
+        Confidence is learnt from the target's own: the probability of its likeliest
+        token. (SpecExit annotates answers, which text alone does not have.)
+        """
+        wide = jnp.concatenate(features, axis=-1) * frozen["scales"]
+        raw = jnp.matmul(wide, trainable["exit"]["kernel"], precision="highest")
+        remaining, progress = (batch[k][:, :-1] for k in ("remaining", "progress"))
+        given = remaining > 0
+        count = jnp.maximum(jnp.sum(given), 1)
+        errors = {
+            "confidence": jax.nn.sigmoid(raw[..., 0]) - sure,
+            "progress": jax.nn.sigmoid(raw[..., 1]) - progress,
+            "remaining": raw[..., 2] - jnp.log(jnp.maximum(remaining, 1.0)),
+        }
+        errors = {k: jnp.where(given, e, 0.0) for k, e in errors.items()}
+        squares = [jnp.sum(e**2) / count for e in errors.values()]
+        found = {f"exit/{k}": jnp.sum(jnp.abs(e)) / count for k, e in errors.items()}
+        return sum(squares, jnp.zeros(())), found
 
     def target(
         self, frozen: Any, tokens: jax.Array
@@ -224,12 +259,21 @@ class EagleTask:
             out.append(h)
         return out
 
-    def _best(self, frozen: Any, final: jax.Array) -> jax.Array:
-        """int32 `[B, T]`, the target's likeliest tokens."""
+    def _best(
+        self, frozen: Any, final: jax.Array, with_sure: bool
+    ) -> tuple[jax.Array, Any]:
+        """int32 `[B, T]`, the target's likeliest tokens, and their probabilities."""
         module = self.model.bind(frozen["target"])
-        return jax.lax.map(
-            lambda row: jnp.argmax(module.head(row), axis=-1).astype(jnp.int32), final
-        )
+
+        def one(row: jax.Array) -> tuple[jax.Array, Any]:
+            logits = module.head(row)
+            best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+            if not with_sure:
+                return best, None
+            top = jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+            return best, jnp.exp(top)
+
+        return jax.lax.map(one, final)
 
     def _row_losses(
         self,

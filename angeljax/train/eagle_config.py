@@ -9,7 +9,7 @@ from angeljax._fields import ConfigError, choice, count, number
 from angeljax.train._draft_config import DraftTrainConfig
 from angeljax.train.eagle import EagleLoss
 
-__all__ = ["EagleTrainConfig", "HeadConfig"]
+__all__ = ["EagleTrainConfig", "ExitTargets", "HeadConfig"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,12 +46,30 @@ class HeadConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ExitTargets:
+    """Outputs of the head for `SpecExit`, learnt from thinking that is in the text.
+
+    Attributes:
+      begin, end: tokens around the thinking, as text of one token each.
+    """
+
+    begin: str = "<think>"
+    end: str = "</think>"
+
+    def __post_init__(self) -> None:
+        for name in ("begin", "end"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise ConfigError(f"exit.{name} must be the text of a token")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EagleTrainConfig(DraftTrainConfig):
     """Everything that the training of a head depends on.
 
     Attributes:
       head: see `HeadConfig`.
       loss: see `EagleLoss`.
+      exit: see `ExitTargets`; None trains a head that drafts and nothing else.
 
     All other fields are those of any training of a drafter; see `DraftTrainConfig`.
 
@@ -70,6 +88,7 @@ class EagleTrainConfig(DraftTrainConfig):
 
     head: HeadConfig = HeadConfig()
     loss: EagleLoss = EagleLoss()
+    exit: ExitTargets | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

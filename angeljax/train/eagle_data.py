@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from angeljax._fields import ConfigError
 from angeljax.train.data import PackedTokens
 
-__all__ = ["MaskedTokens", "answer_mask", "draft_vocabulary", "places_of"]
+__all__ = [
+    "MaskedTokens",
+    "answer_mask",
+    "draft_vocabulary",
+    "places_of",
+    "thinking_targets",
+]
 
 
 class MaskedTokens(PackedTokens):
@@ -18,6 +24,7 @@ class MaskedTokens(PackedTokens):
     Args:
       ids: see `PackedTokens`.
       mask: bool `[tokens]`; None for all.
+      more: arrays `[tokens]` that are cut into rows as well, by name.
       options: of `PackedTokens`.
 
     Raises:
@@ -25,9 +32,14 @@ class MaskedTokens(PackedTokens):
     """
 
     def __init__(
-        self, ids: np.ndarray, mask: np.ndarray | None = None, **options: int
+        self,
+        ids: np.ndarray,
+        mask: np.ndarray | None = None,
+        more: Mapping[str, np.ndarray] | None = None,
+        **options: int,
     ) -> None:
         super().__init__(ids, **options)
+        self.more = dict(more or {})
         self.mask = np.ones(len(ids), bool) if mask is None else mask
         if not self.mask.any():
             raise ConfigError(
@@ -37,7 +49,8 @@ class MaskedTokens(PackedTokens):
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         at = self.picked(step)[:, None] * self.length + np.arange(self.length + 1)
-        return {"tokens": self.ids[at].astype(np.int32), "mask": self.mask[at]}
+        found = {"tokens": self.ids[at].astype(np.int32), "mask": self.mask[at]}
+        return {**found, **{name: x[at] for name, x in self.more.items()}}
 
 
 def places_of(ids: np.ndarray, pattern: Sequence[int]) -> np.ndarray:
@@ -84,6 +97,38 @@ def answer_mask(
     ended = np.maximum.accumulate(np.where(np.isin(ids, ends), place, -1))
     before = np.concatenate([[-1], ended[:-1]])
     return (begun >= 0) & (before < begun)
+
+
+def thinking_targets(
+    ids: np.ndarray, begin: int, end: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """How far the thinking has come at each token, and what is left of it.
+
+    Args:
+      ids: `[tokens]`.
+      begin, end: tokens around a piece of thinking; one that has no end is left out.
+
+    Returns:
+      float32 `[tokens]`, the share of the piece that is read with this token, and the
+      number of tokens up to its end, the ending one included; zeros elsewhere.
+
+    Example:
+      >>> import numpy as np
+      >>> from angeljax.train.eagle_data import thinking_targets
+      >>> progress, left = thinking_targets(np.asarray([5, 1, 7, 8, 2, 9]), 1, 2)
+      >>> progress.tolist(), left.tolist()
+      ([0.0, 0.0, 0.5, 1.0, 0.0, 0.0], [0.0, 0.0, 2.0, 1.0, 0.0, 0.0])
+    """
+    place = np.arange(len(ids))
+    edges = np.flatnonzero((ids == begin) | (ids == end))
+    progress = np.zeros(len(ids), np.float32)
+    left = np.zeros(len(ids), np.float32)
+    for first, last in zip(edges[:-1], edges[1:], strict=True):
+        if ids[first] == begin and ids[last] == end:
+            inside = place[first + 1 : last]
+            progress[inside] = (inside - first) / max(last - first - 1, 1)
+            left[inside] = last - inside
+    return progress, left
 
 
 def draft_vocabulary(

@@ -22,7 +22,7 @@ def test_main_writes_and_checks(tmp_path: Path) -> None:
         tables.main(["--check"], docs=tmp_path, front=tmp_path)
     tables.main([], docs=tmp_path, front=tmp_path)
     tables.main(["--check"], docs=tmp_path, front=tmp_path)
-    others = ("attention", "kernels", "ptq", "tokens", "training")
+    others = ("attention", "kernels", "ptq", "speculative", "tokens", "training")
     names = {"results", *(f"results_{other}" for other in others)}
     assert {p.name for p in tmp_path.iterdir()} == {f"{name}.md" for name in names}
     (tmp_path / "results_kernels.md").write_text("old")
@@ -368,3 +368,59 @@ def test_quantization_after_training_has_a_page_and_two_tables_of_its_guide(
     (tmp_path / "ptq_quality.h100.json").unlink()
     assert not tables.guides(tmp_path)[tables.PTQ_GUIDE]
     assert "## Quality" not in tables.render(tmp_path)["results_ptq.md"]
+
+
+def test_speculative_decoding_by_width_drafter_and_task(tmp_path: Path) -> None:
+    loop = {"part": "plain", "loop": "captured"}
+    wide = {"part": "width", "model": "8b", "width": 4, "batch": 1}
+    rows = [
+        Row(loop, "time of a token", 0.5, "ms", roofline=0.16),
+        Row(loop, "kernels", 300, "1"),
+        Row(wide, "time of a round", 6.0, "ms", 5.0),
+        Row(wide, "break-even acceptance", 0.175, "1"),
+    ]
+    for task, ratio in (("chat", 1.5), ("code", 2.5), ("all", 2.0)):
+        case = {"part": "speed", "batch": 1, "new": 128, "drafter": "hybrid"}
+        case |= {"task": task, "prompts": 8}
+        rows += [
+            Row(case, "time of a token", 0.25, "ms", 0.5, ratio),
+            Row(case, "tau", ratio + 1, "1"),
+            Row(case, "speed-up with the prompt", ratio - 0.25, "1"),
+        ]
+    case = {"part": "speed", "drafter": "hybrid", "batch": 1}
+    rows.append(Row(case, "kernels", 480, "1"))
+    same = {"part": "equality", "drafter": "hybrid", "sampling": "greedy", "batch": 8}
+    for dtype, differ in (("float32", 0), ("bfloat16", 3)):
+        case = {**same, "dtype": dtype, "exact": "fast", "prompts": 200}
+        rows.append(Row(case, "texts that differ", differ, "1"))
+    write("speculative", rows, device_tag="x", directory=tmp_path)
+    torch = {"part": "torch", "way": "eager", "torch": "2", "transformers": "5"}
+    write(
+        "speculative_torch",
+        [Row(torch, "time of a token", 9.0, "ms")],
+        device_tag="x",
+        directory=tmp_path,
+    )
+    page = tables.render(tmp_path)["results_speculative.md"]
+    lines = _lines(page)
+    assert [line for line in lines if "---" not in line and "hybrid" not in line] == [
+        "| loop | ms for a token | of the bandwidth | kernels | in the profile |"
+        " ms in kernels | gaps |",
+        "| captured | 0.5 | 16% | 300 |  |  |  |",
+        "| model | batch | width | ms | of width 1 | kernels | break-even acceptance |",
+        "| 8b | 1 | 4 | 6 | 1.20 |  | 17.5% |",
+        "| drafter | batch | prompts | new | ms for a token | times faster |"
+        " with the prompt | tau | kernels |",
+        "| drafter | chat | code | all |",
+        "| drafter | chat | code | all |",
+        "| drafter | float32, greedy, batch 8 | bfloat16, fast, greedy, batch 8 |",
+        "| way | torch | transformers | ms for a token |",
+        "| eager | 2 | 5 | 9 |",
+    ]
+    assert [line for line in lines if "hybrid" in line] == [
+        "| hybrid | 1 | 8 | 128 | 0.25 | 2.00 | 1.75 | 3.00 | 480 |",
+        "| hybrid | 1.50 | 2.50 | 2.00 |",
+        "| hybrid | 2.50 | 3.50 | 3.00 |",
+        "| hybrid | 0 / 200 | 3 / 200 |",
+    ]
+    assert "speculative" not in tables.render(tmp_path)["results.md"]

@@ -1,6 +1,5 @@
 """The block drafter and the MTP layer in decoding, and their files."""
 
-import functools
 import json
 
 import jax
@@ -17,8 +16,6 @@ from angeljax.speculative import (
     MTPModel,
     Sampling,
     Target,
-    autoregressive,
-    generate,
     load_block,
     load_mtp,
     prefill,
@@ -46,36 +43,6 @@ def block_drafter(block_size=4, num_tokens=None):
 def mtp_drafter(num_tokens=3):
     mtp = MTPModel(tiny()[0].config)
     return MTPDrafter(mtp, random_params(mtp, seed=2, std=0.3), num_tokens)
-
-
-DRAFTERS = {"block": block_drafter, "mtp": mtp_drafter}
-
-
-@functools.cache
-def plain(rows, sampling):
-    model, params = tiny()
-    # Both drafters read four tokens at once.
-    return autoregressive(
-        model, params, PROMPTS[:rows], width=4, max_new_tokens=NEW, sampling=sampling
-    )
-
-
-@pytest.mark.parametrize("name", DRAFTERS)
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize(
-    "sampling", [Sampling(), Sampling(temperature=0.8, seed=3)], ids=["greedy", "drawn"]
-)
-def test_text_is_that_of_plain_decoding(name, rows, sampling):
-    (model, params), prompts = tiny(), PROMPTS[:rows]
-    drafter = DRAFTERS[name]()
-    assert drafter.width == 4
-    options = {"max_new_tokens": NEW, "sampling": sampling}
-    out = generate(model, params, prompts, drafter=drafter, **options)
-    np.testing.assert_array_equal(out.tokens, plain(rows, sampling).tokens)
-    # Drafts were made: a single token leaves the first round of MTP without.
-    want = out.stats.rounds * (drafter.width - 1)
-    short = np.asarray([len(p) == 1 and name == "mtp" for p in prompts])
-    np.testing.assert_array_equal(out.stats.drafted, want - short * (drafter.width - 1))
 
 
 def test_files_of_a_block_drafter(tmp_path):

@@ -16,6 +16,7 @@ from angeljax.speculative import (
     BlockModel,
     EagleConfig,
     EagleTree,
+    ExitRule,
     MTPModel,
     NoDrafter,
     PromptLookup,
@@ -33,6 +34,7 @@ from angeljax.speculative import (
 )
 from tests.models._random_params import random_params
 from tests.speculative._cases import PROMPTS, tiny
+from tests.test_cli import tokenizer
 
 NEW = 12
 BLOCK = {"num_layers": 1, "block_size": 4, "mask_token_id": 31}
@@ -110,6 +112,33 @@ def test_fields_reach_the_drafter(folders):
     _, eagle = made({"method": "eagle3", "path": "eagle3", "options": tree}, folders)
     assert eagle.growth == EagleTree(8, 3, 2)
     assert sampling_of(DraftOptions(method="none").sampling) == Sampling()
+
+
+def test_a_rule_that_ends_thinking(tmp_path):
+    """Texts stand for tokens: of `breaks` for all that have them."""
+    model, params = tiny()
+    config = EagleConfig.of(model.config)
+    head = init_eagle(config, jax.random.key(1), target=params, exit=True)
+    save_eagle(tmp_path, config, head)
+    words = tokenizer()
+    rule = {"end": "&'", "begin": "%", "breaks": "#", "remaining": None}
+    options = {"method": "eagle3", "path": str(tmp_path), "options": {"exit": rule}}
+    found = make_drafter(options, model, params, tokenizer=words)
+    ids = {x: words.encode(x)[0] for x in "&'%#"}
+    assert found.rule == ExitRule(
+        end=(ids["&"], ids["'"]), begin=ids["%"], breaks=(ids["#"],), remaining=None
+    )
+    assert found.drafter.growth is None and found.drafter.num_tokens == 3
+    for change, says in (
+        ({"end": "&'"}, "with `end` and `breaks`"),
+        ({**rule, "begin": "&'"}, "is 2 tokens, not one"),
+        ({**rule, "after": 1}, "no field 'after'"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            wrong = {**options, "options": {"exit": change}}
+            make_drafter(wrong, model, params, tokenizer=words)
+    with pytest.raises(ValueError, match="a text needs a tokenizer"):
+        make_drafter(options, model, params)
 
 
 def test_the_copy_is_of_the_dense_weights():

@@ -62,30 +62,33 @@ def test_ancestors_and_masks_by_climbing(rng):
     np.testing.assert_array_equal(masks[-1], chain_mask(at, 20)[-1])
 
 
-def test_the_walk_by_following_children(rng):
+def test_the_walk_by_following_all_children(rng):
     rows = 64
     parents = np.asarray([random_parents(rng, 8) for _ in range(rows)])
     tokens = rng.integers(0, 3, size=(rows, 8))
     tokens[rng.random((rows, 8)) < 0.1] = -1
     chosen = rng.integers(0, 3, size=(rows, 8))
-    path, count = jax.jit(walk, static_argnums=3)(parents, tokens, chosen, 7)
-    longest = 0
+    lines = ancestors(jnp.asarray(parents), 7)
+    path, count = jax.jit(walk, static_argnums=4)(parents, lines, tokens, chosen, 7)
+    longest, several = 0, 0
     for row in range(rows):
-        line = [0]
-        while True:
+        ways, best = [[0]], [0]
+        while ways:
+            line = ways.pop()
+            if (len(line), -line[-1]) > (len(best), -best[-1]):
+                best = line
             below = [
-                j
+                [*line, j]
                 for j in range(8)
                 if parents[row, j] == line[-1]
                 and tokens[row, j] == chosen[row, line[-1]]
             ]
-            if not below:
-                break
-            line.append(below[0])
-        assert int(count[row]) == len(line) - 1
-        assert path[row].tolist() == line + [line[-1]] * (8 - len(line))
-        longest = max(longest, len(line))
-    assert longest > 3
+            several += len(below) > 1
+            ways += below
+        assert count[row] == len(best) - 1
+        assert path[row].tolist() == best + [best[-1]] * (8 - len(best))
+        longest = max(longest, len(best))
+    assert longest > 3 and several > 3
 
 
 @pytest.mark.parametrize(("dynamic", "rows"), [(False, 4), (True, 1)])
