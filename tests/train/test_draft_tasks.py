@@ -188,7 +188,7 @@ def test_a_text_learnt_by_heart_is_accepted_whole(name):
     options = {"target": model, "dtype": "float32"}
     key = jax.random.key(1)
     if name == "block":
-        task = BlockTask(block=block_model(), **options)
+        task = BlockTask(block=block_model(num_layers=1), **options)
         start = task.init(params, row, key=key)
     else:
         task = MTPTask(mtp=MTPModel(model.config), steps=3, **options)
@@ -206,5 +206,5 @@ def test_a_text_learnt_by_heart_is_accepted_whole(name):
     got = generate(*run, drafter=drafter, max_new_tokens=32)
     np.testing.assert_array_equal(got.tokens, want)
     np.testing.assert_array_equal(untrained.tokens, want)
-    assert untrained.tau < 2 and got.tau > 3.5
-    assert result.metrics["tau"] > 3.5
+    assert untrained.tau < 2 and got.tau > 2.5
+    assert result.metrics["tau"] > 3
