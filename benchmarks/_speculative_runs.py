@@ -7,6 +7,7 @@ import dataclasses
 import re
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -115,8 +116,8 @@ class Programs:
         batch: int,
         sampling: Sampling = GREEDY,
         loop: str | None = None,
-    ) -> None:
-        """Makes the programs that are not there yet."""
+    ) -> dict[str, Way]:
+        """Makes the programs that are not there yet; returns those that there are."""
         loop = loop or self.loop
         wanted = {
             (loop, way.always_wide, batch, sampling, label): way
@@ -140,8 +141,19 @@ class Programs:
             self.compiled[key] = found
             self.kernels[key] = kernels_of_round(found.as_text() or "")
 
+        def tried(item: Any) -> None:
+            # One that cannot be compiled must not cost the others their time.
+            try:
+                one(item)
+            except Exception:
+                print(f"{item[0][-1]} at batch {batch}:", flush=True)
+                traceback.print_exc()
+
         with ThreadPoolExecutor(self.threads) as pool:
-            list(pool.map(one, wanted.items()))
+            list(pool.map(tried, wanted.items()))
+        keys = {(loop, w.always_wide, batch, sampling, n): n for n, w in ways.items()}
+        found = {name for key, name in keys.items() if key in self.compiled}
+        return {name: way for name, way in ways.items() if name in found}
 
     def run(
         self,

@@ -119,7 +119,8 @@ def train_eagle(
         norm_scale=config.head.norm_scale,
         exit=config.exit is not None,
     )
-    task = EagleTask(model, head_config, config.loss, config.dtype)
+    weight = 0.0 if config.exit is None else config.exit.weight
+    task = EagleTask(model, head_config, config.loss, config.dtype, weight)
     trainable, frozen = task.init(params, head, scales)
 
     def drafter(trainable: Any) -> EagleDrafter:

@@ -51,15 +51,18 @@ class ExitTargets:
 
     Attributes:
       begin, end: tokens around the thinking, as text of one token each.
+      weight: of their errors, beside the loss of the drafts.
     """
 
     begin: str = "<think>"
     end: str = "</think>"
+    weight: float = 0.1
 
     def __post_init__(self) -> None:
         for name in ("begin", "end"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ConfigError(f"exit.{name} must be the text of a token")
+        number("exit.weight", self.weight, 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
