@@ -22,6 +22,7 @@ from angeljax.speculative import (
     save_block,
     save_mtp,
 )
+from angeljax.speculative._context_attention import attend
 from angeljax.train import BlockTask, MTPTask
 from angeljax.train.chunked import head_logits
 from tests.models._random_params import random_params
@@ -151,3 +152,41 @@ def test_mtp_steps_of_training_are_those_of_drafting():
     state = prefill(target, drafter, tokens, sizes, sizes + 4, slots=24)
     draft, _ = jax.jit(drafter.draft)(target, state.drafter, state.context)
     np.testing.assert_array_equal(draft.tokens, want[0, places])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("own", [False, True])
+def test_attention_of_runs_by_hand(dtype, own, rng):
+    """Each query by itself; in 16 bits on a CPU too, with the gradient."""
+    batch, runs, count, groups, size, dim, slots = 2, 3, 4, 2, 5, 8, 6
+
+    def some(*shape):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    q = some(batch, runs, count, 2 * groups, dim)
+    context = some(batch, groups, slots, dim), some(batch, groups, slots, dim)
+    mine = some(batch, runs, size, groups, dim), some(batch, runs, size, groups, dim)
+    seen = jnp.asarray(rng.random((batch, runs, slots)) < 0.6)
+
+    def loss(q, context, mine):
+        return attend(q, context, seen, mine if own else None)
+
+    got = jax.jit(loss)(q, context, mine)
+    assert got.dtype == q.dtype
+    wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (q, context, mine))
+    for b, a, j, h in np.ndindex(*q.shape[:4]):
+        keys, values = (x[b, h // 2][seen[b, a]] for x in wide[1])
+        if own:
+            more = (x[b, a, :, h // 2] for x in wide[2])
+            keys, values = map(np.concatenate, zip((keys, values), more, strict=True))
+        elif not len(keys):
+            continue
+        scores = np.exp(keys @ wide[0][b, a, j, h] * dim**-0.5)
+        want = scores / scores.sum() @ values
+        error = 1e-5 if dtype == "float32" else 3e-2
+        np.testing.assert_allclose(
+            np.asarray(got[b, a, j, h], np.float64), want, atol=error
+        )
+    square = lambda *x: jnp.sum(loss(*x).astype(jnp.float32) ** 2)  # noqa: E731
+    grads = jax.jit(jax.grad(square, argnums=(0, 1, 2)))(q, context, mine)
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))

@@ -72,7 +72,6 @@ def made(text, folders=None):
     "text",
     [
         {"method": "eagle3", "path": "eagle3", "num_tokens": 3},
-        {"method": "dflash", "path": "dflash", "num_tokens": 2},
         {"method": "mtp", "path": "mtp", "num_tokens": 2},
         {"method": "draft_model", "model": "draft_model", "num_tokens": 3},
         {
@@ -81,7 +80,6 @@ def made(text, folders=None):
             "num_tokens": 3,
             "sampling": {"temperature": 0.7, "seed": 2},
         },
-        {"method": "hybrid", "nodes": 9, "successors": True},
     ],
     ids=lambda text: text["method"],
 )
@@ -108,6 +106,13 @@ def test_fields_reach_the_drafter(folders):
     _, recycling = made({"method": "recycling", "nodes": 9, "successors": True})
     np.testing.assert_array_equal(recycling.table, successors(model, params))
     assert recycling.nodes == 9
+    _, hybrid = made({"method": "hybrid", "nodes": 5, "from_prompt": False})
+    assert hybrid.lookup == PromptLookup(4, 3, 2)
+    assert hybrid.recycling.nodes == 5 and not hybrid.recycling.from_prompt
+    _, block = made({"method": "dflash", "path": "dflash", "num_tokens": 2}, folders)
+    assert block.width == 3
+    stored = random_params(block.model, std=0.3)["fc"]["kernel"]
+    np.testing.assert_allclose(block.params["fc"]["kernel"], stored, rtol=0.01)
     tree = {"nodes": 8, "branches": 3, "levels": 2}
     _, eagle = made({"method": "eagle3", "path": "eagle3", "options": tree}, folders)
     assert eagle.growth == EagleTree(8, 3, 2)

@@ -67,8 +67,7 @@ def test_text_after_a_pruned_prompt_of_scanned_layers():
     np.testing.assert_array_equal(out.tokens[0], data["keep_greedy"])
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_embeddings_of_tokens_are_tokens(temperature):
+def test_embeddings_of_tokens_are_tokens():
     """Features of a prompt of embeddings reach a head, padded on the left or not."""
     model, params = tiny()
     size = max(map(len, PROMPTS))
@@ -82,7 +81,7 @@ def test_embeddings_of_tokens_are_tokens(temperature):
     options = {
         "drafter": EagleDrafter(config, head),
         "max_new_tokens": NEW,
-        "sampling": Sampling(temperature=temperature),
+        "sampling": Sampling(temperature=0.8),
     }
     out = generate(model, params, prompt, **options)
     same = generate(model, params, PROMPTS, **options)
@@ -120,7 +119,7 @@ def heard(tmp_path_factory):
     return found.model, found.params, audio.features
 
 
-@pytest.mark.parametrize("name", ["lookup", "tree", "layers", "copy", "model"])
+@pytest.mark.parametrize("name", ["tree", "layers", "copy", "model"])
 def test_transcripts_are_whispers(heard, name):
     model, params, features = heard
     with HIGHEST():

@@ -1,17 +1,22 @@
 """`train_eagle` on a tiny model that writes its own text: a run, a resume, refusals."""
 
+import dataclasses
 import json
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 
 from angeljax import _workflow
-from angeljax._train_workflow.eagle import _held_out, train_eagle
+from angeljax._train_workflow._draft_data import _held_out
+from angeljax._train_workflow.eagle import train_eagle
 from angeljax._train_workflow.prompts import read_prompts
 from angeljax.models import DecoderConfig, LanguageModel
-from angeljax.speculative import load_eagle
+from angeljax.speculative import ExitRule, load_eagle
 from angeljax.train import ConfigError
 from angeljax.train.eagle import EagleLoss, EagleTask
 from angeljax.train.eagle_config import EagleTrainConfig
@@ -322,11 +327,22 @@ def test_what_is_held_out_is_not_trained_on():
     options = EagleTrainConfig.from_dict(
         {"model": "any", "steps": 1, "eval": {"prompts": 2, "prompt_tokens": 8}}
     )
-    rest, kept, prompts = _held_out(options, ids, mask)
+    rest, kept, prompts = _held_out(options.eval, ids, mask)
     # Each ends where an answer begins.
     assert [p.tolist() for p in prompts] == [[*range(132, 140)], [*range(172, 180)]]
     assert len(rest) == len(kept) == 132
-    rest, _, prompts = _held_out(options, ids, None)
+    rest, _, prompts = _held_out(options.eval, ids, None)
     assert len(rest) == 184 and prompts[1].tolist() == list(range(192, 200))
     with pytest.raises(ConfigError, match="more than half"):
-        _held_out(options, ids[:24], None)
+        _held_out(options.eval, ids[:24], None)
+
+
+def test_yaml_of_the_guide_loads():
+    page = Path(__file__).parents[2] / "docs" / "guides" / "eagle3_training.md"
+    found = re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.S | re.M)
+    configs = [EagleTrainConfig.from_dict(yaml.safe_load(text)) for text in found]
+    assert [c.exit is not None for c in configs] == [False, False, True]
+    rows = re.findall(r"^\| `(\w+)`(?:, `(\w+)`)? \|", page.read_text(), re.M)
+    told = {name for row in rows for name in row if name}
+    fields = {f.name for f in dataclasses.fields(ExitRule)}
+    assert told == fields - {"alpha", "window"}  # told with `smoothing`
