@@ -194,7 +194,7 @@ class Programs:
         state = _start(self.target(batch), way.drafter, batch, self.slots)
 
         def once(rounds: int) -> float:
-            loop_of = self._loop(label, way, batch, rounds, loop=loop)
+            loop_of = self._loop(label, way, batch, rounds, loop=loop, ends=False)
             own = jax.block_until_ready(jax.tree.map(jnp.copy, state))
             start = time.perf_counter()
             jax.block_until_ready(loop_of(own))
@@ -210,7 +210,7 @@ class Programs:
         state = _start(self.target(1), way.drafter, 1, self.slots)
 
         def call(rounds: int) -> tuple[float, int]:
-            loop_of = self._loop(label, way, 1, rounds, loop=loop)
+            loop_of = self._loop(label, way, 1, rounds, loop=loop, ends=False)
             own = jax.block_until_ready(jax.tree.map(jnp.copy, state))
             return busy_seconds(lambda: loop_of(own))
 
@@ -249,12 +249,17 @@ class Programs:
         rounds: int,
         sampling: Sampling = GREEDY,
         loop: str | None = None,
+        ends: bool = True,
     ) -> Callable[[Any], Any]:
-        """The loop as a function of its state, with all else on the device."""
+        """The loop as a function of its state, with all else on the device.
+
+        Without `ends` no token ends a row, so that all rounds are run.
+        """
         key = loop or self.loop, way.always_wide, batch, sampling, label
         compiled, target = self.compiled[key], self.target(batch, sampling)
         count = jax.block_until_ready(jnp.int32(rounds))
-        return lambda state: compiled(target, way.drafter, state, self._stops, count)
+        stops = self._stops if ends else jnp.full_like(self._stops, -1)
+        return lambda state: compiled(target, way.drafter, state, stops, count)
 
 
 def widths_of(widths: Iterable[int]) -> dict[str, Way]:

@@ -52,6 +52,7 @@ from angeljax.speculative import (
     EagleDrafter,
     EagleTree,
     Hybrid,
+    NoDrafter,
     PromptLookup,
     Sampling,
     SelfDrafter,
@@ -308,7 +309,7 @@ def texts(bench: Bench, groups: Sequence[Prompts], new: int, clock: Clock) -> li
         if way.drafter.optional:
             ways[f"{label}_wide"] = Way(way.drafter, always_wide=True)
         if way.drafter.tree is None:
-            ways |= widths_of([way.drafter.width])
+            ways |= same_width(way.drafter)
     ways = small.compile(ways, size)
     for label, way in ways.items():
         small.run(label, way, [ids for _, ids in groups[0]], 4)
@@ -332,10 +333,18 @@ def texts(bench: Bench, groups: Sequence[Prompts], new: int, clock: Clock) -> li
             case = {"part": "equality", "drafter": label, "dtype": "bfloat16"}
             case |= {"sampling": "greedy", "batch": size}
             rows += differing(case, "fast", done["plain"], done[label])
-            (same,) = widths_of([way.drafter.width])
+            (same,) = same_width(way.drafter)
             if way.drafter.tree is None and {same, other} <= set(done):
                 rows += differing(case, "same_width", done[same], done[other])
     return rows
+
+
+def same_width(drafter: Drafter) -> dict[str, Way]:
+    """Plain decoding that reads as much at once as the rounds of a drafter."""
+    if not drafter.hidden:
+        return widths_of([drafter.width])
+    layers = "+".join(map(str, drafter.hidden))
+    return {f"width {drafter.width}, layers {layers}": Way(NoDrafter.like(drafter))}
 
 
 def speed_rows(

@@ -167,7 +167,7 @@ def answer(
     same_width = options.exact == "same_width" and drafter.tree is None
     clock = _Clock(tokenizer.decode, None)
     plain = autoregressive(
-        *run, width=drafter.width if same_width else 1, on_tokens=clock, **common
+        *run, width=drafter if same_width else 1, on_tokens=clock, **common
     )
     apart = divergences(*run, plain, out, sampling=sampling)
     return dataclasses.replace(

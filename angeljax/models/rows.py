@@ -229,6 +229,9 @@ def read_rows(
         x, store = module.layers[i](x, rotation, masks[windows[i]], store, fn)
         x = x if i >= len(planes) else x + planes[i].astype(x.dtype)
         k[i], v[i] = store.k, store.v
+        if i in wanted:
+            # Whether anybody looks must not decide what is fused, and so rounded, how.
+            x = jax.lax.optimization_barrier(x)
         outputs[i] = x
     found = tuple(outputs[i] for i in wanted)
     return Rows(x, found, dataclasses.replace(cache, k=tuple(k), v=tuple(v), held=None))

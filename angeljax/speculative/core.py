@@ -214,7 +214,7 @@ def generate(
     Greedily, and with the coupled rule, the tokens are those of `autoregressive`, for
     every drafter. In floating point the two programs multiply matrices of other shapes,
     so logits differ in their last bits and a tie may fall the other way; with
-    `exact="same_width"` and `autoregressive(..., width=drafter.width)` even that is
+    `exact="same_width"` and `autoregressive(..., width=drafter)` even that is
     the same for chains.
 
     Args:
@@ -396,8 +396,8 @@ def autoregressive(
     Args:
       model, params, prompts, lengths: as in `generate`.
       **options: those of `generate` without `drafter` and `exact`, and `width`: tokens
-        that the model reads at once, of which one counts; default 1. With the width of
-        a drafter it is the program that verifies its drafts.
+        that the model reads at once, of which one counts; default 1. With a drafter in
+        place of a number it is the program that verifies its drafts.
 
     Returns:
       A `Generated`.
@@ -405,7 +405,8 @@ def autoregressive(
     Raises:
       ValueError: as `generate`.
     """
-    drafter = NoDrafter(options.pop("width", 1))
+    width = options.pop("width", 1)
+    drafter = NoDrafter.like(width) if isinstance(width, Drafter) else NoDrafter(width)
     return generate(model, params, prompts, lengths, drafter=drafter, **options)
 
 
