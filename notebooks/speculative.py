@@ -537,9 +537,11 @@ axes[1].legend(fontsize=8, title="cost of a draft", title_fontsize=8)
 plt.show()
 
 # %% [markdown]
-# In the kept run the two compressed copies double the speed: they are right so often that four
+# In the kept run the two compressed copies come out ahead: they are right so often that four
 # drafts are worth their time. Prompt lookup and the hybrid gain little on these texts, which
-# seldom repeat themselves; token recycling and skipped layers lose.
+# seldom repeat themselves; token recycling and skipped layers lose. Do not trust the digits: the
+# drafters were timed one after the other, on a machine that had more to do at some times than at
+# others. The numbers of right drafts do not depend on that; your own times may tell another story.
 #
 # ## Let it choose
 #
