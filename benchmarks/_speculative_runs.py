@@ -88,6 +88,7 @@ class Programs:
       slots: of the cache.
       loop: a name of `LOOPS`.
       precision: of products, such as "highest".
+      tuned: False compiles sooner, for texts of which no time is taken.
       threads: how many programs are compiled at once.
     """
 
@@ -100,11 +101,14 @@ class Programs:
         slots: int,
         loop: str = "launched",
         precision: str | None = None,
+        tuned: bool = True,
         threads: int = 4,
     ) -> None:
         self.model, self.params = model, params
         self.length, self.slots, self.threads = length, slots, threads
         self.loop, self.precision = loop, precision
+        brief = not tuned and jax.default_backend() == "gpu"
+        self._options = {"xla_gpu_autotune_level": 0} if brief else {}
         self.compiled: dict[Any, Any] = {}
         self.kernels: dict[Any, int] = {}
         self._targets: dict[Any, Target] = {}
@@ -137,7 +141,8 @@ class Programs:
                     *(target, way.drafter, state, self._stops, jnp.int32(1)),
                     always_wide=way.always_wide,
                 )
-                found = lowered.compile(compiler_options=LOOPS[loop])
+                options = {**(LOOPS[loop] or {}), **self._options}
+                found = lowered.compile(compiler_options=options or None)
             self.compiled[key] = found
             self.kernels[key] = kernels_of_round(found.as_text() or "")
 

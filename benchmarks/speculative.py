@@ -400,6 +400,7 @@ def equality(bench: Bench, clock: Clock) -> list[Row]:
         slots=bench.slots,
         loop=bench.loop,
         precision="highest",
+        tuned=False,
         threads=bench.args.threads,
     )
     ways = {"plain": widths_of([1])["plain"]}
