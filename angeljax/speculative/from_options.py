@@ -96,7 +96,21 @@ def make_drafter(
 
 
 def sampling_of(options: DraftSampling) -> Sampling:
-    """The same as `generate` takes it."""
+    """The sampling of a recipe's section `draft`, as `generate` takes it.
+
+    Args:
+      options: `Recipe.draft.sampling`.
+
+    Returns:
+      A `Sampling`.
+
+    Example:
+      >>> from angeljax.recipe import Recipe
+      >>> from angeljax.speculative import sampling_of
+      >>> text = "draft: {method: prompt_lookup, sampling: {temperature: 0.5}}"
+      >>> sampling_of(Recipe.from_yaml(text).draft.sampling).temperature
+      0.5
+    """
     return Sampling(**dataclasses.asdict(options))
 
 
