@@ -104,7 +104,8 @@ class DraftOptions:
         negative numbers count from the last.
       model: of draft_model, as the command line takes one.
       path: where a learned drafter lies.
-      options: other fields of a learned drafter.
+      options: other fields of a learned drafter: for eagle3 those of an `EagleTree`,
+        and `exit`, those of an `ExitRule`, which is not lossless.
       sampling: `DraftSampling`, or a mapping of its fields.
       exact: "fast", or "same_width" to read as many tokens in every round.
       auto: `DraftAuto`, a mapping of its fields, true for its defaults, or false.

@@ -20,6 +20,7 @@ from angeljax._cli import print_rich as _print
 from angeljax._cli.allocate import allocate
 from angeljax._cli.attention import app as attention_app
 from angeljax._cli.compress import compress
+from angeljax._cli.spec import app as spec_app
 from angeljax._cli.train_data import app as train_data_app
 from angeljax._cli.transcribe import transcribe
 
@@ -35,6 +36,7 @@ recipe_app = typer.Typer(help="List, show and check recipes.", no_args_is_help=T
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(attention_app, name="attention")
 app.add_typer(train_data_app, name="train-data")
+app.add_typer(spec_app, name="spec")
 app.command()(compress)
 app.command()(transcribe)
 app.command()(allocate)

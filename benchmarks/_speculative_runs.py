@@ -7,6 +7,7 @@ import dataclasses
 import re
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -87,6 +88,7 @@ class Programs:
       slots: of the cache.
       loop: a name of `LOOPS`.
       precision: of products, such as "highest".
+      tuned: False compiles sooner, for texts of which no time is taken.
       threads: how many programs are compiled at once.
     """
 
@@ -99,11 +101,14 @@ class Programs:
         slots: int,
         loop: str = "launched",
         precision: str | None = None,
+        tuned: bool = True,
         threads: int = 4,
     ) -> None:
         self.model, self.params = model, params
         self.length, self.slots, self.threads = length, slots, threads
         self.loop, self.precision = loop, precision
+        brief = not tuned and jax.default_backend() == "gpu"
+        self._options = {"xla_gpu_autotune_level": 0} if brief else {}
         self.compiled: dict[Any, Any] = {}
         self.kernels: dict[Any, int] = {}
         self._targets: dict[Any, Target] = {}
@@ -115,8 +120,8 @@ class Programs:
         batch: int,
         sampling: Sampling = GREEDY,
         loop: str | None = None,
-    ) -> None:
-        """Makes the programs that are not there yet."""
+    ) -> dict[str, Way]:
+        """Makes the programs that are not there yet; returns those that there are."""
         loop = loop or self.loop
         wanted = {
             (loop, way.always_wide, batch, sampling, label): way
@@ -136,12 +141,24 @@ class Programs:
                     *(target, way.drafter, state, self._stops, jnp.int32(1)),
                     always_wide=way.always_wide,
                 )
-                found = lowered.compile(compiler_options=LOOPS[loop])
+                options = {**(LOOPS[loop] or {}), **self._options}
+                found = lowered.compile(compiler_options=options or None)
             self.compiled[key] = found
             self.kernels[key] = kernels_of_round(found.as_text() or "")
 
+        def tried(item: Any) -> None:
+            # One that cannot be compiled must not cost the others their time.
+            try:
+                one(item)
+            except Exception:
+                print(f"{item[0][-1]} at batch {batch}:", flush=True)
+                traceback.print_exc()
+
         with ThreadPoolExecutor(self.threads) as pool:
-            list(pool.map(one, wanted.items()))
+            list(pool.map(tried, wanted.items()))
+        keys = {(loop, w.always_wide, batch, sampling, n): n for n, w in ways.items()}
+        found = {name for key, name in keys.items() if key in self.compiled}
+        return {name: way for name, way in ways.items() if name in found}
 
     def run(
         self,
@@ -182,7 +199,7 @@ class Programs:
         state = _start(self.target(batch), way.drafter, batch, self.slots)
 
         def once(rounds: int) -> float:
-            loop_of = self._loop(label, way, batch, rounds, loop=loop)
+            loop_of = self._loop(label, way, batch, rounds, loop=loop, ends=False)
             own = jax.block_until_ready(jax.tree.map(jnp.copy, state))
             start = time.perf_counter()
             jax.block_until_ready(loop_of(own))
@@ -198,7 +215,7 @@ class Programs:
         state = _start(self.target(1), way.drafter, 1, self.slots)
 
         def call(rounds: int) -> tuple[float, int]:
-            loop_of = self._loop(label, way, 1, rounds, loop=loop)
+            loop_of = self._loop(label, way, 1, rounds, loop=loop, ends=False)
             own = jax.block_until_ready(jax.tree.map(jnp.copy, state))
             return busy_seconds(lambda: loop_of(own))
 
@@ -237,12 +254,17 @@ class Programs:
         rounds: int,
         sampling: Sampling = GREEDY,
         loop: str | None = None,
+        ends: bool = True,
     ) -> Callable[[Any], Any]:
-        """The loop as a function of its state, with all else on the device."""
+        """The loop as a function of its state, with all else on the device.
+
+        Without `ends` no token ends a row, so that all rounds are run.
+        """
         key = loop or self.loop, way.always_wide, batch, sampling, label
         compiled, target = self.compiled[key], self.target(batch, sampling)
         count = jax.block_until_ready(jnp.int32(rounds))
-        return lambda state: compiled(target, way.drafter, state, self._stops, count)
+        stops = self._stops if ends else jnp.full_like(self._stops, -1)
+        return lambda state: compiled(target, way.drafter, state, stops, count)
 
 
 def widths_of(widths: Iterable[int]) -> dict[str, Way]:

@@ -8,7 +8,8 @@ from benchmarks import _markdown as md
 from benchmarks._markdown import MS, Column, Entry
 
 SPECULATIVE, TORCH = "speculative", "speculative_torch"
-CLAIMS = (SPECULATIVE, TORCH)
+EAGLE = "eagle_training"
+CLAIMS = (SPECULATIVE, TORCH, EAGLE)
 
 
 def sections(directory: Path) -> list[str]:
@@ -34,7 +35,36 @@ def sections(directory: Path) -> list[str]:
         ]
         table = md.table(columns, own)
         found.append(f"## Plain decoding by PyTorch\n\n{md.source(data)}\n{table}")
+    for data in md.read(directory, EAGLE):
+        own = md.entries(data)
+        source = f"## Training of an EAGLE-3 head\n\n{md.source(data)}"
+        found += [source, _curve(own), _on_prompts(own)]
     return found
+
+
+def _curve(own: list[Entry]) -> str:
+    """What each draft of the head agrees with, on the text it is trained on."""
+    steps: dict[int, Entry] = {}
+    for case, rows in own:
+        if "step" in case:
+            entry = steps.setdefault(case["step"], (case, {}))
+            name = f"draft {case['draft']}" if "draft" in case else "tau"
+            entry[1][name] = next(iter(rows.values()))
+    drafts = sorted({name for _, rows in steps.values() for name in rows} - {"tau"})
+    columns: list[Column] = [
+        *(_named(name, "d") for name in ("step", "tokens")),
+        *((name, md.of(name), ".1%") for name in drafts),
+        ("tau", md.of("tau"), ".2f"),
+    ]
+    return md.table(columns, list(steps.values()))
+
+
+def _on_prompts(own: list[Entry]) -> str:
+    """Tokens for each forward on prompts that it was not trained on."""
+    return md.table(
+        [_named("task"), ("tau", md.of("tau"), ".2f")],
+        [entry for entry in own if "task" in entry[0]],
+    )
 
 
 def _part(own: list[Entry], name: str, metric: str) -> list[Entry]:

@@ -20,13 +20,22 @@ import yaml
 import angeljax as aj
 from angeljax import algorithms, cli, tokens
 from angeljax._data import recipe_files
+from angeljax._draft_options import METHODS
 from angeljax.algorithms import input_scale
 from angeljax.attention import Stem, selector, selector_names
 from angeljax.formats import format_names, get_format
-from angeljax.recipe import DEFAULT_SKIP, AttentionOptions, TokensOptions
-from angeljax.train import LoraConfig, TrainConfig
+from angeljax.models import DecoderConfig
+from angeljax.recipe import (
+    DEFAULT_SKIP,
+    AttentionOptions,
+    DraftOptions,
+    TokensOptions,
+)
+from angeljax.speculative import EagleConfig, init_eagle
+from angeljax.train import EagleLoss, EagleTrainConfig, LoraConfig, TrainConfig
 from angeljax.train._options import LOSSES, BlockwiseOptions
 from angeljax.train.config import MODES
+from angeljax.train.eagle_config import HeadConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -36,6 +45,7 @@ TRAINING = ROOT / "docs" / "guides" / "ternary_qat.md"
 PTQ = ROOT / "docs" / "guides" / "ptq.md"
 ATTENTION = ROOT / "docs" / "guides" / "sparse_attention.md"
 TOKENS = ROOT / "docs" / "guides" / "token_pruning.md"
+DRAFTS = ROOT / "docs" / "guides" / "speculative.md"
 
 
 def name(page: Path) -> str:
@@ -455,3 +465,61 @@ def test_token_options_are_complete():
 
 def test_token_importance_functions_exist():
     assert table(TOKENS, "function").keys() <= set(tokens.__all__)
+
+
+# docs/guides/speculative.md
+
+
+def test_section_draft_is_described():
+    rows = table(DRAFTS, "field of `draft`")
+    assert list(rows) == [f.name for f in dataclasses.fields(DraftOptions)]
+    assert set(re.findall(r"`(\w+)`", rows["method"][1])) == set(METHODS)
+    shipped = {f.stem for f in recipe_files() if f.parent.name == "speculative"}
+    text = DRAFTS.read_text(encoding="utf-8")
+    assert set(re.findall(r"`(spec-[\w-]+)`", text)) == shipped
+
+
+def test_yaml_blocks_of_drafting_load():
+    found = [yaml.safe_load(block) for _, block in blocks(DRAFTS, "yaml")]
+    for data in found:
+        if "draft" in data:
+            assert aj.Recipe.from_dict(data).draft is not None
+        else:
+            EagleTrainConfig.from_dict(data)
+
+
+@pytest.mark.parametrize(("head", "cls"), [("loss", EagleLoss), ("head", HeadConfig)])
+def test_options_of_heads_are_described(head, cls):
+    rows = table(DRAFTS, f"field of `{head}`")
+    fields = dataclasses.fields(cls)
+    assert list(rows) == [f.name for f in fields]
+    for field in fields:
+        if field.default is not None:
+            assert yaml.safe_load(rows[field.name][0].strip("`")) == field.default
+
+
+def test_tensors_of_a_head_are_described():
+    config = EagleConfig.of(
+        DecoderConfig(
+            model_type="llama",
+            vocab_size=8,
+            hidden_size=8,
+            num_layers=4,
+            intermediate_size=8,
+            num_heads=2,
+            num_kv_heads=1,
+            head_dim=4,
+        )
+    )
+    want = {"d2t", "t2d"}
+    for where, _ in jax.tree_util.tree_leaves_with_path(
+        init_eagle(config, jax.random.key(0))
+    ):
+        *names, _ = (key.key for key in where)
+        want.add(".".join([*names, "weight"]))
+    found = set()
+    for row in table(DRAFTS, "tensor"):
+        before, brace, rest = row.partition("{")
+        inside, _, after = rest.partition("}")
+        found |= {before + x + after for x in inside.split(",")} if brace else {row}
+    assert found == want

@@ -10,8 +10,12 @@ import angeljax as aj
 from angeljax._data import configs_dir, recipe_files
 from angeljax.attention import AShape, Dense, Quest
 from angeljax.formats import format_names
-from angeljax.train import TrainConfig
-from angeljax.train.eagle_config import EagleTrainConfig
+from angeljax.train import (
+    BlockTrainConfig,
+    EagleTrainConfig,
+    MTPTrainConfig,
+    TrainConfig,
+)
 
 SHIPPED = recipe_files()
 
@@ -51,12 +55,16 @@ def test_shipped_recipe_loads_round_trips_and_fits(file):
 
 
 TRAININGS = sorted((configs_dir() / "train").glob("*.yaml"))
-HEADS = [file for file in TRAININGS if file.stem.startswith("eagle3")]
+DRAFTERS = {
+    "eagle3": EagleTrainConfig,
+    "block": BlockTrainConfig,
+    "mtp": MTPTrainConfig,
+}
 
 
 @pytest.mark.parametrize("file", TRAININGS, ids=lambda f: f.stem)
 def test_shipped_training_loads_and_is_no_recipe(file):
-    kind = EagleTrainConfig if file in HEADS else TrainConfig
+    kind = DRAFTERS.get(file.stem.split("-")[0], TrainConfig)
     config = kind.load(file)
     assert kind.from_dict(config.to_dict()) == config
     if kind is TrainConfig:

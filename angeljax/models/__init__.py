@@ -16,6 +16,7 @@ from angeljax.models._whisper_config import WhisperConfig
 from angeljax.models._whisper_decode import transcribe_tokens
 from angeljax.models._whisper_layers import EncoderAttention
 from angeljax.models._whisper_loading import LoadedWhisper, load_whisper
+from angeljax.models._whisper_rows import WhisperText, whisper_text
 from angeljax.models.attention import causal_attention, dense_attention
 from angeljax.models.biases import add_biases
 from angeljax.models.cache import KVCache, init_cache
@@ -80,6 +81,7 @@ __all__ = [
     "VisionTowerConfig",
     "WhisperConfig",
     "WhisperModel",
+    "WhisperText",
     "add_biases",
     "audio_lengths",
     "audio_pruner",
@@ -109,4 +111,5 @@ __all__ = [
     "transcribe_tokens",
     "unstack_layers",
     "untie",
+    "whisper_text",
 ]

@@ -14,7 +14,14 @@ from angeljax._transposed import TransposedTensor
 from angeljax.attention.prefill import SparseAttention
 from angeljax.models.attention import causal_attention, dense_attention
 from angeljax.models.rope import cos_sin
-from angeljax.models.rows import RowCache, Rows, masks_of, which_layers
+from angeljax.models.rows import (
+    RowCache,
+    RowInputs,
+    Rows,
+    entry_of,
+    masks_of,
+    which_layers,
+)
 from pallas_kernels import rows_attention, skinny_matmul
 from pallas_kernels.rows_attention import Held
 
@@ -140,15 +147,16 @@ def read_fused(
     key_positions: jax.Array | None,
     layers: Sequence[int] | None,
     hidden: Sequence[int],
+    inputs: RowInputs | None,
     implementation: str | None,
 ) -> Rows:
     """`read_rows` for up to 16 tokens of each row."""
     config = module.config
     run, wanted = which_layers(config, layers, hidden)
     masks, windows = masks_of(config, positions, mask, key_positions)
-    cos, sin = cos_sin(config, positions)
+    x, planes, rotary, cache = entry_of(module, cache, tokens, positions, inputs)
+    cos, sin = cos_sin(config, rotary)
     turn = cos[:, :, 0, 0], sin[:, :, 0, 1]
-    x = module.embed(tokens)
     k: list[Any] = list(cast(Any, cache.k))
     v: list[Any] = list(cast(Any, cache.v))
     held: Any = cache.held
@@ -176,9 +184,10 @@ def read_fused(
         x = product(y, attn.o_proj, residual=x)
         y = product(x, mlp.gate_up_proj, swiglu=True, **layer.mlp_norm.fused)
         x = product(y, mlp.down_proj, residual=x)
+        x = x if i >= len(planes) else x + planes[i].astype(x.dtype)
         outputs[i] = x
     found = tuple(outputs[i] for i in wanted)
-    return Rows(x, found, RowCache(tuple(k), tuple(v)))
+    return Rows(x, found, dataclasses.replace(cache, k=tuple(k), v=tuple(v), held=None))
 
 
 def head_fused(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from flax import nnx
 
 from angeljax import ops
 from angeljax.models._whisper_config import WhisperConfig
+from angeljax.models.cache import write
 from angeljax.models.layers import Linear
 
 _INIT = nnx.initializers.normal(0.02)
@@ -330,5 +331,7 @@ def sinusoids(length: int, size: int) -> np.ndarray:
 
 
 def _write(store: jax.Array, new: jax.Array, slot: jax.Array | int) -> jax.Array:
+    if jnp.ndim(slot):  # rows that stand at different places
+        return cast(jax.Array, write(store, new, jnp.asarray(slot))[0])
     new = jnp.swapaxes(new, 1, 2).astype(store.dtype)
     return jax.lax.dynamic_update_slice(store, new, (0, 0, slot, 0))

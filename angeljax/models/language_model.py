@@ -22,7 +22,7 @@ from angeljax.models.config import DecoderConfig
 from angeljax.models.decoder import Decoder
 from angeljax.models.features import Features
 from angeljax.models.layers import AttentionFn, Block
-from angeljax.models.rows import RowCache, Rows, init_rows, read_rows
+from angeljax.models.rows import RowCache, RowInputs, Rows, init_rows, read_rows
 from angeljax.models.staged import StagedCache, apply_staged
 
 
@@ -216,6 +216,7 @@ class LanguageModel:
         key_positions: jax.Array | None = None,
         layers: Sequence[int] | None = None,
         hidden: Sequence[int] = (),
+        inputs: RowInputs | None = None,
     ) -> Rows:
         """Reads T tokens of each row where that row stands.
 
@@ -231,6 +232,7 @@ class LanguageModel:
             sliding window; default the number of the slot.
           layers: numbers of the layers that run; default all.
           hidden: numbers of the layers whose outputs are wanted, from 0.
+          inputs: what is read in place of the embeddings of `tokens`; all layers run.
 
         Returns:
           `Rows`: the last layer's output, what was asked for, and the cache.
@@ -242,7 +244,7 @@ class LanguageModel:
         read: Any = read_rows
         if self.rows is not None:
             self.rows.check(self, params)
-            if tokens.shape[1] <= FusedRows.MOST:
+            if mask.shape[2] <= FusedRows.MOST:
                 how = self.rows.implementation
                 read = functools.partial(read_fused, implementation=how)
         return read(
@@ -255,6 +257,7 @@ class LanguageModel:
             key_positions=key_positions,
             layers=layers,
             hidden=hidden,
+            inputs=inputs,
         )
 
     def head_rows(self, params: dict[str, Any], final: jax.Array) -> jax.Array:

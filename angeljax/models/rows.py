@@ -32,11 +32,32 @@ class RowCache:
       k, v: as those of a `KVCache`: a tuple with `[B, num_kv_heads, slots, head_dim]`
         for each layer, or one array `[layers, B, num_kv_heads, slots, head_dim]`.
       held: entries that the next reading puts in place; None without.
+      rope_delta: int32 `[B]`, what is added to positions before they turn queries and
+        keys, where a prompt with images ended elsewhere than its tokens; or None.
     """
 
     k: Layers
     v: Layers
     held: HeldRows | None = None
+    rope_delta: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowInputs:
+    """What is read in place of the embeddings of tokens, as by a model that sees.
+
+    Attributes:
+      embeds: `[B, T, hidden_size]`.
+      rotary: int32 `[B, T]`, or `[3, B, T]` for M-RoPE; None for the positions.
+      deepstack: planes `[B, T, hidden_size]` that are added behind the first layers.
+      rope_delta: for the cache.
+    """
+
+    embeds: jax.Array
+    rotary: jax.Array | None = None
+    deepstack: tuple[jax.Array, ...] = ()
+    rope_delta: jax.Array | None = None
 
 
 class HeldRows(NamedTuple):
@@ -79,7 +100,7 @@ def hold_rows(
         return jnp.take_along_axis(x, at, axis=-2, mode="promise_in_bounds")
 
     k, v = jax.tree.map(taken, (cache.k, cache.v))
-    return RowCache(cache.k, cache.v, HeldRows(k, v, count))
+    return dataclasses.replace(cache, held=HeldRows(k, v, count))
 
 
 def settle_rows(cache: RowCache, slots: jax.Array) -> RowCache:
@@ -98,7 +119,8 @@ def settle_rows(cache: RowCache, slots: jax.Array) -> RowCache:
         rows = jnp.moveaxis(rows, (x.ndim - 4, x.ndim - 2), (0, 1))
         return x.at[goal].set(rows, mode="promise_in_bounds", unique_indices=True)
 
-    return RowCache(*jax.tree.map(put, (cache.k, cache.v), (held.k, held.v)))
+    k, v = jax.tree.map(put, (cache.k, cache.v), (held.k, held.v))
+    return dataclasses.replace(cache, k=k, v=v, held=None)
 
 
 class Rows(NamedTuple):
@@ -140,12 +162,13 @@ def read_rows(
     key_positions: jax.Array | None = None,
     layers: Sequence[int] | None = None,
     hidden: Sequence[int] = (),
+    inputs: RowInputs | None = None,
 ) -> Rows:
     """Reads T tokens of each row; see `LanguageModel.read_rows`."""
     config = module.config
     run, wanted = which_layers(config, layers, hidden)
-    x = module.embed(tokens)
-    rotation = cos_sin(config, positions)
+    x, planes, rotary, cache = entry_of(module, cache, tokens, positions, inputs)
+    rotation = cos_sin(config, rotary)
     fn = module.attention_fn
     if fn is causal_attention or isinstance(fn, SparseAttention):
         fn = dense_attention
@@ -170,7 +193,8 @@ def read_rows(
             return layer(x, rotation, told(window), store, fn)
 
         graphdef, state = nnx.split(module.layers)
-        return _scan(block, state, cache, x, slots, jnp.asarray(order), wanted)
+        around = jnp.asarray(order), wanted, planes
+        return _scan(block, state, cache, x, slots, *around)
     masks, windows = masks_of(config, positions, mask, key_positions)
     k: list[Any] = list(cast(Any, cache.k))
     v: list[Any] = list(cast(Any, cache.v))
@@ -183,10 +207,32 @@ def read_rows(
                 k=behind(k[i], ahead.k[i]), v=behind(v[i], ahead.v[i])
             )
         x, store = module.layers[i](x, rotation, masks[windows[i]], store, fn)
+        x = x if i >= len(planes) else x + planes[i].astype(x.dtype)
         k[i], v[i] = store.k, store.v
+        if i in wanted:
+            # Whether anybody looks must not decide what is fused, and so rounded, how.
+            x = jax.lax.optimization_barrier(x)
         outputs[i] = x
     found = tuple(outputs[i] for i in wanted)
-    return Rows(x, found, RowCache(tuple(k), tuple(v)))
+    return Rows(x, found, dataclasses.replace(cache, k=tuple(k), v=tuple(v), held=None))
+
+
+def entry_of(
+    module: Any,
+    cache: RowCache,
+    tokens: jax.Array,
+    positions: jax.Array,
+    inputs: RowInputs | None,
+) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array, RowCache]:
+    """What enters the first layer, planes, rotary positions, and the cache."""
+    rotary = positions
+    if cache.rope_delta is not None:
+        rotary = rotary + cache.rope_delta[:, None]
+    if inputs is None:
+        return module.embed(tokens), (), rotary, cache
+    rotary = rotary if inputs.rotary is None else inputs.rotary
+    cache = dataclasses.replace(cache, rope_delta=inputs.rope_delta)
+    return inputs.embeds.astype(module.dtype), inputs.deepstack, rotary, cache
 
 
 def which_layers(
@@ -240,15 +286,20 @@ def _scan(
     slots: jax.Array,
     order: jax.Array,
     wanted: tuple[int, ...],
+    planes: tuple[jax.Array, ...],
 ) -> Rows:
     """The layers of a stack; `order` has (layer, window, place of its output)."""
     kept = jnp.zeros((len(wanted) + 1, *x.shape), x.dtype) if wanted else None
+    added = jnp.stack([p.astype(x.dtype) for p in planes]) if planes else None
 
     def step(carry: Any, entry: jax.Array) -> tuple[Any, None]:
         x, k, v, kept = carry
         layer, window, place = entry
         state = jax.tree.map(lambda a: _at(a, layer), stack)
         x, store = block(state, x, Store(k, v, None, slots, layer), window)
+        if added is not None:
+            plane = added[jnp.minimum(layer, len(added) - 1)]
+            x = x + jnp.where(layer < len(added), plane, 0)
         if kept is not None:
             kept = jax.lax.dynamic_update_index_in_dim(kept, x, place, 0)
         return (x, store.k, store.v, kept), None
@@ -257,7 +308,7 @@ def _scan(
     x, k, v, kept = carry
     # A layer may have been asked for twice.
     found = () if kept is None else tuple(kept[wanted.index(i)] for i in wanted)
-    return Rows(x, found, RowCache(k, v))
+    return Rows(x, found, dataclasses.replace(cache, k=k, v=v, held=None))
 
 
 def _at(stack: jax.Array, layer: jax.Array) -> jax.Array:

@@ -48,10 +48,16 @@ from angeljax.speculative.eagle import (
     load_eagle,
     save_eagle,
 )
+from angeljax.speculative.from_options import (
+    generate_as,
+    make_drafter,
+    sampling_of,
+)
 from angeljax.speculative.grow import Frontier, grow_tree
 from angeljax.speculative.lookup import PromptLookup, lookup
 from angeljax.speculative.model_drafter import DraftModel, SelfDrafter
 from angeljax.speculative.mtp import MTPDrafter, MTPModel
+from angeljax.speculative.mtp_files import load_mtp, save_mtp
 from angeljax.speculative.prepare import prepare_drafter
 from angeljax.speculative.profile import (
     Profile,
@@ -120,19 +126,24 @@ __all__ = [
     "divergences",
     "draft_costs",
     "generate",
+    "generate_as",
     "grow_tree",
     "init_eagle",
     "key_positions",
     "load_block",
     "load_eagle",
+    "load_mtp",
     "lookup",
+    "make_drafter",
     "prefill",
     "prepare_drafter",
     "profile_drafter",
     "profile_target",
     "rank_tree",
+    "sampling_of",
     "save_block",
     "save_eagle",
+    "save_mtp",
     "successors",
     "survival",
     "tree_mask",

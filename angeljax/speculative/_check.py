@@ -11,6 +11,7 @@ from angeljax.attention.prefill import SparseAttention
 from angeljax.speculative._round import reach_of
 from angeljax.speculative.drafter import Drafter, TargetModel
 from angeljax.speculative.sampling import Sampling
+from angeljax.tokens import Prompt, Pruned
 
 EXACT = ("fast", "same_width")
 
@@ -23,6 +24,8 @@ def prompts(
     Raises:
       ValueError: no prompt, an empty one, or tokens that the model does not have.
     """
+    if isinstance(given, Prompt | Pruned):
+        raise ValueError("prompts must be tokens here: embeddings are not read")
     if hasattr(given, "ndim"):
         tokens = np.asarray(given)
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
@@ -82,6 +85,11 @@ def options(
         raise ValueError(
             "speculative decoding reads with dense attention: use "
             "dataclasses.replace(model, attention_fn=dense_attention)"
+        )
+    if getattr(model, "kv_cache", None) is not None:
+        raise ValueError(
+            "speculative decoding keeps keys and values as they are: use "
+            "dataclasses.replace(model, kv_cache=None)"
         )
     if drafter.width < 1:
         raise ValueError(f"a drafter's width is at least 1, not {drafter.width}")

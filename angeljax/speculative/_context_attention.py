@@ -33,19 +33,28 @@ def attend(
     """
     batch, runs, count, heads, dim = q.shape
     k, v = (x.astype(q.dtype) for x in context)
-    q = q.reshape(batch, runs, count, k.shape[1], -1, dim)
+    kv_heads, size = k.shape[1:3]
+    # `[B, Hkv, A, rows, D]`: on the context all runs are rows of one matrix. (XLA's
+    # product of 16-bit numbers on a CPU takes no others.)
+    q = q.reshape(batch, runs, count, kv_heads, -1, dim)
+    q = q.transpose(0, 3, 1, 4, 2, 5).reshape(batch, kv_heads, runs, -1, dim)
     wide: dict[str, Any] = {"preferred_element_type": jnp.float32}
-    scores = jnp.einsum("bajkgd,bksd->bakgjs", q, k, **wide)
-    scores = jnp.where(seen[:, :, None, None, None], scores, _UNSEEN)
-    if own is None:
-        weights = jax.nn.softmax(scores * dim**-0.5, axis=-1).astype(q.dtype)
-        y = jnp.einsum("bakgjs,bksd->bajkgd", weights, v, **wide)
-        return y.reshape(batch, runs, count, heads, dim).astype(weights.dtype)
-    own_k, own_v = (x.astype(q.dtype) for x in own)
-    mine = jnp.einsum("bajkgd,baikd->bakgji", q, own_k, **wide)
-    scores = jnp.concatenate([scores, mine], axis=-1) * dim**-0.5
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    size = k.shape[2]
-    y = jnp.einsum("bakgjs,bksd->bajkgd", weights[..., :size], v, **wide)
-    y += jnp.einsum("bakgji,baikd->bajkgd", weights[..., size:], own_v, **wide)
-    return y.reshape(batch, runs, count, heads, dim).astype(weights.dtype)
+
+    def flat(x: jax.Array) -> jax.Array:
+        return x.reshape(batch, kv_heads, -1, x.shape[-1])
+
+    def apart(x: jax.Array) -> jax.Array:
+        return x.reshape(*q.shape[:4], -1)
+
+    scores = apart(jnp.einsum("bkmd,bksd->bkms", flat(q), k, **wide))
+    scores = jnp.where(seen[:, None, :, None], scores, _UNSEEN)
+    if own is not None:
+        own_k, own_v = (x.astype(q.dtype) for x in own)
+        mine = jnp.einsum("bkand,baikd->bkani", q, own_k, **wide)
+        scores = jnp.concatenate([scores, mine], axis=-1)
+    weights = jax.nn.softmax(scores * dim**-0.5, axis=-1).astype(q.dtype)
+    y = apart(jnp.einsum("bkms,bksd->bkmd", flat(weights[..., :size]), v, **wide))
+    if own is not None:
+        y += jnp.einsum("bkani,baikd->bkand", weights[..., size:], own_v, **wide)
+    y = y.astype(q.dtype).reshape(batch, kv_heads, runs, -1, count, dim)
+    return y.transpose(0, 2, 4, 1, 3, 5).reshape(batch, runs, count, heads, dim)

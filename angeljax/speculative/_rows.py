@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ def move_rows(cache: Any, starts: jax.Array, path: jax.Array, nodes: int) -> Any
     """Puts the slots `starts + path` of each row at `starts` and on.
 
     Args:
-      cache: pytree of arrays `[..., B, heads, slots, features]`.
+      cache: pytree of arrays `[..., B, heads, slots, features]`; others stay.
       starts: int32 `[B]`.
       path: int32 `[B, R]`, from 0 to `nodes - 1`.
       nodes: how many slots from `starts` on are looked at.
@@ -35,7 +36,7 @@ def move_rows(cache: Any, starts: jax.Array, path: jax.Array, nodes: int) -> Any
         row, start = jnp.arange(len(starts))[:, None], starts[:, None]
         source = (..., row, slice(None), start + path, slice(None))
         goal = (..., row, slice(None), start + jnp.arange(path.shape[1]), slice(None))
-        return jax.tree.map(
+        return map_slots(
             lambda x: x.at[goal].set(
                 x.at[source].get(mode="promise_in_bounds"),
                 mode="promise_in_bounds",
@@ -50,7 +51,17 @@ def move_rows(cache: Any, starts: jax.Array, path: jax.Array, nodes: int) -> Any
         window = jnp.take(window, path[0], axis=axis)
         return jax.lax.dynamic_update_slice_in_dim(x, window, starts[0], axis)
 
-    return jax.tree.map(move, cache)
+    return map_slots(move, cache)
+
+
+def map_slots(change: Callable[[jax.Array], jax.Array], cache: Any) -> Any:
+    """A cache with its arrays of slots changed; others tell of rows, and stay.
+
+    Args:
+      change: of arrays `[..., B, heads, slots, features]`.
+      cache: pytree of such arrays, and of some with fewer axes.
+    """
+    return jax.tree.map(lambda x: change(x) if x.ndim >= 4 else x, cache)
 
 
 def chain_mask(positions: jax.Array, slots: int) -> jax.Array:
@@ -105,9 +116,9 @@ def cache_slots(cache: Any) -> int:
     """How many tokens a row of a cache can hold.
 
     Args:
-      cache: pytree of arrays `[..., B, heads, slots, features]`.
+      cache: pytree of arrays `[..., B, heads, slots, features]`, and of others.
 
     Returns:
       A Python integer.
     """
-    return jax.tree.leaves(cache)[0].shape[-2]
+    return next(x for x in jax.tree.leaves(cache) if x.ndim >= 4).shape[-2]

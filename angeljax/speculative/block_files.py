@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from angeljax.models._assemble import assemble
 from angeljax.models._names import hf_path
 from angeljax.models.config import DecoderConfig, ModelError
 from angeljax.models.hf import read_json, read_tensors
+from angeljax.speculative._decoder_files import layer_name, rope_factors, save
 from angeljax.speculative.block_model import BlockConfig, BlockModel
 
 _TOP = {
@@ -29,6 +31,7 @@ def save_block(
     params: Any,
     *,
     dtype: Any = jnp.bfloat16,
+    notes: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes a block drafter; embedding and head are the target's and stay out.
 
@@ -37,24 +40,44 @@ def save_block(
       model: the network.
       params: its params, dense.
       dtype: of the tensors.
+      notes: JSON values kept under `angeljax`, such as the tau that was measured.
 
     Returns:
       The folder.
-    """
-    from safetensors.flax import save_file
 
+    Example:
+      >>> import jax, tempfile
+      >>> from angeljax.models import DecoderConfig
+      >>> from angeljax.speculative import (
+      ...     BlockConfig, BlockModel, load_block, save_block)
+      >>> target = DecoderConfig(
+      ...     model_type="llama", vocab_size=32, hidden_size=16, num_layers=2,
+      ...     intermediate_size=32, num_heads=2, num_kv_heads=1, head_dim=8,
+      ... )
+      >>> model = BlockModel(BlockConfig.of(target, num_layers=1, mask_token_id=31))
+      >>> folder = save_block(
+      ...     tempfile.mkdtemp(), model, model.init(jax.random.key(0)))
+      >>> load_block(folder)[0] == model
+      True
+    """
     names = {path: name for name, path in _TOP.items()}
     tensors = {}
     for where, leaf in jax.tree_util.tree_leaves_with_path(params):
         key = tuple(k.key for k in where)
-        name = names.get(key) or _layer_name(key)
+        name = names.get(key) or f"layers.{key[1]}.{layer_name(key[2:])}"
         value = jnp.asarray(leaf, dtype)
         tensors[name] = value.T if key[-1] == "kernel" else value
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    text = json.dumps(_config_json(model.config, dtype), indent=2) + "\n"
-    (path / "config.json").write_text(text, encoding="utf-8")
+    config, path = model.config, Path(path)
+    more = {
+        "architectures": ["DFlashDraftModel"],
+        "block_size": config.block_size,
+        "num_target_layers": config.num_target_layers,
+        "dflash_config": {
+            "mask_token_id": config.mask_token_id,
+            "target_layer_ids": list(config.target_layers),
+        },
+    }
+    save(path, tensors, config.decoder, more, notes)
     return path
 
 
@@ -85,8 +108,9 @@ def load_block(
         if name not in fields:
             raise ModelError(f"{file} has no field {name!r}")
     try:
+        decoder = DecoderConfig.from_hf(data)
         config = BlockConfig(
-            decoder=DecoderConfig.from_hf(data),
+            decoder=dataclasses.replace(decoder, rope_factors=rope_factors(data)),
             block_size=fields["block_size"],
             mask_token_id=fields["mask_token_id"],
             target_layers=tuple(fields["target_layer_ids"]),
@@ -102,44 +126,3 @@ def load_block(
 
 def _path_of(name: str) -> Any:
     return _TOP.get(name) or hf_path(f"model.{name}")
-
-
-def _layer_name(key: tuple[Any, ...]) -> str:
-    _, layer, part, *rest = key
-    if part == "attn_norm":
-        return f"layers.{layer}.input_layernorm.weight"
-    if part == "mlp_norm":
-        return f"layers.{layer}.post_attention_layernorm.weight"
-    part = "self_attn" if part == "attn" else part
-    return f"layers.{layer}.{part}.{rest[0]}.weight"
-
-
-def _config_json(config: BlockConfig, dtype: Any) -> dict[str, Any]:
-    c = config.decoder
-    return {
-        "architectures": ["DFlashDraftModel"],
-        "model_type": "qwen3",
-        "dtype": jnp.dtype(dtype).name,
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.hidden_size,
-        "intermediate_size": c.intermediate_size,
-        "num_hidden_layers": c.num_layers,
-        "num_attention_heads": c.num_heads,
-        "num_key_value_heads": c.num_kv_heads,
-        "head_dim": c.head_dim,
-        "max_position_embeddings": c.max_positions,
-        "rms_norm_eps": c.norm_eps,
-        "hidden_act": c.activation,
-        "rope_theta": c.rope_theta,
-        "rope_scaling": dict(c.rope_scaling) or None,
-        "tie_word_embeddings": c.tied,
-        "eos_token_id": list(c.eos_ids),
-        "pad_token_id": c.pad_id,
-        "bos_token_id": c.bos_id,
-        "block_size": config.block_size,
-        "num_target_layers": config.num_target_layers,
-        "dflash_config": {
-            "mask_token_id": config.mask_token_id,
-            "target_layer_ids": list(config.target_layers),
-        },
-    }

@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from angeljax.models.rows import RowInputs
 from angeljax.speculative import _check
+from angeljax.speculative._prompts import padded_inputs, read_prompts
 from angeljax.speculative._round import (
     State,
     Stats,
@@ -25,7 +27,7 @@ from angeljax.speculative._round import (
     ready,
     settled,
 )
-from angeljax.speculative._rows import chain_mask
+from angeljax.speculative._rows import chain_mask, map_slots
 from angeljax.speculative.drafter import (
     Drafter,
     NoDrafter,
@@ -66,6 +68,7 @@ def prefill(
     limits: jax.Array,
     *,
     slots: int,
+    inputs: RowInputs | None = None,
 ) -> State:
     """Reads the prompts; compiled once for each shape.
 
@@ -78,12 +81,13 @@ def prefill(
       limits: int32 `[B]`, length of prompt and text that a row may reach.
       slots: of the cache: `max(limits) + drafter.reach - 1` or more, and T or more; for
         a tree by its depth and one more.
+      inputs: what is read in place of the tokens' embeddings.
 
     Returns:
       The state before the first round.
     """
     final, hidden, cache = _read_prompt(
-        target.model, target.params, tokens, slots=slots, hidden=drafter.hidden
+        target.model, target.params, tokens, inputs, slots=slots, hidden=drafter.hidden
     )
     prompt = Prompt(tokens, lengths, final, hidden, None)
     return _first_state(target, drafter, prompt, cache, limits, slots=slots)
@@ -94,6 +98,7 @@ def _read_prompt(
     model: TargetModel,
     params: Any,
     tokens: jax.Array,
+    inputs: RowInputs | None,
     *,
     slots: int,
     hidden: tuple[int, ...],
@@ -101,6 +106,8 @@ def _read_prompt(
     """Outputs of the last layer and of others, and the cache with all its slots."""
     batch, count = tokens.shape
     positions = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (batch, count))
+    # Targets that know no embeddings need not know the argument.
+    given: Any = {} if inputs is None else {"inputs": inputs}
     rows = model.read_rows(
         params,
         model.init_rows(batch, count),
@@ -109,6 +116,7 @@ def _read_prompt(
         slots=jnp.zeros(batch, jnp.int32),
         mask=chain_mask(positions, count),
         hidden=hidden,
+        **given,
     )
 
     def widened(x: jax.Array) -> jax.Array:
@@ -116,7 +124,7 @@ def _read_prompt(
         rest[-2] = (0, slots - count)
         return jnp.pad(x, rest)
 
-    return rows.final, tuple(rows.hidden), jax.tree.map(widened, rows.cache)
+    return rows.final, tuple(rows.hidden), map_slots(widened, rows.cache)
 
 
 @functools.partial(jax.jit, static_argnames=("slots",), donate_argnames=("cache",))
@@ -206,13 +214,15 @@ def generate(
     Greedily, and with the coupled rule, the tokens are those of `autoregressive`, for
     every drafter. In floating point the two programs multiply matrices of other shapes,
     so logits differ in their last bits and a tie may fall the other way; with
-    `exact="same_width"` and `autoregressive(..., width=drafter.width)` even that is
+    `exact="same_width"` and `autoregressive(..., width=drafter)` even that is
     the same for chains.
 
     Args:
       model: such as `angeljax.models.LanguageModel`.
       params: its param tree, compressed or not.
-      prompts: a sequence of token sequences, or int32 `[B, T]` padded on the right.
+      prompts: a sequence of token sequences, or int32 `[B, T]` padded on the right. Or
+        what a model that sees or hears makes of one, an `angeljax.tokens.Prompt` or
+        `Pruned`, for its language model; padded anywhere.
       lengths: int32 `[B]`, tokens of each prompt where `prompts` is an array; default
         T.
       drafter: what proposes tokens.
@@ -344,11 +354,12 @@ def begin(
     slots: int | None,
 ) -> tuple[Run, State]:
     """Checks all options and reads the prompts; see `generate`."""
-    tokens, sizes = _check.prompts(model, prompts, lengths)
+    tokens, sizes, inputs = read_prompts(model, prompts, lengths)
     _check.options(model, drafter, sampling, max_new_tokens, exact, rounds_per_call)
     slots = _check.slots(model, drafter, sizes, max_new_tokens, slots)
     stops = model.config.eos_ids if stop_tokens is None else tuple(stop_tokens)
-    tokens = _check.padded(tokens, min(_check.bucket(tokens.shape[1]), slots))
+    length = min(_check.bucket(tokens.shape[1]), slots)
+    tokens = _check.padded(tokens, length)
     target = Target(model, params, sampling.sampler(len(tokens)))
     state = prefill(
         target,
@@ -357,6 +368,7 @@ def begin(
         jnp.asarray(sizes),
         jnp.asarray(sizes + max_new_tokens),
         slots=slots,
+        inputs=None if inputs is None else padded_inputs(inputs, length),
     )
     looked_at = on_tokens is not None or bool(stop_strings)
     if rounds_per_call is None:
@@ -384,8 +396,8 @@ def autoregressive(
     Args:
       model, params, prompts, lengths: as in `generate`.
       **options: those of `generate` without `drafter` and `exact`, and `width`: tokens
-        that the model reads at once, of which one counts; default 1. With the width of
-        a drafter it is the program that verifies its drafts.
+        that the model reads at once, of which one counts; default 1. With a drafter in
+        place of a number it is the program that verifies its drafts.
 
     Returns:
       A `Generated`.
@@ -393,7 +405,8 @@ def autoregressive(
     Raises:
       ValueError: as `generate`.
     """
-    drafter = NoDrafter(options.pop("width", 1))
+    width = options.pop("width", 1)
+    drafter = NoDrafter.like(width) if isinstance(width, Drafter) else NoDrafter(width)
     return generate(model, params, prompts, lengths, drafter=drafter, **options)
 
 

@@ -28,7 +28,9 @@ class TargetModel(Protocol):
     """What decoding needs of a model: hashable, without parameters.
 
     `angeljax.models.LanguageModel` is one. Its methods are described there. The cache
-    is a pytree of arrays `[..., B, heads, slots, features]`.
+    is a pytree of arrays `[..., B, heads, slots, features]`; arrays of fewer axes tell
+    of rows, and stay as the prompt left them. `inputs` of `read_rows` are needed for
+    prompts of embeddings alone.
     """
 
     @property
@@ -254,9 +256,20 @@ class NoDrafter(Drafter):
 
     Attributes:
       tokens: tokens that the target reads at once, of which it keeps one.
+      layers: whose outputs the target hands over, though nobody looks at them.
     """
 
     tokens: int = dataclasses.field(default=1, metadata={"static": True})
+    layers: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
+
+    @classmethod
+    def like(cls, drafter: Drafter) -> NoDrafter:
+        """What reads in the same way as a drafter makes the target read."""
+        return cls(drafter.width, drafter.hidden)
+
+    @property
+    def hidden(self) -> tuple[int, ...]:
+        return self.layers
 
     @property
     def width(self) -> int:

@@ -123,8 +123,21 @@ class SelfDrafter(Drafter):
             return (new[:, 0], at + 1, cache), (new[:, 0], log_q)
 
         first = context.last, context.lengths - 1, context.cache
-        (_, _, cache), drawn = jax.lax.scan(step, first, length=self.num_tokens)
-        return chain_draft(drawn, cache), state
+        if target.sampler.rejection:
+            (_, _, cache), drawn = jax.lax.scan(step, first, length=self.num_tokens)
+            return chain_draft(drawn, cache), state
+        place = jnp.arange(self.num_tokens)[:, None]
+
+        # The outputs of a scan are put where they belong one by one, and a loop that
+        # does so keeps the loop around it out of a CUDA graph.
+        def keep(i: jax.Array, carry: Any) -> Any:
+            carry, tokens = carry
+            carry, (new, _) = step(carry, None)
+            return carry, jnp.where(place == i, new, tokens)
+
+        none = jnp.zeros((self.num_tokens, len(context.lengths)), jnp.int32)
+        (*_, cache), tokens = jax.lax.fori_loop(0, self.num_tokens, keep, (first, none))
+        return chain_draft((tokens, None), cache), state
 
 
 @jax.tree_util.register_dataclass

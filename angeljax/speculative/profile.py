@@ -32,6 +32,8 @@ from angeljax.speculative.core import GREEDY, decode, prefill
 from angeljax.speculative.drafter import Drafter, NoDrafter, Target, TargetModel
 
 WIDTHS = (1, 2, 4, 8, 16, 32)
+# Seconds that one measurement takes, about.
+_LONG = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,18 +218,23 @@ def _seconds(
         jax.block_until_ready(state)
         return time.perf_counter() - start, int(jnp.max(state.stats.rounds))
 
-    def round_of(drafter: Drafter, state: State) -> float:
-        long, most = once(drafter, state, slots)
+    def enough(drafter: Drafter, state: State) -> int:
+        once(drafter, state, 1)  # compiles
+        seconds, done = once(drafter, state, 2)
+        return max(4, min(slots, int(_LONG * done / seconds)))
+
+    def round_of(drafter: Drafter, state: State, rounds: int) -> float:
+        long, most = once(drafter, state, rounds)
         short, few = once(drafter, state, max(most // 8, 1))
         if most > few and long > short:
             return (long - short) / (most - few)
         return long / most
 
     pairs = list(zip(drafters, states, strict=True))
-    for drafter, state in pairs:
-        once(drafter, state, 1)  # compiles
+    counts = [enough(*pair) for pair in pairs]
     times = [
-        [round_of(drafter, state) for drafter, state in pairs] for _ in range(repeats)
+        [round_of(*pair, n) for pair, n in zip(pairs, counts, strict=True)]
+        for _ in range(repeats)
     ]
     return [statistics.median(column) for column in zip(*times, strict=True)]
 

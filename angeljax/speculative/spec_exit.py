@@ -109,11 +109,14 @@ class ExitRule:
 
 
 def exit_signals(kernel: jax.Array, features: Any) -> jax.Array:
-    """confidence, progress and remaining tokens, float32 `[..., 3]`.
+    """Confidence, progress and remaining tokens, float32 `[..., 3]`.
 
     Args:
       kernel: `[3 * target_hidden_size, 3]`, the head's `exit` kernel.
       features: outputs of the target's layers `[..., D_target]`, in order.
+
+    Returns:
+      The first two from 0 to 1, the third in tokens.
     """
     wide = jnp.concatenate(features, axis=-1).astype(jnp.float32)
     raw = jnp.matmul(wide, kernel.astype(jnp.float32), precision="highest")
@@ -125,7 +128,7 @@ def exit_signals(kernel: jax.Array, features: Any) -> jax.Array:
 class _State(NamedTuple):
     """Of a row: the drafter's state, and where its thinking stands.
 
-    `scores` `[B, window, 3]` are the signals of the last rounds, newest last, `count`
+    `scores` `[B, window, 3]` are the signals of the last rounds, newest last, `told`
     of them; `average` `[B, 3]` is their exponential average. `forced` counts the tokens
     of the end that were put into the text; 0 is before, -1 where the text ended its
     thinking itself.
@@ -134,7 +137,7 @@ class _State(NamedTuple):
     drafter: Any
     thinking: jax.Array
     scores: jax.Array
-    count: jax.Array
+    told: jax.Array
     average: jax.Array
     forced: jax.Array
 
@@ -212,7 +215,7 @@ class SpecExit(Drafter):
             drafter=self.drafter.init(target, batch, slots),
             thinking=jnp.full(batch, self.rule.begin is None),
             scores=jnp.zeros(shape),
-            count=none,
+            told=none,
             average=jnp.zeros((batch, len(SIGNALS))),
             forced=none,
         )
@@ -262,27 +265,25 @@ class SpecExit(Drafter):
         end = jnp.asarray(rule.end, jnp.int32)
         token = end[jnp.clip(forced, 0, len(rule.end) - 1)]
         put = (exits | goes_on)[:, None] & (place == cut[:, None])
-        count = state.count
+        told = state.told
         if rule.smoothing == "paragraph_mean":
-            count = jnp.where(at_break, jnp.minimum(count, 1), count)
+            told = jnp.where(at_break, jnp.minimum(told, 1), told)
         state = state._replace(
             thinking=thinking & ~exits,
             forced=jnp.where(exits, 1, forced + goes_on),
-            count=count,
+            told=told,
         )
         return jnp.where(put, token[:, None], text), cut.astype(accepted.dtype), state
 
     def _holds(self, state: _State) -> jax.Array:
         """bool `[B]`: all conditions, on the signals of the rounds before."""
-        rule, count = self.rule, state.count
+        rule, count = self.rule, state.told
         if rule.smoothing == "ewma":
             value, known = state.average, count > 0
         elif rule.smoothing == "momentum":
             last, first = state.scores[:, -1], state.scores[:, 0]
-            value, known = (
-                last + (last - first) / (rule.window - 1),
-                count >= (rule.window),
-            )
+            value = last + (last - first) / (rule.window - 1)
+            known = count >= rule.window
         else:
             some = jnp.minimum(count, rule.window)
             newest = jnp.arange(rule.window) >= rule.window - some[:, None]
@@ -300,7 +301,7 @@ class SpecExit(Drafter):
         total = jnp.sum(jnp.where(rows[..., None], signals, 0.0), axis=1)
         mean = total / jnp.maximum(verified.emitted, 1)[:, None]
         new = (state.thinking & (verified.emitted > 0))[:, None]
-        first = (state.count == 0)[:, None]
+        first = (state.told == 0)[:, None]
         alpha = self.rule.alpha
         average = jnp.where(first, mean, alpha * mean + (1 - alpha) * state.average)
         moved = jnp.concatenate([state.scores[:, 1:], mean[:, None]], axis=1)
@@ -308,5 +309,5 @@ class SpecExit(Drafter):
             drafter=inner,
             scores=jnp.where(new[..., None], moved, state.scores),
             average=jnp.where(new, average, state.average),
-            count=state.count + new[:, 0],
+            told=state.told + new[:, 0],
         )

@@ -8,6 +8,7 @@ into any loss of one's own.
 from angeljax._fields import ConfigError
 from angeljax.train._feature_scales import feature_scales
 from angeljax.train._sections import LoraConfig
+from angeljax.train.block_config import BlockTrainConfig, MTPTrainConfig
 from angeljax.train.block_task import BlockTask
 from angeljax.train.checkpoints import Checkpoints
 from angeljax.train.config import TrainConfig
@@ -32,6 +33,7 @@ from angeljax.train.step import TrainState, init_state, make_step
 
 __all__ = [
     "BlockTask",
+    "BlockTrainConfig",
     "Checkpoints",
     "ConfigError",
     "Divergence",
@@ -45,6 +47,7 @@ __all__ = [
     "LoraConfig",
     "LoraTask",
     "MTPTask",
+    "MTPTrainConfig",
     "OptimizerConfig",
     "PackedTokens",
     "TrainConfig",

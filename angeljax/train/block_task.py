@@ -26,8 +26,9 @@ _NORM_SHARE = 0.15
 class BlockTask:
     """The loss of a block drafter for `fit`; hashable.
 
-    Of every row `anchors` places are drawn at random at each step; the block of an
-    anchor sees the context before it and itself, all in one packed forward. Trained is
+    Of every row `anchors` places are drawn at random at each step, of those first whose
+    next token is to be learned; the block of an anchor sees the context before it and
+    itself, all in one packed forward. Trained is
     `{"params": ...}` of the drafter; frozen are the target and the scale of each
     feature, by which large ones do not drown the rest; `drafter`
     multiplies them into `fc`.
@@ -143,7 +144,9 @@ class BlockTask:
 
         Args:
           trainable, frozen: from `init`.
-          batch: `{"tokens": int32 [B, T + 1]}`.
+          batch: `tokens` int32 `[B, T + 1]` and, if not all of them are to be learned,
+            `mask` bool `[B, T + 1]` of those that are: a block counts up to the first
+            that is none.
           step: is not used.
           key: of the anchors.
 
@@ -158,17 +161,21 @@ class BlockTask:
                 f"rows of {tokens.shape[1]} tokens hold no block of {size}: raise "
                 "seq_length"
             )
-        noise = jax.random.uniform(key, (len(tokens), places))
+        noise, mask = jax.random.uniform(key, (len(tokens), places)), batch.get("mask")
+        if mask is not None:
+            noise += mask[:, 1 : places + 1]
         anchors = jax.lax.top_k(noise, min(self.anchors, places))[1]
         params = cast(self.params(trainable, frozen), self.dtype)
         x, final = self.hidden(params, target, tokens[:, :-1], anchors)
         at = anchors[..., None] + jnp.arange(1, size)
-        labels = take_rows(tokens, at)
-        chosen = take_rows(final, at - 1) if self.loss_options.needs_target else None
-        loss, metrics = draft_loss(
-            self.loss_options, x, labels, self.target.head_params(target), chosen
+        return draft_loss(
+            self.loss_options,
+            x,
+            take_rows(tokens, at),
+            self.target.head_params(target),
+            take_rows(final, at - 1) if self.loss_options.needs_target else None,
+            counts=None if mask is None else take_rows(mask, at),
         )
-        return loss, {**metrics, "weight": jnp.float32(anchors.size)}
 
     def flops(self, length: int) -> float:
         """Floating-point operations of a step, for each token of a row, about."""

@@ -74,7 +74,11 @@ class DraftLoss:
         return build(cls, data, "loss")
 
     def __call__(
-        self, logits: jax.Array, labels: jax.Array, target: jax.Array | None = None
+        self,
+        logits: jax.Array,
+        labels: jax.Array,
+        target: jax.Array | None = None,
+        counts: jax.Array | None = None,
     ) -> jax.Array:
         """The loss of each draft as a whole.
 
@@ -82,11 +86,14 @@ class DraftLoss:
           logits: float32 `[..., J, V]` of the drafter.
           labels: int32 `[..., J]`, the tokens of the text.
           target: float32 `[..., J, V]` logits; None for "ce".
+          counts: float32 `[..., J]`, 0 for places that are not learned from; default
+            all are.
 
         Returns:
           float32 `[...]`.
         """
         log_q = jax.nn.log_softmax(logits, axis=-1)
+        counts = jnp.ones(labels.shape) if counts is None else counts
         at = labels[..., None]
         of_text = jnp.take_along_axis(log_q, at, axis=-1)[..., 0]
         if self.loss == "ce":
@@ -96,10 +103,10 @@ class DraftLoss:
             log_p = jax.nn.log_softmax(jax.lax.stop_gradient(target), axis=-1)
             if self.loss == "block_tv":
                 alpha = acceptance(log_p, log_q)
-                return 1 - jnp.mean(jnp.cumprod(alpha, axis=-1), axis=-1)
+                return jnp.mean((1 - jnp.cumprod(alpha, axis=-1)) * counts, axis=-1)
             terms = distance(log_p, log_q, self.loss, eta=self.eta)
         weights = self.place_weights(jax.lax.stop_gradient(of_text))
-        return jnp.sum(weights * terms, axis=-1)
+        return jnp.sum(weights * terms * counts, axis=-1)
 
     def place_weights(self, of_text: jax.Array) -> jax.Array:
         """float32 `[..., J]`; fixed ones sum to 1.
@@ -125,6 +132,7 @@ def draft_loss(
     head: dict[str, Any],
     target: jax.Array | None = None,
     *,
+    counts: jax.Array | None = None,
     chunk: int | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean loss of `B x A` drafts and what a drafter of such drafts would give.
@@ -138,13 +146,16 @@ def draft_loss(
       head: of the target, see `head_logits`; frozen.
       target: `[B, A, J, D]`, hidden states of the target after its last norm where it
         chose these tokens; for losses that need it.
+      counts: bool `[B, A, J]`, tokens to learn from: a draft counts up to the first
+        that is none. Default all.
       chunk: drafts of a row at once; default by the size of the vocabulary.
 
     Returns:
-      The mean, and metrics: "top1_1" ... "top1_J", the shares of places where the
-      likeliest token is the text's, and "tau", the mean of one plus the drafts before
-      the first wrong one. On text that the target itself wrote greedily that is what
-      greedy decoding gives.
+      The mean over the drafts whose first token counts, and metrics: "weight", how many
+      these are; "top1/0" ... "top1/J-1", the shares of places where the likeliest token
+      is the text's; and "tau", the mean of one plus the drafts before the first wrong
+      one, over the drafts that count whole. On text that the target itself wrote
+      greedily that is what greedy decoding gives.
     """
     batch, runs, count, width = hidden.shape
     vocabulary = next(iter(head.values())).shape["kernel" in head]
@@ -159,25 +170,30 @@ def draft_loss(
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         logits = head_logits(head, x)
         other = None if target is None else head_logits(head, target)
-        terms = loss(logits, labels, other) * real
-        right = (jnp.argmax(logits, axis=-1) == labels) & (real[..., None] > 0)
-        whole = jnp.cumprod(right.astype(jnp.float32), axis=-1)
-        return jnp.sum(terms), jnp.sum(right, axis=(0, 1)), jnp.sum(whole)
+        terms = loss(logits, labels, other, real)
+        right = (jnp.argmax(logits, axis=-1) == labels) * real
+        run = jnp.sum(jnp.cumprod(right, axis=-1), axis=-1) * real[..., -1]
+        return jnp.sum(terms), jnp.sum(right, axis=(0, 1)), jnp.sum(run)
 
     def cut(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, [(0, 0), (0, pieces * size - runs)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(batch, pieces, size, *x.shape[2:]), 1, 0)
 
-    real = jnp.ones((batch, runs))
+    real = jnp.ones(labels.shape)
+    if counts is not None:
+        real = jnp.cumprod(counts.astype(jnp.float32), axis=-1)
     given = target if loss.needs_target else None
     items = jax.tree.map(cut, (hidden, labels, real, given))
 
     def step(total: Any, item: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, piece(*item)), None
 
-    zero = jnp.zeros(()), jnp.zeros(count, jnp.int32), jnp.zeros(())
-    (total, right, whole), _ = jax.lax.scan(step, zero, items)
-    drafts = batch * runs
-    metrics = {f"top1_{j + 1}": right[j] / drafts for j in range(count)}
-    metrics["tau"] = 1 + whole / drafts
-    return total / drafts, metrics
+    zero = jnp.zeros(()), jnp.zeros(count), jnp.zeros(())
+    (total, right, ahead), _ = jax.lax.scan(step, zero, items)
+    each = jnp.sum(real, axis=(0, 1))
+    # Where nothing counts all sums are zero, and so are the means.
+    least = jnp.maximum(each, 1e-6)
+    metrics = {f"top1/{j}": right[j] / least[j] for j in range(count)}
+    metrics["tau"] = 1 + ahead / least[-1]
+    metrics["weight"] = each[0]
+    return total / least[0], metrics

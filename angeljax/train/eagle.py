@@ -44,7 +44,6 @@ class EagleLoss:
         `angeljax.train._acceptance.distance`.
       kl_steps: optimizer steps that begin with "kl", whatever the kind.
       eta: of "lk_hybrid".
-      exit: weight of the outputs for `SpecExit`, of a head that has them.
 
     Raises:
       ConfigError: a field is out of range.
@@ -55,7 +54,6 @@ class EagleLoss:
     kind: str = "kl"
     kl_steps: int = 0
     eta: float = 3.0
-    exit: float = 0.1
 
     def __post_init__(self) -> None:
         count("loss.steps", self.steps)
@@ -63,7 +61,6 @@ class EagleLoss:
         choice("loss.kind", self.kind, DISTANCES)
         count("loss.kl_steps", self.kl_steps, 0)
         number("loss.eta", self.eta, 0)
-        number("loss.exit", self.exit, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +72,7 @@ class EagleTask:
       config: of the head.
       options: the objective.
       dtype: of compute.
+      exit_weight: of what the outputs for `SpecExit` learn, if the head has them.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -99,6 +97,7 @@ class EagleTask:
     config: EagleConfig
     options: EagleLoss = EagleLoss()
     dtype: str = "bfloat16"
+    exit_weight: float = 0.1
 
     def init(
         self, params: Any, head: Params, scales: Any = None
@@ -188,7 +187,7 @@ class EagleTask:
         tau = 1 + jnp.sum(jnp.where(whole, ahead, 0)) / jnp.maximum(jnp.sum(whole), 1)
         if "exit" in trainable:
             error, found = self._exit_loss(trainable, frozen, features, batch, sure)
-            total, metrics = total + o.exit * error, {**metrics, **found}
+            total, metrics = total + self.exit_weight * error, {**metrics, **found}
         return total, {**metrics, "tau": tau, "weight": weight}
 
     def _exit_loss(

@@ -3,77 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
-import yaml
-
-from angeljax._fields import ConfigError, build, choice, count, flag, number
-from angeljax.train import _yaml
-from angeljax.train._sections import CheckpointConfig, LogConfig, sources
-from angeljax.train.config import DTYPES
+from angeljax._fields import ConfigError, choice, count, number
+from angeljax.train._draft_config import DraftTrainConfig
 from angeljax.train.eagle import EagleLoss
-from angeljax.train.guards import Divergence
-from angeljax.train.optimizers import OptimizerConfig
 
-__all__ = ["EagleEval", "EagleTrainConfig", "ExitTargets", "HeadConfig", "SelfText"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SelfText:
-    """Text that the target writes itself, where `data` names none.
-
-    A chat model writes the questions too, from the header of a user's turn on (Magpie,
-    arXiv 2406.08464), and then answers them.
-
-    Attributes:
-      shards: files of documents, dealt out over the temperatures.
-      rows: documents of a file, sampled as one batch.
-      max_new_tokens: where an answer that has not ended is cut off.
-      temperatures: of the answers; 0 is greedy.
-      prompts: a text file with one question a line; None lets the model ask.
-      question_tokens: where a question that has not ended is dropped.
-      question_temperature: of the questions.
-      seed: of the sampling.
-      max_minutes: for all of it; what is written by then is the text. None: no limit.
-    """
-
-    shards: int = 16
-    rows: int = 256
-    max_new_tokens: int = 512
-    temperatures: tuple[float, ...] = (0.0, 0.7, 1.0)
-    prompts: str | None = None
-    question_tokens: int = 96
-    question_temperature: float = 1.0
-    seed: int = 0
-    max_minutes: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("shards", "rows", "max_new_tokens", "question_tokens"):
-            count(f"generate.{name}", getattr(self, name))
-        count("generate.seed", self.seed, 0)
-        _minutes("generate.max_minutes", self.max_minutes)
-        if isinstance(self.temperatures, int | float):
-            object.__setattr__(self, "temperatures", (self.temperatures,))
-        object.__setattr__(self, "temperatures", tuple(self.temperatures))
-        if not self.temperatures:
-            raise ConfigError("generate.temperatures: name at least one")
-        for value in (*self.temperatures, self.question_temperature):
-            number("generate.temperatures", value, 0)
-        if self.shards < len(self.temperatures):
-            raise ConfigError(
-                f"generate.shards of {self.shards} for {len(self.temperatures)} "
-                "temperatures: each needs one"
-            )
-
-
-def _minutes(where: str, value: Any) -> None:
-    if value is None:
-        return
-    number(where, value, 0)
-    if value == 0:
-        raise ConfigError(f"{where} is 0: leave it out for no limit")
+__all__ = ["EagleTrainConfig", "ExitTargets", "HeadConfig"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,75 +51,30 @@ class ExitTargets:
 
     Attributes:
       begin, end: tokens around the thinking, as text of one token each.
+      weight: of their errors, beside the loss of the drafts.
     """
 
     begin: str = "<think>"
     end: str = "</think>"
+    weight: float = 0.1
 
     def __post_init__(self) -> None:
         for name in ("begin", "end"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ConfigError(f"exit.{name} must be the text of a token")
+        number("exit.weight", self.weight, 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EagleEval:
-    """Tokens for each forward of the target, on text that is held out.
-
-    Attributes:
-      source: a text file with one prompt a line, or a `.jsonl` file whose objects have
-        `turns`, `prompt` or `question`; they are put into the chat template. None takes
-        prompts from the end of the text, which is then not trained on.
-      prompts: how many; 0 does not evaluate.
-      prompt_tokens: of each at most: longer ones of a `source` are left out, and of the
-        text it is the end that counts.
-      max_new_tokens: written after each.
-      num_tokens: drafts of a chain.
-      every: steps between two evaluations; 0 evaluates at the end only.
-    """
-
-    source: str | None = None
-    prompts: int = 32
-    prompt_tokens: int = 128
-    max_new_tokens: int = 128
-    num_tokens: int = 4
-    every: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("prompt_tokens", "max_new_tokens", "num_tokens"):
-            count(f"eval.{name}", getattr(self, name))
-        for name in ("prompts", "every"):
-            count(f"eval.{name}", getattr(self, name), 0)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EagleTrainConfig:
+class EagleTrainConfig(DraftTrainConfig):
     """Everything that the training of a head depends on.
 
     Attributes:
-      model: the target, as for `angeljax generate --model`, compressed or not: train
-        for what will be served.
-      data: token files, texts and folders of generated text, see `load_tokens`; None
-        lets the target write, see `generate`.
-      generate: see `SelfText`.
-      answers_only: learn from answers alone, which the chat template shows; without a
-        template all text counts.
       head: see `HeadConfig`.
       loss: see `EagleLoss`.
       exit: see `ExitTargets`; None trains a head that drafts and nothing else.
-      steps: optimizer steps; or
-      tokens: trained tokens, rounded up to whole steps.
-      max_minutes: of training, compilation included; the learning rate then falls with
-        the time, and `steps` or `tokens` are only a limit. None: no limit.
-      seq_length: tokens in a row.
-      batch_size: rows in a step, all micro-batches together.
-      accumulate: micro-batches in a step.
-      scan_layers: run the layers of the target as a loop, which compiles once for all
-        of them; False for a target whose layers differ in format.
-      dtype: of compute, "bfloat16" or "float32"; the head is trained in float32.
-      optimizer: see `OptimizerConfig`.
-      checkpoint, log, eval, divergence: see their classes.
-      seed: of the order of the data and of the start.
+
+    All other fields are those of any training of a drafter; see `DraftTrainConfig`.
 
     Raises:
       ConfigError: a field is out of range; one line.
@@ -195,121 +86,17 @@ class EagleTrainConfig:
       (62, 5)
     """
 
-    model: str
-    data: str | tuple[str, ...] | None = None
-    generate: SelfText = SelfText()
-    answers_only: bool = True
+    kind: ClassVar[str] = "eagle3"
+    what: ClassVar[str] = "a training of a head"
+
     head: HeadConfig = HeadConfig()
     loss: EagleLoss = EagleLoss()
     exit: ExitTargets | None = None
-    steps: int | None = None
-    tokens: int | None = None
-    max_minutes: float | None = None
-    seq_length: int = 1024
-    batch_size: int = 16
-    accumulate: int = 1
-    scan_layers: bool = False
-    dtype: str = "bfloat16"
-    optimizer: OptimizerConfig = OptimizerConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    log: LogConfig = LogConfig()
-    eval: EagleEval = EagleEval()
-    divergence: Divergence = Divergence()
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, str) or not self.model:
-            raise ConfigError(f"model must name a model, not {self.model!r}")
-        if self.data is not None:
-            object.__setattr__(self, "data", sources("data", self.data))
-        if (self.steps is None) == (self.tokens is None):
-            raise ConfigError("give steps or tokens, one of them")
-        for name in ("steps", "tokens"):
-            if getattr(self, name) is not None:
-                count(name, getattr(self, name))
-        for name in ("seq_length", "batch_size", "accumulate"):
-            count(name, getattr(self, name))
-        if self.batch_size % self.accumulate:
-            raise ConfigError(
-                f"batch_size of {self.batch_size} cannot be divided into "
-                f"{self.accumulate} micro-batches (accumulate)"
-            )
+        super().__post_init__()
         if self.seq_length <= self.loss.steps + 1:
             raise ConfigError(
                 f"seq_length of {self.seq_length} leaves no place for "
                 f"{self.loss.steps} drafts (loss.steps)"
             )
-        choice("dtype", self.dtype, DTYPES)
-        flag("answers_only", self.answers_only)
-        flag("scan_layers", self.scan_layers)
-        _minutes("max_minutes", self.max_minutes)
-        count("seed", self.seed, 0)
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole training."""
-        if self.steps is not None:
-            return self.steps
-        assert self.tokens is not None
-        return -(-self.tokens // (self.batch_size * self.seq_length))
-
-    @classmethod
-    def from_dict(cls, data: Any) -> EagleTrainConfig:
-        """From plain values.
-
-        Raises:
-          ConfigError: an unknown, missing or invalid field.
-        """
-        if not isinstance(data, Mapping):
-            raise ConfigError(f"a training must be a mapping, not {data!r}")
-        data = dict(data)
-        for name, kind in _SECTIONS.items():
-            if isinstance(data.get(name), kind):
-                continue
-            if data.get(name) is None:
-                data.pop(name, None)
-            else:
-                data[name] = build(kind, data[name], name)
-        known = {f.name for f in dataclasses.fields(cls)}
-        if "model" not in data and not set(data) - known:
-            raise ConfigError("a training needs the field 'model'")
-        return build(cls, data, "a training of a head")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values; `from_dict` restores an equal configuration."""
-        return _yaml.plain(dataclasses.asdict(self))
-
-    @classmethod
-    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> EagleTrainConfig:
-        """Reads a YAML file.
-
-        Args:
-          path: the file.
-          overrides: `key=value`, the key with dots and the value in YAML.
-
-        Raises:
-          ConfigError: one line that names the file, or the override.
-        """
-        data = _yaml.read(path, overrides)
-        try:
-            return cls.from_dict(data)
-        except ValueError as e:
-            raise ConfigError(f"{path}: {e}") from None
-
-    def save(self, path: str | Path) -> None:
-        """Writes it as YAML."""
-        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
-        Path(path).write_text(text, encoding="utf-8")
-
-
-_SECTIONS: dict[str, Any] = {
-    "generate": SelfText,
-    "head": HeadConfig,
-    "loss": EagleLoss,
-    "exit": ExitTargets,
-    "optimizer": OptimizerConfig,
-    "checkpoint": CheckpointConfig,
-    "log": LogConfig,
-    "eval": EagleEval,
-    "divergence": Divergence,
-}

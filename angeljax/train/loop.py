@@ -171,11 +171,13 @@ def fit(
     feed = prefetch(lambda i: place_batch(mesh, batches(i), accumulate), start, steps)
     try:
         for done, batch in enumerate(feed, start + 1):
-            last, paced = done == steps, ()
+            last = done == steps
+            paced: tuple[Any, ...] = ()
             if max_minutes is not None:
                 share = (time.perf_counter() - begun) / (60 * max_minutes)
                 last |= share >= 1
-                paced = () if pace is None else (np.float32(pace(min(share, 1.0))),)
+                if pace is not None:
+                    paced = (np.float32(pace(min(share, 1.0))),)
             state, numbers = step_fn(state, frozen, batch, key, *paced)
             run.add(done, numbers, state)
             save = checkpoints is not None and (checkpoints.due(done) or last)

@@ -163,7 +163,9 @@ class MTPTask:
 
         Args:
           trainable, frozen: from `init`.
-          batch: `{"tokens": int32 [B, T + 1]}`.
+          batch: `tokens` int32 `[B, T + 1]` and, if not all of them are to be learned,
+            `mask` bool `[B, T + 1]` of those that are: the drafts of a place count up
+            to the first that is none.
           step, key: are not used.
 
         Raises:
@@ -179,13 +181,15 @@ class MTPTask:
         x, final = self.hidden(params, target, tokens)
         places = jnp.arange(x.shape[1])[:, None] + jnp.arange(self.steps)
         places = jnp.broadcast_to(places, x.shape[:3])
-        labels = take_rows(tokens, places + 2)
-        needed = self.loss_options.needs_target
-        chosen = take_rows(final, places + 1) if needed else None
-        loss, metrics = draft_loss(
-            self.loss_options, x, labels, self.target.head_params(target), chosen
+        mask = batch.get("mask")
+        return draft_loss(
+            self.loss_options,
+            x,
+            take_rows(tokens, places + 2),
+            self.target.head_params(target),
+            take_rows(final, places + 1) if self.loss_options.needs_target else None,
+            counts=None if mask is None else take_rows(mask, places + 2),
         )
-        return loss, {**metrics, "weight": jnp.float32(x.shape[0] * x.shape[1])}
 
     def flops(self, length: int) -> float:
         """Floating-point operations of a step, for each token of a row, about."""

@@ -144,6 +144,9 @@ def decay_at(config: OptimizerConfig, share: float) -> float:
       config: see `OptimizerConfig`.
       share: from 0 to 1.
 
+    Returns:
+      From 1 down to `final_lr`, by the shape of `schedule`.
+
     Example:
       >>> from angeljax.train.optimizers import OptimizerConfig, decay_at
       >>> decay_at(OptimizerConfig(schedule="linear", final_lr=0.2), 0.5)

@@ -35,12 +35,11 @@ TABLE = (
 def blocks(features: int, queries: int, itemsize: int) -> Blocks:
     """The tiles for heads of so many features of so many bytes.
 
-    `queries` are those of a tile; its output stands in registers, up to 64 numbers in
-    those of a thread.
+    `queries` are those of a tile: the more, the more warps must hold what they give.
     """
     found = next(b for most, b in TABLE if features <= most)
     keys = found.keys if itemsize <= 2 else max(found.keys // 4, 16)
-    warps = max(found.warps, queries // 16, queries * features // 2048)
+    warps = max(found.warps, queries // 16)
     return dataclasses.replace(found, keys=keys, warps=min(warps, 16))
 
 

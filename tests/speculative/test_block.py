@@ -1,12 +1,12 @@
 """The block drafter and the MTP layer in decoding, and their files."""
 
-import functools
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from angeljax.speculative import (
     BlockConfig,
@@ -16,13 +16,14 @@ from angeljax.speculative import (
     MTPModel,
     Sampling,
     Target,
-    autoregressive,
-    generate,
     load_block,
+    load_mtp,
     prefill,
     save_block,
+    save_mtp,
 )
-from angeljax.train import BlockTask, DraftLoss, MTPTask
+from angeljax.speculative._context_attention import attend
+from angeljax.train import BlockTask, MTPTask
 from angeljax.train.chunked import head_logits
 from tests.models._random_params import random_params
 from tests.speculative._cases import PROMPTS, tiny
@@ -45,44 +46,30 @@ def mtp_drafter(num_tokens=3):
     return MTPDrafter(mtp, random_params(mtp, seed=2, std=0.3), num_tokens)
 
 
-DRAFTERS = {"block": block_drafter, "mtp": mtp_drafter}
-
-
-@functools.cache
-def plain(rows, sampling):
-    model, params = tiny()
-    # Both drafters read four tokens at once.
-    return autoregressive(
-        model, params, PROMPTS[:rows], width=4, max_new_tokens=NEW, sampling=sampling
-    )
-
-
-@pytest.mark.parametrize("name", DRAFTERS)
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize(
-    "sampling", [Sampling(), Sampling(temperature=0.8, seed=3)], ids=["greedy", "drawn"]
-)
-def test_text_is_that_of_plain_decoding(name, rows, sampling):
-    (model, params), prompts = tiny(), PROMPTS[:rows]
-    drafter = DRAFTERS[name]()
-    assert drafter.width == 4
-    options = {"max_new_tokens": NEW, "sampling": sampling}
-    out = generate(model, params, prompts, drafter=drafter, **options)
-    np.testing.assert_array_equal(out.tokens, plain(rows, sampling).tokens)
-    # Drafts were made: a single token leaves the first round of MTP without.
-    want = out.stats.rounds * (drafter.width - 1)
-    short = np.asarray([len(p) == 1 and name == "mtp" for p in prompts])
-    np.testing.assert_array_equal(out.stats.drafted, want - short * (drafter.width - 1))
-
-
-def test_files_restore_the_drafter_and_say_what_is_wrong(tmp_path):
+def test_files_of_a_block_drafter(tmp_path):
     drafter = block_drafter()
     save_block(tmp_path, drafter.model, drafter.params, dtype=jnp.float32)
     model, params = load_block(tmp_path, dtype=jnp.float32)
     assert model == drafter.model
     jax.tree.map(np.testing.assert_array_equal, params, drafter.params)
+    # Names and shapes of the published drafters, z-lab/Qwen3-8B-DFlash-b16 and others.
+    tensors = load_file(tmp_path / "model.safetensors")
+    parts = [
+        *("input_layernorm", "post_attention_layernorm"),
+        *(f"self_attn.{x}" for x in ("q_proj", "k_proj", "v_proj", "o_proj")),
+        *("self_attn.q_norm", "self_attn.k_norm"),
+        *(f"mlp.{x}" for x in ("gate_proj", "up_proj", "down_proj")),
+    ]
+    layers = {f"layers.{i}.{x}.weight" for i in range(2) for x in parts}
+    assert set(tensors) == {"fc.weight", "hidden_norm.weight", "norm.weight", *layers}
+    assert tensors["fc.weight"].shape == (16, 32)
+    gate = drafter.params["layers"][1]["mlp"]["gate_proj"]["kernel"]
+    np.testing.assert_array_equal(tensors["layers.1.mlp.gate_proj.weight"], gate.T)
     file = tmp_path / "config.json"
     data = json.loads(file.read_text())
+    assert data["architectures"] == ["DFlashDraftModel"]
+    assert data["model_type"] == "qwen3" and data["num_hidden_layers"] == 2
+    assert data["block_size"] == 4 and data["num_target_layers"] == 2
     assert data["dflash_config"] == {"mask_token_id": 31, "target_layer_ids": [1, 1]}
     for change, message in [
         ({"dflash_config": None}, "no dflash_config"),
@@ -93,6 +80,41 @@ def test_files_restore_the_drafter_and_say_what_is_wrong(tmp_path):
         file.write_text(json.dumps({**data, **change}))
         with pytest.raises(ValueError, match=message):
             load_block(tmp_path)
+
+
+def test_files_of_an_mtp_layer(tmp_path):
+    drafter, target = mtp_drafter(), tiny()[0].config
+    save_mtp(tmp_path, drafter.model, drafter.params, dtype=jnp.float32)
+    model, params = load_mtp(tmp_path, dtype=jnp.float32)
+    assert model == drafter.model
+    jax.tree.map(np.testing.assert_array_equal, params, drafter.params)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert tensors["model.layers.2.eh_proj.weight"].shape == (16, 32)
+    around = {"enorm", "hnorm", "eh_proj", "shared_head.norm", "input_layernorm"}
+    assert {f"model.layers.2.{x}.weight" for x in around} < set(tensors)
+    # In the folder of a whole model, with copies of what is the target's.
+    size = target.vocab_size
+    others = ("model.layers.1.mlp.up_proj", "model.layers.2.embed_tokens", "lm_head")
+    more = {f"{x}.weight": np.ones((size, 16), np.float32) for x in others}
+    save_file({**tensors, **more}, tmp_path / "model.safetensors")
+    again = load_mtp(tmp_path, dtype=jnp.float32)[1]
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    # As a whole model's configuration has it.
+    file = tmp_path / "config.json"
+    data = {k: v for k, v in json.loads(file.read_text()).items() if k != "angeljax"}
+    file.write_text(json.dumps(data))
+    assert load_mtp(tmp_path)[0].config == drafter.model.config
+    file.write_text(json.dumps({**data, "num_attention_heads": 4}))
+    with pytest.raises(ValueError, match="_proj.weight has shape"):
+        load_mtp(tmp_path)
+    file.write_text(json.dumps(data))
+    del tensors["model.layers.2.hnorm.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="no tensor for hnorm/scale"):
+        load_mtp(tmp_path)
+    file.write_text("{}")
+    with pytest.raises(ValueError, match="it is no MTP layer"):
+        load_mtp(tmp_path)
 
 
 def test_training_computes_what_the_drafter_drafts():
@@ -110,54 +132,6 @@ def test_training_computes_what_the_drafter_drafts():
     state = prefill(target, drafter, tokens, sizes, sizes + 1, slots=24)
     draft, _ = jax.jit(drafter.draft)(target, state.drafter, state.context)
     np.testing.assert_array_equal(draft.tokens, want[0])
-
-
-def test_losses_by_hand(rng):
-    """Every loss with every weight, place by place in plain Python."""
-    places, size = 4, 6
-    z, target = rng.normal(size=(2, 3, places, size)).astype(np.float32)
-    labels = rng.integers(0, size, (3, places))
-    for loss, weights in [
-        *(("ce", w) for w in ("exponential", "equal", "continuation")),
-        *((name, "exponential") for name in ("kl", "tv", "lk_alpha", "lk_hybrid")),
-        ("block_tv", "equal"),
-    ]:
-        options = DraftLoss(loss=loss, weights=weights, gamma=2.0, eta=1.5)
-        got = options(jnp.asarray(z), jnp.asarray(labels), jnp.asarray(target))
-        for row in range(3):
-            terms, texts, alphas = [], [], []
-            for j in range(places):
-                q = np.exp(z[row, j]) / np.exp(z[row, j]).sum()
-                p = np.exp(target[row, j]) / np.exp(target[row, j]).sum()
-                kl = sum(x * np.log(x / y) for x, y in zip(p, q, strict=True))
-                alpha = sum(min(x, y) for x, y in zip(p, q, strict=True))
-                share = np.exp(-1.5 * alpha)
-                texts.append(q[labels[row, j]])
-                alphas.append(alpha)
-                terms.append(
-                    {
-                        "ce": -np.log(texts[-1]),
-                        "kl": kl,
-                        "tv": 1 - alpha,
-                        "lk_alpha": -np.log(alpha),
-                        "lk_hybrid": share * kl + (1 - share) * (1 - alpha),
-                    }.get(loss)
-                )
-            if loss == "block_tv":
-                runs = [np.prod(alphas[: j + 1]) for j in range(places)]
-                want = 1 - sum(runs) / places
-            elif weights == "continuation":
-                runs = [
-                    np.prod([0.5 + 0.5 * t for t in texts[: j + 1]])
-                    for j in range(places)
-                ]
-                want = sum(sum(runs[j:]) * terms[j] for j in range(places)) / places
-            else:
-                fixed = [np.exp(-j / 2.0) for j in range(places)]
-                fixed = fixed if weights == "exponential" else [1.0] * places
-                both = zip(fixed, terms, strict=True)
-                want = sum(w * t for w, t in both) / sum(fixed)
-            np.testing.assert_allclose(got[row], want, rtol=1e-4)
 
 
 def test_mtp_steps_of_training_are_those_of_drafting():
@@ -178,3 +152,41 @@ def test_mtp_steps_of_training_are_those_of_drafting():
     state = prefill(target, drafter, tokens, sizes, sizes + 4, slots=24)
     draft, _ = jax.jit(drafter.draft)(target, state.drafter, state.context)
     np.testing.assert_array_equal(draft.tokens, want[0, places])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("own", [False, True])
+def test_attention_of_runs_by_hand(dtype, own, rng):
+    """Each query by itself; in 16 bits on a CPU too, with the gradient."""
+    batch, runs, count, groups, size, dim, slots = 2, 3, 4, 2, 5, 8, 6
+
+    def some(*shape):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    q = some(batch, runs, count, 2 * groups, dim)
+    context = some(batch, groups, slots, dim), some(batch, groups, slots, dim)
+    mine = some(batch, runs, size, groups, dim), some(batch, runs, size, groups, dim)
+    seen = jnp.asarray(rng.random((batch, runs, slots)) < 0.6)
+
+    def loss(q, context, mine):
+        return attend(q, context, seen, mine if own else None)
+
+    got = jax.jit(loss)(q, context, mine)
+    assert got.dtype == q.dtype
+    wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (q, context, mine))
+    for b, a, j, h in np.ndindex(*q.shape[:4]):
+        keys, values = (x[b, h // 2][seen[b, a]] for x in wide[1])
+        if own:
+            more = (x[b, a, :, h // 2] for x in wide[2])
+            keys, values = map(np.concatenate, zip((keys, values), more, strict=True))
+        elif not len(keys):
+            continue
+        scores = np.exp(keys @ wide[0][b, a, j, h] * dim**-0.5)
+        want = scores / scores.sum() @ values
+        error = 1e-5 if dtype == "float32" else 3e-2
+        np.testing.assert_allclose(
+            np.asarray(got[b, a, j, h], np.float64), want, atol=error
+        )
+    square = lambda *x: jnp.sum(loss(*x).astype(jnp.float32) ** 2)  # noqa: E731
+    grads = jax.jit(jax.grad(square, argnums=(0, 1, 2)))(q, context, mine)
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))

@@ -374,3 +374,15 @@ def test_what_cannot_be_is_refused(change, says):
 def test_sampling_options_out_of_range(options, says):
     with pytest.raises(ValueError, match=says):
         Sampling(**options)
+
+
+def test_plain_decoding_reads_like_a_drafter() -> None:
+    model, params = tiny()
+    watched = NoDrafter(3, (0,))
+    assert NoDrafter.like(watched) == watched
+    seen = autoregressive(model, params, [[1, 2, 3]], max_new_tokens=5, width=watched)
+    plain = autoregressive(model, params, [[1, 2, 3]], max_new_tokens=5, width=3)
+    assert np.array_equal(seen.tokens, plain.tokens)
+    with pytest.raises(ValueError, match="layer"):
+        wrong = NoDrafter(3, (99,))
+        autoregressive(model, params, [[1]], max_new_tokens=5, width=wrong)

@@ -29,7 +29,6 @@ from angeljax.speculative import (
     rank_tree,
     successors,
 )
-from tests.models._random_params import random_params
 from tests.speculative._cases import (
     PROMPTS,
     HashTarget,
@@ -183,18 +182,19 @@ def test_some_layers_of_a_stack():
     assert int(draft.tokens[0, 0]) == int(logits.argmax())
 
 
-def test_a_compressed_copy_and_both_rules():
+def test_a_compressed_copy_under_the_rejection_rule():
     model, params = tiny()
     rule = aj.Rule(format="int4", group_size=16)
     small = aj.compress(params, aj.Recipe(rules=[rule]))
-    drafter = SelfDrafter(small, num_tokens=3)
-    options = {"drafter": drafter, "max_new_tokens": 24}
-    want = autoregressive(model, params, PROMPTS, max_new_tokens=24)
-    got = generate(model, params, PROMPTS, **options)
-    np.testing.assert_array_equal(got.tokens, want.tokens)
-    assert got.tau > 2
-    rejection = Sampling(temperature=0.7, rule="rejection")
-    assert generate(model, params, PROMPTS, sampling=rejection, **options).tau > 2
+    out = generate(
+        model,
+        params,
+        PROMPTS,
+        drafter=SelfDrafter(small, num_tokens=3),
+        max_new_tokens=24,
+        sampling=Sampling(temperature=0.7, rule="rejection"),
+    )
+    assert out.tau > 2
 
 
 def test_a_draft_model_with_its_own_cache():
@@ -207,11 +207,6 @@ def test_a_draft_model_with_its_own_cache():
     )
     np.testing.assert_array_equal(got.tokens, want.tokens)
     assert got.tau == 4
-    config = dataclasses.replace(model.config, num_layers=1, head_dim=4)
-    other = LanguageModel(config)
-    drafter = DraftModel(other, random_params(other, seed=3, std=0.3), 2)
-    got = generate(model, params, PROMPTS, drafter=drafter, max_new_tokens=16)
-    np.testing.assert_array_equal(got.tokens, want.tokens)
 
 
 @jax.tree_util.register_dataclass

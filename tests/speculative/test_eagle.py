@@ -61,33 +61,6 @@ def plain(temperature):
     ).tokens
 
 
-@pytest.mark.parametrize(
-    ("temperature", "growth", "rows"),
-    [
-        (0.0, None, 4),
-        (0.0, EagleTree(12, 3, 2), 4),
-        (0.8, None, 1),
-        (0.8, EagleTree(12, 3, 2), 4),
-        (0.0, EagleTree(5, 4, 0), 1),
-    ],
-)
-def test_the_text_is_the_targets(temperature, growth, rows):
-    model, params = tiny()
-    config, head = small()
-    drafter = EagleDrafter(config, head, 3, growth)
-    got = generate(
-        model,
-        params,
-        PROMPTS[:rows],
-        drafter=drafter,
-        max_new_tokens=16,
-        sampling=Sampling(temperature=temperature),
-    )
-    np.testing.assert_array_equal(got.tokens, plain(temperature)[:rows])
-    if temperature and rows > 1:
-        assert got.tau > 1.1  # the noise is shared: drafts are accepted
-
-
 def test_rejection_accepts_drafts_of_a_part_of_the_vocabulary():
     model, params = tiny()
     config, head = small()

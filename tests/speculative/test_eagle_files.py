@@ -67,10 +67,15 @@ def test_logits_and_drafts_are_those_of_pytorch(folder):
         w = jax.nn.softmax(jnp.where(jnp.tri(count, dtype=bool), s, -jnp.inf))
         return jnp.einsum("bhts,bshd->bthd", w, value, precision="highest")
 
+    @jax.jit
+    def logits_of(head, embeds, parts):
+        at = jnp.arange(count)[None]
+        own = fused_features(head, parts)
+        hidden = read_step(config, head, embeds, own, at, attend)
+        return draft_logits(config, head, hidden)[0]
+
     embeds = jnp.asarray(arrays["table"])[tokens[:, 1:]]
-    at = jnp.arange(count)[None]
-    hidden = read_step(config, head, embeds, fused_features(head, parts), at, attend)
-    got = draft_logits(config, head, hidden)[0]
+    got = logits_of(head, embeds, parts)
     np.testing.assert_allclose(got, arrays["logits"][:count], rtol=1e-4, atol=1e-4)
 
     # Through the drafter: prompt, cache, map of the vocabulary, its own features.

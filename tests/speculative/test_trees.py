@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from angeljax.models.cache import Held, write
+from angeljax.models.rows import RowCache, hold_rows, settle_rows
 from angeljax.speculative import (
     Draft,
     Drafter,
@@ -89,6 +91,43 @@ def test_the_walk_by_following_all_children(rng):
         assert path[row].tolist() == best + [best[-1]] * (8 - len(best))
         longest = max(longest, len(best))
     assert longest > 3 and several > 3
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_entries_are_put_in_place_by_the_next_write(rng, rows, stacked):
+    shape = (2, rows, 2, 12, 4) if stacked else (rows, 2, 12, 4)
+    old = rng.standard_normal(shape).astype(np.float32)
+    new = rng.standard_normal((rows, 2, 2, 4)).astype(np.float32)
+    starts = rng.integers(0, 4, size=rows)
+    path = np.asarray([[0, 2, 4], [0, 1, 1], [0, 3, 3]])[:rows]
+    valid = np.asarray([2, 0, 3])[:rows]
+    want = old.copy()
+    for r in range(rows):
+        for j in range(valid[r]):
+            want[..., r, :, starts[r] + j, :] = old[
+                ..., r, :, starts[r] + path[r, j], :
+            ]
+    cache = RowCache(*((x,) if not stacked else x for x in [jnp.asarray(old)] * 2))
+    held = hold_rows(cache, starts, jnp.asarray(path), jnp.asarray(valid), 5)
+    slots = jnp.asarray(starts + valid)
+    settled = jax.tree.leaves(settle_rows(held, slots).v)[0]
+    for r in range(rows):
+        end = starts[r] + valid[r]
+        got = np.asarray(settled[..., r, :, :end, :])
+        np.testing.assert_array_equal(got, want[..., r, :, :end, :])
+        for t in range(2):
+            at = (1, r) if stacked else (r,)
+            want[(*at, slice(None), end + t)] = new[r, t]
+    some = jax.tree.leaves(held.held.k)[0]
+    some = Held(jnp.asarray(old), some[1] if stacked else some, jnp.asarray(valid))
+    stored, seen = write(some, jnp.asarray(new), slots, 1 if stacked else None)
+    part = np.asarray(stored[1] if stacked else stored)
+    whole_of = want[1] if stacked else want
+    np.testing.assert_array_equal(np.swapaxes(seen, 1, 2), part)
+    for r in range(rows):
+        end = starts[r] + valid[r] + 2
+        np.testing.assert_array_equal(part[r, :, :end], whole_of[r, :, :end])
 
 
 @pytest.mark.parametrize(("dynamic", "rows"), [(False, 4), (True, 1)])
