@@ -74,6 +74,7 @@ has no section here. [What is measured](guides/speculative.md).
 KERNELS = {
     "packed_matmul": "Packed products on a GPU",
     "decode_step": "A token of a whole decoder",
+    "decode_round": "Rounds of decoding by width",
     "ragged_matmul": "Products of experts",
     "cpu_matmul": "Packed products on a CPU",
     "tpu_bundles": "Instruction bundles of the TPU kernels",
@@ -81,6 +82,7 @@ KERNELS = {
 BASELINES = {
     "packed_matmul": "bfloat16 by XLA",
     "decode_step": "bfloat16",
+    "decode_round": "layers by XLA",
     "cpu_matmul": "dequantized first",
 }
 MARKS = ("<!-- what one token gains -->", "<!-- end -->")
