@@ -72,7 +72,6 @@ def made(text, folders=None):
     "text",
     [
         {"method": "eagle3", "path": "eagle3", "num_tokens": 3},
-        {"method": "mtp", "path": "mtp", "num_tokens": 2},
         {"method": "draft_model", "model": "draft_model", "num_tokens": 3},
         {
             "method": "self_quant",
