@@ -38,6 +38,7 @@ import jax
 import jax.numpy as jnp
 
 import angeljax as aj
+from angeljax._spec_workflow import widths
 from angeljax.models import (
     DecoderConfig,
     FusedRows,
@@ -280,12 +281,8 @@ def rounds(
 
 def break_even(cost: float, gamma: int) -> float:
     """The constant chance at which drafts that cost nothing just pay; 1 if never."""
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        tau = sum(middle**j for j in range(gamma + 1))
-        low, high = (middle, high) if tau < cost else (low, middle)
-    return high
+    found = widths.break_even(cost, gamma)
+    return 1.0 if found is None else found
 
 
 def speed(bench: Bench, clock: Clock) -> list[Row]:

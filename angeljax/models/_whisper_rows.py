@@ -17,7 +17,7 @@ from angeljax import ops
 from angeljax.models._whisper_config import WhisperConfig
 from angeljax.models._whisper_layers import SelfKV
 from angeljax.models.features import check_layers
-from angeljax.models.rows import RowCache, Rows, settle_rows
+from angeljax.models.rows import RowCache, Rows, init_rows, settle_rows
 from angeljax.models.whisper import WhisperModel
 
 
@@ -75,13 +75,7 @@ class WhisperText:
 
     def init_rows(self, batch: int, slots: int) -> RowCache:
         """An empty cache; see `LanguageModel.init_rows`."""
-        c = self.config
-        shape = batch, c.num_kv_heads, slots, c.head_dim
-
-        def empty() -> tuple[jax.Array, ...]:
-            return tuple(jnp.zeros(shape, self.dtype) for _ in range(c.num_layers))
-
-        return RowCache(empty(), empty())
+        return init_rows(self.config, batch, slots, self.dtype, stacked=False)
 
     def read_rows(
         self,

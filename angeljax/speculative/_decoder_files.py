@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,18 @@ def layer_name(path: tuple[Any, ...]) -> str:
     if part in _NORMS:
         return f"{_NORMS[part]}.{kind}"
     return f"{'self_attn' if part == 'attn' else part}.{rest[0]}.{kind}"
+
+
+def tensors_of(
+    params: Any, named: Callable[[tuple[Any, ...]], str], dtype: Any
+) -> dict[str, jax.Array]:
+    """Leaves by the names that files have for them, matrices as `[out, in]`."""
+    found = {}
+    for where, leaf in jax.tree_util.tree_leaves_with_path(params):
+        key = tuple(k.key for k in where)
+        value = jnp.asarray(leaf, dtype)
+        found[named(key)] = value.T if key[-1] == "kernel" else value
+    return found
 
 
 def save(

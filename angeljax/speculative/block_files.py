@@ -8,14 +8,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from angeljax.models._assemble import assemble
 from angeljax.models._names import hf_path
 from angeljax.models.config import DecoderConfig, ModelError
 from angeljax.models.hf import read_json, read_tensors
-from angeljax.speculative._decoder_files import layer_name, rope_factors, save
+from angeljax.speculative._decoder_files import (
+    layer_name,
+    rope_factors,
+    save,
+    tensors_of,
+)
 from angeljax.speculative.block_model import BlockConfig, BlockModel
 
 _TOP = {
@@ -61,12 +65,11 @@ def save_block(
       True
     """
     names = {path: name for name, path in _TOP.items()}
-    tensors = {}
-    for where, leaf in jax.tree_util.tree_leaves_with_path(params):
-        key = tuple(k.key for k in where)
-        name = names.get(key) or f"layers.{key[1]}.{layer_name(key[2:])}"
-        value = jnp.asarray(leaf, dtype)
-        tensors[name] = value.T if key[-1] == "kernel" else value
+
+    def named(key: tuple[Any, ...]) -> str:
+        return names.get(key) or f"layers.{key[1]}.{layer_name(key[2:])}"
+
+    tensors = tensors_of(params, named, dtype)
     config, path = model.config, Path(path)
     more = {
         "architectures": ["DFlashDraftModel"],

@@ -13,14 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from angeljax.models._assemble import assemble
 from angeljax.models._names import hf_path
 from angeljax.models.config import DecoderConfig, ModelError
 from angeljax.models.hf import read_json, read_tensors
-from angeljax.speculative._decoder_files import layer_name, save
+from angeljax.speculative._decoder_files import layer_name, save, tensors_of
 from angeljax.speculative.mtp import MTPModel
 
 _AROUND = {
@@ -65,13 +64,12 @@ def save_mtp(
       True
     """
     names = {place: name for name, place in _AROUND.items()}
-    tensors = {}
-    for where, leaf in jax.tree_util.tree_leaves_with_path(params):
-        key = tuple(k.key for k in where)
-        name = names.get(key) or layer_name(key[1:])
-        value = jnp.asarray(leaf, dtype)
-        value = value.T if key[-1] == "kernel" else value
-        tensors[f"model.layers.{model.target.num_layers}.{name}"] = value
+    start = f"model.layers.{model.target.num_layers}"
+
+    def named(key: tuple[Any, ...]) -> str:
+        return f"{start}.{names.get(key) or layer_name(key[1:])}"
+
+    tensors = tensors_of(params, named, dtype)
     path = Path(path)
     # Hugging Face has no fields for all that a configuration can say.
     own = {**(notes or {}), "target": model.target.to_dict()}

@@ -11,6 +11,7 @@ import yaml
 
 from angeljax._fields import ConfigError, build, choice, count, flag, number
 from angeljax.train import _yaml
+from angeljax.train._amounts import check_amounts, steps_of
 from angeljax.train._sections import CheckpointConfig, LogConfig, sources
 from angeljax.train.config import DTYPES
 from angeljax.train.guards import Divergence
@@ -166,18 +167,7 @@ class DraftTrainConfig:
             raise ConfigError(f"model must name a model, not {self.model!r}")
         if self.data is not None:
             object.__setattr__(self, "data", sources("data", self.data))
-        if (self.steps is None) == (self.tokens is None):
-            raise ConfigError("give steps or tokens, one of them")
-        for name in ("steps", "tokens"):
-            if getattr(self, name) is not None:
-                count(name, getattr(self, name))
-        for name in ("seq_length", "batch_size", "accumulate"):
-            count(name, getattr(self, name))
-        if self.batch_size % self.accumulate:
-            raise ConfigError(
-                f"batch_size of {self.batch_size} cannot be divided into "
-                f"{self.accumulate} micro-batches (accumulate)"
-            )
+        check_amounts(self)
         choice("dtype", self.dtype, DTYPES)
         flag("answers_only", self.answers_only)
         flag("scan_layers", self.scan_layers)
@@ -187,10 +177,7 @@ class DraftTrainConfig:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole training."""
-        if self.steps is not None:
-            return self.steps
-        assert self.tokens is not None
-        return -(-self.tokens // (self.batch_size * self.seq_length))
+        return steps_of(self)
 
     @classmethod
     def from_dict(cls, data: Any) -> Self:

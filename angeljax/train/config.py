@@ -12,6 +12,7 @@ import yaml
 from angeljax._fields import ConfigError, build, choice, count, flag, pattern
 from angeljax.recipe import Recipe
 from angeljax.train import _yaml
+from angeljax.train._amounts import check_amounts, steps_of
 from angeljax.train._options import BlockwiseOptions, DistillOptions
 from angeljax.train._sections import (
     CheckpointConfig,
@@ -113,18 +114,7 @@ class TrainConfig:
         if not isinstance(self.model, str) or not self.model:
             raise ConfigError(f"model must name a model, not {self.model!r}")
         object.__setattr__(self, "data", sources("data", self.data))
-        if (self.steps is None) == (self.tokens is None):
-            raise ConfigError("give steps or tokens, one of them")
-        for name in ("steps", "tokens"):
-            if getattr(self, name) is not None:
-                count(name, getattr(self, name))
-        for name in ("seq_length", "batch_size", "accumulate"):
-            count(name, getattr(self, name))
-        if self.batch_size % self.accumulate:
-            raise ConfigError(
-                f"batch_size of {self.batch_size} cannot be divided into "
-                f"{self.accumulate} micro-batches (accumulate)"
-            )
+        check_amounts(self)
         choice("dtype", self.dtype, DTYPES)
         flag("remat", self.remat)
         flag("scan_layers", self.scan_layers)
@@ -167,10 +157,7 @@ class TrainConfig:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole training."""
-        if self.steps is not None:
-            return self.steps
-        assert self.tokens is not None
-        return -(-self.tokens // (self.batch_size * self.seq_length))
+        return steps_of(self)
 
     @property
     def teacher(self) -> str | None:
