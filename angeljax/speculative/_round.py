@@ -26,7 +26,7 @@ from angeljax.speculative._rows import (
     tree_mask,
 )
 from angeljax.speculative.drafter import Context, Draft, Drafter, Target, Verified
-from angeljax.speculative.tree import DynamicTree, Tree, ancestors, walk
+from angeljax.speculative.tree import DynamicTree, Tree, ancestors, climb, levels, walk
 
 
 @jax.tree_util.register_dataclass
@@ -94,7 +94,7 @@ def ready(drafter: Drafter, state: State) -> State:
     start = state.lengths - 1
     path = jnp.zeros((len(start), drafter.tree.depth + 1), jnp.int32)
     none = jnp.zeros_like(start)
-    held = hold_rows(cache, start, path, none, 1)
+    held = hold_rows(cache, start, path, none)
     return dataclasses.replace(state, cache=held)
 
 
@@ -173,8 +173,7 @@ def decode_round(
         accepted = jnp.sum(jnp.cumprod(good.astype(jnp.int32), axis=1), axis=1)
         path, text = jnp.minimum(path, accepted[:, None]), chosen
     else:
-        depth = drafter.tree.depth
-        path, accepted = walk(shape.parents, shape.lines, tokens, chosen, depth)
+        path, accepted = walk(shape.lines, tokens, chosen)
         text = jnp.take_along_axis(chosen, path, axis=1)
         hidden = tuple(jnp.take_along_axis(h, path[..., None], axis=1) for h in hidden)
 
@@ -190,7 +189,7 @@ def decode_round(
     if drafter.tree is not None:
         root, nodes = before.lengths - 1, drafter.width
         if isinstance(cache, RowCache):
-            cache = hold_rows(cache, root, path, emitted, nodes)
+            cache = hold_rows(cache, root, path, emitted)
         else:
             cache = move_rows(cache, root, path, nodes)
     active = state.active & (last >= emitted) & (lengths < state.limits)
@@ -229,7 +228,6 @@ class _Shape:
     positions: jax.Array
     mask: jax.Array
     keys: jax.Array | None = None
-    parents: Any = None
     lines: Any = None
 
     @classmethod
@@ -241,19 +239,17 @@ class _Shape:
             positions = root + jnp.arange(drafter.width)
             return cls(positions, chain_mask(positions, slots))
         if isinstance(tree, Tree):
-            parents = jnp.asarray(tree.parents)[None]
-            lines = jnp.asarray(tree.ancestors)[None]
+            lines = jnp.asarray(tree.lines)[None]
+            seen = jnp.asarray(tree.ancestors)[None]
         else:
             assert isinstance(tree, DynamicTree) and draft.parents is not None
-            parents, known = draft.parents.astype(jnp.int32), draft.ancestors
-            lines = ancestors(parents, tree.depth) if known is None else known
-        depths = jnp.sum(lines, axis=-1, dtype=jnp.int32) - 1
-        positions = root + depths
+            lines = climb(draft.parents.astype(jnp.int32), tree.depth)
+            seen = ancestors(lines)
+        positions = root + levels(lines)
         return cls(
             positions,
-            tree_mask(lines, root[:, 0], slots),
+            tree_mask(seen, root[:, 0], slots),
             key_positions(positions, root[:, 0], slots),
-            parents,
             lines,
         )
 

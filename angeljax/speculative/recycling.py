@@ -259,7 +259,6 @@ class Hybrid(Drafter):
         draft = Draft(
             tokens=one_of(tokens, tree.tokens),
             parents=one_of(*(np.asarray([t.parents]) for t in (both, plain))),
-            ancestors=one_of(both.ancestors[None], plain.ancestors[None]),
         )
         return draft, state
 
