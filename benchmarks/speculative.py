@@ -152,6 +152,7 @@ def drafters_of(
         found["eagle"] = EagleDrafter(config, head, num_tokens=3)
         growth = EagleTree(nodes=16, branches=4, levels=3)
         found["eagle_tree"] = EagleDrafter(config, head, growth=growth)
+        found["eagle_hybrid"] = Hybrid(found["eagle_tree"], lookup)
     if block is not None:
         found["block"] = BlockDrafter(*load_block(block, dtype=dtype))
     return found

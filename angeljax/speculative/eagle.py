@@ -85,13 +85,13 @@ class EagleTree:
 class _State(NamedTuple):
     """The cache `[B, kv_heads, slots, head_dim]`, and pairs that are yet to be read.
 
-    `features` `[B, R, D]` belong to the positions from `start` on, `fresh` of them.
+    `features` `[B, R, D]` are of the last `fresh` positions before that of the last
+    token, and of others, which do not count.
     """
 
     k: jax.Array
     v: jax.Array
     features: jax.Array
-    start: jax.Array
     fresh: jax.Array
 
 
@@ -174,20 +174,21 @@ class EagleDrafter(Drafter):
                     f"{self.config.draft_vocab_size}"
                 )
 
-    def init(self, target: Target, batch: int, slots: int) -> _State:
-        config = self.config
+    def init(
+        self, target: Target, batch: int, slots: int, *, pairs: int | None = None
+    ) -> _State:
+        """A state; `pairs` that a round can leave, if more than its own drafts do."""
+        config, pairs = self.config, pairs or self._pairs
         # What a tree reads lies behind the text too, and may be wider than the draft.
         more = 0 if self.growth is None else self.growth.branches * self.growth.levels
         slots += max(0, more + 1 - self.width)
         shape = batch, config.num_kv_heads, slots, config.head_dim
         dtype = target.model.dtype
-        none = jnp.zeros(batch, jnp.int32)
         return _State(
             k=jnp.zeros(shape, dtype),
             v=jnp.zeros(shape, dtype),
-            features=jnp.zeros((batch, self._pairs, config.hidden_size), dtype),
-            start=none,
-            fresh=none,
+            features=jnp.zeros((batch, pairs, config.hidden_size), dtype),
+            fresh=jnp.zeros(batch, jnp.int32),
         )
 
     def prefill(self, target: Target, state: _State, prompt: Prompt) -> _State:
@@ -208,26 +209,42 @@ class EagleDrafter(Drafter):
             k=state.k.at[:, :, :count].set(small.k),
             v=state.v.at[:, :, :count].set(small.v),
             features=state.features.at[:, :1].set(one.astype(state.features.dtype)),
-            start=last,
             fresh=jnp.minimum(prompt.lengths - 1, 1),
         )
 
     def draft(
-        self, target: Target, state: _State, context: Context
+        self,
+        target: Target,
+        state: _State,
+        context: Context,
+        *,
+        flat: jax.Array | None = None,
     ) -> tuple[Draft, _State]:
-        at = state.start[:, None] + jnp.arange(self._pairs, dtype=jnp.int32)
+        """Drafts; where `flat`, bool, is true a tree is the root's children alone."""
+        start = jnp.maximum(context.lengths - 1 - state.fresh, 0)
+        pairs = state.features.shape[1]
+        at = start[:, None] + jnp.arange(pairs, dtype=jnp.int32)
         # Beyond the text there is junk, which nothing sees.
         place = jnp.minimum(at + 1, context.tokens.shape[1] - 1)
         tokens = jnp.take_along_axis(context.tokens, place, axis=1)
         mask = chain_mask(at, cache_slots(state.k))
         hidden, state = self._read(
-            target, state, tokens, state.features, at, state.start, mask
+            target, state, tokens, state.features, at, start, mask
         )
         row = jnp.maximum(state.fresh - 1, 0)[:, None, None]
         hidden = jnp.take_along_axis(hidden, row, axis=1)
         logits = draft_logits(self.config, self.params, hidden)
         grown = self._chain if self.growth is None else self._tree
-        draft, state = grown(target, state, context.lengths, logits, hidden)
+        known = context.lengths, logits, hidden
+
+        def whole(state: _State) -> tuple[Draft, _State]:
+            return grown(target, state, *known)
+
+        if flat is None:
+            draft, state = whole(state)
+        else:
+            star = self._star(target, *known[:2])
+            draft, state = jax.lax.cond(flat, lambda s: (star, s), whole, state)
         # A prompt of one token has no pair yet.
         some = (state.fresh > 0)[:, None]
         return draft._replace(tokens=jnp.where(some, draft.tokens, -1)), state
@@ -236,7 +253,6 @@ class EagleDrafter(Drafter):
         features = fused_features(self.params, verified.hidden)
         return state._replace(
             features=features.astype(state.features.dtype),
-            start=verified.context.lengths - verified.emitted - 1,
             fresh=verified.emitted,
         )
 
@@ -269,6 +285,17 @@ class EagleDrafter(Drafter):
             choose, read, first, lengths, self.num_tokens, unroll=True
         )
         return draft, state
+
+    def _star(self, target: Target, lengths: jax.Array, logits: jax.Array) -> Draft:
+        """The likeliest next tokens."""
+        assert self.growth is not None
+        greedy, nodes = target.sampler.greedy, self.growth.nodes
+        ids = eagle_ids(self.params) if greedy else None
+        if not greedy:
+            logits = target.sampler.scores(self._spread(logits), lengths[:, None])
+        tokens = jax.lax.top_k(logits[:, 0], nodes - 1)[1].astype(jnp.int32)
+        parents = jnp.zeros((len(tokens), nodes), jnp.int32).at[:, 0].set(-1)
+        return Draft(tokens if ids is None else ids[tokens], parents)
 
     def _tree(
         self,

@@ -89,7 +89,8 @@ def lookup(
       max_ngram, min_ngram: lengths of n-grams, the longest first.
 
     Returns:
-      int32 `[B, count]`, -1 where nothing matches, and bool `[B]`, which rows match.
+      int32 `[B, count]`, -1 where nothing matches, and int32 `[B]`, the length of the
+      n-gram that matches, 0 for none.
     """
 
     def row(tokens: jax.Array, n: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -110,6 +111,6 @@ def lookup(
         cycle = jnp.maximum(n - 1 - at, 1)
         index = at + 1 + jnp.arange(count) % cycle
         drafts = tokens[jnp.minimum(index, size - 1)]
-        return jnp.where(found, drafts, -1), found
+        return jnp.where(found, drafts, -1), jnp.where(found, same[at], 0)
 
     return jax.vmap(row)(tokens, lengths)

@@ -38,6 +38,9 @@ def prepare_drafter(
       >>> generate(*ready, [[1, 2]], drafter=drafter, max_new_tokens=6).tau > 1
       True
     """
+    if isinstance(inner := getattr(drafter, "drafter", None), Drafter):
+        ready: Any = prepare_drafter(model, inner, device=device, transpose=transpose)
+        return dataclasses.replace(drafter, drafter=ready)  # type: ignore[call-arg]
     params = getattr(drafter, "params", None)
     if params is None:
         return drafter
@@ -45,7 +48,7 @@ def prepare_drafter(
         own = drafter.model or model
         own, params = prepare_decoder(own, params, device=device, transpose=transpose)
         return dataclasses.replace(drafter, model=own, params=params)
-    ready: Any = prepare(params, device=device)
+    ready = prepare(params, device=device)
     ready = prepare_kernels(ready, device=device, transpose=transpose)
     new: Any = dataclasses.replace
     return new(drafter, params=ready)

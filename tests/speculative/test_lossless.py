@@ -88,6 +88,8 @@ DRAFTERS = {
     "draft model": draft_model,
     "eagle chain": lambda: eagle(None),
     "eagle tree": lambda: eagle(EagleTree(8, 3, 2)),
+    "eagle hybrid": lambda: Hybrid(eagle(EagleTree(8, 3, 2)), PromptLookup(5)),
+    "flat hybrid": lambda: Hybrid(eagle(EagleTree(8, 3, 2)), PromptLookup(3), 2),
     "block": block,
     "mtp": mtp,
 }
