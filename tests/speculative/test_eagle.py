@@ -17,9 +17,12 @@ from angeljax.speculative import (
     EagleConfig,
     EagleDrafter,
     EagleTree,
+    Hybrid,
+    PromptLookup,
     Sampling,
     Target,
     autoregressive,
+    decode,
     generate,
     init_eagle,
     load_eagle,
@@ -158,6 +161,37 @@ def test_a_text_learnt_by_heart_is_accepted_whole():
     np.testing.assert_array_equal(got.tokens, want)
     assert got.tau >= 3
     assert result.metrics["tau"] > 3
+
+
+@pytest.mark.parametrize("flat", [None, 2])
+def test_the_head_of_a_hybrid_has_read_the_text(flat):
+    """Whichever nodes were accepted, its cache is that of the text read at once."""
+    model, params = tiny()
+    config, head = small()
+    both = EagleDrafter(config, head, growth=EagleTree(8, 3, 2)), PromptLookup(6)
+    target = Target(model, params, Sampling().sampler(len(PROMPTS)))
+    sizes = jnp.asarray([len(p) for p in PROMPTS])
+    text = jnp.asarray([p + [0] * (64 - len(p)) for p in PROMPTS])
+    drafter = Hybrid(*both, flat)
+    state = prefill(target, drafter, text[:, :16], sizes, sizes + 40, slots=64)
+    stops, rounds = jnp.zeros(0, jnp.int32), jnp.int32(5)
+    state = decode(target, drafter, state, stops, rounds)
+    # Continuations longer than any branch of the head's own tree are accepted.
+    assert int(state.stats.hits[4]) > 0
+    known = prefill(
+        target, both[0], state.tokens[:, :64], state.lengths, state.limits, slots=64
+    )
+    for row, n in enumerate(state.lengths):
+        fresh = state.drafter.fresh[row]
+        assert 0 < fresh < n
+        for got, want in zip(state.drafter[:2], known.drafter[:2], strict=True):
+            at = row, slice(None), slice(int(n - 1 - fresh))
+            np.testing.assert_allclose(got[at], want[at], rtol=1e-4, atol=1e-4)
+        # What is yet to be read: features of the last committed tokens but one.
+        last = state.drafter.features[row, int(fresh) - 1]
+        np.testing.assert_allclose(
+            last, known.drafter.features[row, 0], rtol=1e-4, atol=1e-4
+        )
 
 
 def test_losses_by_hand(rng):
