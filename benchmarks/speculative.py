@@ -201,7 +201,7 @@ class Bench:
             rows = FusedRows() if self.args.rows == "fused" else None
             ready, params = prepare_decoder(model, params, rows=rows)
             self.ways = {
-                name: Way(prepare_drafter(model, drafter))
+                name: Way(prepare_drafter(model, drafter, rows=rows))
                 for name, drafter in drafters.items()
             }
             self._small = Programs(

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from angeljax.models._fused_rows import FusedRows
 from angeljax.models.attention import dense_attention
 from angeljax.models.cache import write
 from angeljax.speculative._chains import draw_chain
@@ -25,6 +26,11 @@ from angeljax.speculative._eagle_head import (
     fused_features,
     init_eagle,
     read_step,
+)
+from angeljax.speculative._eagle_rows import (
+    features_fused,
+    logits_fused,
+    read_fused,
 )
 from angeljax.speculative._eagle_io import load_eagle, save_eagle
 from angeljax.speculative._rows import cache_slots, chain_mask, tree_mask
@@ -106,6 +112,8 @@ class EagleDrafter(Drafter):
         may be any, and kernels may be compressed.
       num_tokens: drafts of a chain.
       growth: an `EagleTree`; None drafts a chain.
+      rows: how few tokens are read, of `prepare_drafter(..., rows=FusedRows())`, which
+        joins matrices for it; None leaves all to XLA.
 
     Raises:
       ValueError: no drafts.
@@ -133,6 +141,7 @@ class EagleDrafter(Drafter):
     params: Any
     num_tokens: int = dataclasses.field(default=3, metadata=_static)
     growth: EagleTree | None = dataclasses.field(default=None, metadata=_static)
+    rows: FusedRows | None = dataclasses.field(default=None, metadata=_static)
 
     def __post_init__(self) -> None:
         if self.num_tokens < 1:
@@ -195,7 +204,7 @@ class EagleDrafter(Drafter):
         count = prompt.tokens.shape[1]
         rows = jnp.arange(count, dtype=jnp.int32)
         at = jnp.broadcast_to(rows, prompt.tokens.shape)
-        features = fused_features(self.params, prompt.hidden)
+        features = self._features(prompt.hidden)
         # The token after the last is not there: its pair is read in a round.
         after = jnp.roll(prompt.tokens, -1, axis=1)
         mask = chain_mask(at, count)
@@ -233,7 +242,12 @@ class EagleDrafter(Drafter):
         )
         row = jnp.maximum(state.fresh - 1, 0)[:, None, None]
         hidden = jnp.take_along_axis(hidden, row, axis=1)
-        logits = draft_logits(self.config, self.params, hidden)
+        if self.growth is not None:
+            # Each node of the first level follows the same place.
+            hidden = jnp.broadcast_to(
+                hidden, (len(hidden), self.growth.branches, hidden.shape[-1])
+            )
+        logits = self._logits(hidden)[:, :1]
         grown = self._chain if self.growth is None else self._tree
         known = context.lengths, logits, hidden
 
@@ -250,11 +264,25 @@ class EagleDrafter(Drafter):
         return draft._replace(tokens=jnp.where(some, draft.tokens, -1)), state
 
     def update(self, target: Target, state: _State, verified: Verified) -> _State:
-        features = fused_features(self.params, verified.hidden)
+        features = self._features(verified.hidden)
         return state._replace(
             features=features.astype(state.features.dtype),
             fresh=verified.emitted,
         )
+
+    def _fused(self, count: int) -> FusedRows | None:
+        """What reads that many tokens of a row in few kernels, if anything does."""
+        return self.rows if count <= FusedRows.MOST else None
+
+    def _features(self, hidden: Any) -> jax.Array:
+        if rows := self._fused(hidden[0].shape[1]):
+            return features_fused(self.params, hidden, rows=rows)
+        return fused_features(self.params, hidden)
+
+    def _logits(self, hidden: jax.Array) -> jax.Array:
+        if rows := self._fused(hidden.shape[1]):
+            return logits_fused(self.config, self.params, hidden, rows=rows)
+        return draft_logits(self.config, self.params, hidden)
 
     def _chain(
         self,
@@ -278,7 +306,7 @@ class EagleDrafter(Drafter):
             hidden, state = self._read(
                 target, state, new, hidden, here, at - 1, chain_mask(here, slots)
             )
-            return draft_logits(self.config, self.params, hidden), hidden, state
+            return self._logits(hidden), hidden, state
 
         first = logits, hidden, state
         draft, (*_, state) = draw_chain(
@@ -337,14 +365,12 @@ class EagleDrafter(Drafter):
                 start + k * frontier.level,
                 mask,
             )
-            logits = draft_logits(self.config, self.params, hidden)
-            return scores(logits, at + 2), (hidden, state)
+            return scores(self._logits(hidden), at + 2), (hidden, state)
 
-        above = jnp.broadcast_to(hidden, (len(hidden), k, hidden.shape[-1]))
         tokens, parents, (_, state) = grow_tree(
             scores(logits, lengths[:, None])[:, 0],
             read,
-            (above, state),
+            (hidden, state),
             branches=k,
             levels=self.growth.levels,
             nodes=self.growth.nodes,
@@ -369,6 +395,13 @@ class EagleDrafter(Drafter):
         mask: jax.Array,
     ) -> tuple[jax.Array, _State]:
         """h' of pairs, whose keys and values go to the slots from `start` on."""
+        embeds = embedded(self.params, target, tokens)
+        if rows := self._fused(tokens.shape[1]):
+            around = positions, mask, start, state.k, state.v
+            hidden, *cache = read_fused(
+                self.config, self.params, embeds, features, *around, rows=rows
+            )
+            return hidden, state._replace(k=cache[0], v=cache[1])
         kept = state.k, state.v
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -378,7 +411,6 @@ class EagleDrafter(Drafter):
             kept = keys, values  # type: ignore[assignment]
             return dense_attention(q, seen.astype(q.dtype), worth.astype(q.dtype), mask)
 
-        embeds = embedded(self.params, target, tokens)
         hidden = read_step(
             self.config, self.params, embeds, features, positions, attend
         )
