@@ -35,8 +35,8 @@ def serves(config: EagleConfig, params: Params, dtype: Any) -> bool:
     return dense and not dim & (dim - 1) and 32 <= dim <= 256
 
 
-def joined(params: Params) -> Params:
-    """The parameters with matrices of one input beside each other."""
+def joined(config: EagleConfig, params: Params) -> Params:
+    """The parameters with matrices of one input beside each other, and `rope`."""
     layer = dict(params["midlayer"])
     attn, mlp = layer["self_attn"], layer["mlp"]
     each = [attn[f"{name}_proj"]["kernel"] for name in "qkv"]
@@ -50,13 +50,18 @@ def joined(params: Params) -> Params:
     both = [mlp[f"{name}_proj"]["kernel"] for name in ("gate", "up")]
     gate_up = {"kernel": jnp.concatenate(both, axis=1)}
     layer["mlp"] = {"gate_up_proj": gate_up, "down_proj": mlp["down_proj"]}
-    return {**params, "midlayer": layer}
+    # As an argument: XLA for GPUs joins what shares an array, and not what shares a
+    # constant or a number, so that sines and cosines of several steps are one kernel.
+    rope = jnp.asarray(frequencies(config.decoder)[0])
+    return {**params, "midlayer": layer, "rope": rope}
 
 
-def turns(config: EagleConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def turns(
+    config: EagleConfig, params: Params, positions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine, float32 `[B, T, head_dim / 2]`, of int positions `[B, T]`."""
-    frequency, factor = frequencies(config.decoder)
-    angles = positions.astype(jnp.float32)[..., None] * frequency
+    factor = frequencies(config.decoder)[1]
+    angles = positions.astype(jnp.float32)[..., None] * params["rope"]
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
@@ -100,7 +105,7 @@ def read_fused(
     embeds = embeds.astype(features.dtype)
     qkv = product(embeds, attn["qkv_embed"], **norm("input_layernorm"))
     qkv = product(features, attn["qkv_hidden"], residual=qkv, **norm("hidden_norm"))
-    cos, sin = turns(config, positions)
+    cos, sin = turns(config, params, positions)
     y, k, v = rows_attention(qkv, cos, sin, mask, slots, k, v, implementation=how)
     h = product(y, attn["o_proj"], residual=features)
     around = norm("post_attention_layernorm")

@@ -64,7 +64,7 @@ def prepare_drafter(
     changed: dict[str, Any] = {}
     if rows is not None and isinstance(drafter, EagleDrafter):
         if serves(drafter.config, params, model.dtype):
-            changed, params = {"rows": rows}, joined(params)
+            changed, params = {"rows": rows}, joined(drafter.config, params)
     ready = prepare(params, device=device)
     ready = prepare_kernels(ready, device=device, transpose=transpose)
     new: Any = dataclasses.replace
