@@ -181,7 +181,7 @@ def decode_round(
             jnp.maximum(tokens[:, :width], 0),
             positions=shape.positions[:, :width],
             slots=before.lengths - 1,
-            mask=shape.mask[:, :, :width],
+            mask=shape.mask(width),
             key_positions=shape.keys,
             hidden=drafter.hidden,
         )
@@ -311,7 +311,8 @@ class _Shape:
     """Where the nodes of a draft stand and what they see."""
 
     positions: jax.Array
-    mask: jax.Array
+    slots: int
+    seen: Any = None
     keys: jax.Array | None = None
     lines: Any = None
 
@@ -322,7 +323,7 @@ class _Shape:
         tree, root = drafter.tree, lengths[:, None] - 1
         if tree is None:
             positions = root + jnp.arange(drafter.width)
-            return cls(positions, chain_mask(positions, slots))
+            return cls(positions, slots)
         if isinstance(tree, Tree):
             lines = jnp.asarray(tree.lines)[None]
             seen = jnp.asarray(tree.ancestors)[None]
@@ -331,12 +332,14 @@ class _Shape:
             lines = climb(draft.parents.astype(jnp.int32), tree.depth)
             seen = ancestors(lines)
         positions = root + levels(lines)
-        return cls(
-            positions,
-            tree_mask(seen, root[:, 0], slots),
-            key_positions(positions, root[:, 0], slots),
-            lines,
-        )
+        keys = key_positions(positions, root[:, 0], slots)
+        return cls(positions, slots, seen, keys, lines)
+
+    def mask(self, width: int) -> jax.Array:
+        """Made where it is used, as what goes into a branch is written to memory."""
+        if self.seen is None:
+            return chain_mask(self.positions[:, :width], self.slots)
+        return tree_mask(self.seen[:, :width], self.positions[:, 0], self.slots)
 
 
 def _check(drafter: Drafter, draft: Draft, batch: int, rejection: bool) -> None:
