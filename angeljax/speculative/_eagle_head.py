@@ -234,9 +234,7 @@ def read_step(
         gate, up = jnp.split(ops.dot(x, mlp["gate_up_proj"]["kernel"]), 2, axis=-1)
     else:
         gate, up = (ops.dot(x, mlp[f"{n}_proj"]["kernel"]) for n in ("gate", "up"))
-    return ops.dot(
-        jax.nn.silu(gate) * up, mlp["down_proj"]["kernel"], residual=h
-    )
+    return ops.dot(jax.nn.silu(gate) * up, mlp["down_proj"]["kernel"], residual=h)
 
 
 def draft_logits(config: EagleConfig, params: Params, hidden: jax.Array) -> jax.Array:

@@ -27,12 +27,12 @@ from angeljax.speculative._eagle_head import (
     init_eagle,
     read_step,
 )
+from angeljax.speculative._eagle_io import load_eagle, save_eagle
 from angeljax.speculative._eagle_rows import (
     features_fused,
     logits_fused,
     read_fused,
 )
-from angeljax.speculative._eagle_io import load_eagle, save_eagle
 from angeljax.speculative._rows import cache_slots, chain_mask, tree_mask
 from angeljax.speculative.drafter import (
     Context,

@@ -73,7 +73,9 @@ class Hybrid(Drafter):
         if not isinstance(drafter, TokenRecycling | EagleDrafter):
             return  # within a transformation of the tree
         if isinstance(drafter, EagleDrafter) and drafter.growth is None:
-            raise ValueError("the head drafts a chain: give it a tree, growth=EagleTree")
+            raise ValueError(
+                "the head drafts a chain: give it a tree, growth=EagleTree"
+            )
         if self.lookup.num_tokens >= drafter.width:
             raise ValueError(
                 f"lookup of {self.lookup.num_tokens} tokens in a tree of "
@@ -121,9 +123,7 @@ class Hybrid(Drafter):
     def prefill(self, target: Target, state: Any, prompt: Prompt) -> Any:
         return self.drafter.prefill(target, state, prompt)
 
-    def draft(
-        self, target: Target, state: Any, context: Context
-    ) -> tuple[Draft, Any]:
+    def draft(self, target: Target, state: Any, context: Context) -> tuple[Draft, Any]:
         count = self.lookup.num_tokens
         line, matched = lookup(
             context.tokens,

@@ -62,7 +62,7 @@ class Tree:
 
     @functools.cached_property
     def lines(self) -> np.ndarray:
-        """int32 `[N, depth + 1]`: each node, its parent and so on; -1 above the root."""
+        """int32 `[N, depth + 1]`: each node, its parent, ...; -1 above the root."""
         line = [np.arange(self.nodes, dtype=np.int32)]
         above = np.asarray(self.parents, np.int32)
         for _ in range(self.depth):
@@ -121,8 +121,8 @@ def climb(parents: jax.Array, depth: int) -> jax.Array:
       int32 `[B, N, depth + 1]`; -1 above the root.
     """
     # Small gathers one into another are one kernel; products of matrices are some.
-    node = jnp.broadcast_to(jnp.arange(parents.shape[1], dtype=jnp.int32), parents.shape)
-    line = [node]
+    place = jnp.arange(parents.shape[1], dtype=jnp.int32)
+    line = [jnp.broadcast_to(place, parents.shape)]
     for _ in range(depth):
         above = parents.at[jnp.arange(len(parents))[:, None], jnp.maximum(line[-1], 0)]
         above = above.get(mode="promise_in_bounds")
