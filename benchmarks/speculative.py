@@ -151,8 +151,8 @@ def drafters_of(
         config, head = load_eagle(eagle, model.config, dtype=dtype)
         found["eagle"] = EagleDrafter(config, head, num_tokens=3)
         growth = EagleTree(nodes=16, branches=4, levels=3)
-        found["eagle_tree"] = EagleDrafter(config, head, growth=growth)
-        found["eagle_hybrid"] = Hybrid(found["eagle_tree"], lookup)
+        tree = EagleDrafter(config, head, growth=growth)
+        found |= {"eagle_tree": tree, "eagle_hybrid": Hybrid(tree, lookup)}
     if block is not None:
         found["block"] = BlockDrafter(*load_block(block, dtype=dtype))
     return found

@@ -49,11 +49,10 @@ def prepare_drafter(
       >>> generate(*ready, [[1, 2]], drafter=drafter, max_new_tokens=6).tau > 1
       True
     """
+    new: Any = dataclasses.replace
     if isinstance(inner := getattr(drafter, "drafter", None), Drafter):
-        ready: Any = prepare_drafter(
-            model, inner, device=device, transpose=transpose, rows=rows
-        )
-        return dataclasses.replace(drafter, drafter=ready)  # type: ignore[call-arg]
+        how: Any = {"device": device, "transpose": transpose, "rows": rows}
+        return new(drafter, drafter=prepare_drafter(model, inner, **how))
     params = getattr(drafter, "params", None)
     if params is None:
         return drafter
@@ -65,7 +64,6 @@ def prepare_drafter(
     if rows is not None and isinstance(drafter, EagleDrafter):
         if serves(drafter.config, params, model.dtype):
             changed, params = {"rows": rows}, joined(drafter.config, params)
-    ready = prepare(params, device=device)
+    ready: Any = prepare(params, device=device)
     ready = prepare_kernels(ready, device=device, transpose=transpose)
-    new: Any = dataclasses.replace
     return new(drafter, params=ready, **changed)

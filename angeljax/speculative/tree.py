@@ -121,11 +121,11 @@ def climb(parents: jax.Array, depth: int) -> jax.Array:
       int32 `[B, N, depth + 1]`; -1 above the root.
     """
     # Small gathers one into another are one kernel; products of matrices are some.
+    row = jnp.arange(len(parents))[:, None]
     place = jnp.arange(parents.shape[1], dtype=jnp.int32)
     line = [jnp.broadcast_to(place, parents.shape)]
     for _ in range(depth):
-        above = parents.at[jnp.arange(len(parents))[:, None], jnp.maximum(line[-1], 0)]
-        above = above.get(mode="promise_in_bounds")
+        above = parents.at[row, jnp.maximum(line[-1], 0)].get(mode="promise_in_bounds")
         line.append(jnp.where(line[-1] < 0, -1, above.astype(jnp.int32)))
     return jnp.stack(line, axis=-1)
 
@@ -171,7 +171,7 @@ def walk(
     def at(x: jax.Array, node: jax.Array) -> jax.Array:
         return x.at[row, jnp.maximum(node, 0)].get(mode="promise_in_bounds")
 
-    good = True
+    good = jnp.ones((batch, count), bool)
     for r in range(depth):
         node, above = lines[..., r], lines[..., r + 1]
         good &= (above < 0) | (at(tokens, node) == at(chosen, above))

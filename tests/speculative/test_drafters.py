@@ -135,10 +135,10 @@ def test_hybrid_takes_both():
     tokens[0, :9], tokens[1, :3] = prompts
     context = Text(jnp.asarray([3, 9]), jnp.asarray(tokens), jnp.asarray([9, 3]))
     draft, _ = drafter.draft(None, known, context)
-    tree = drafter.recycling.draft(None, known, context)[0].tokens
+    tree = drafter.drafter.draft(None, known, context)[0].tokens
     # Found: a chain, then the likeliest nodes of the tree, below the same root.
     assert draft.tokens[0].tolist() == [4, 5, 6, 1, *tree[0, :3].tolist()]
-    parents = drafter.recycling.tree.parents
+    parents = drafter.drafter.tree.parents
     moved = [0 if p == 0 else p + 4 for p in parents[1:4]]
     assert draft.parents[0].tolist() == [-1, 0, 1, 2, 3, *moved]
     assert draft.tokens[1].tolist() == tree[1].tolist()
