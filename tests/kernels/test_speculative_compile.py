@@ -104,7 +104,7 @@ def _compiled(*name: str) -> int:
 @pytest.mark.skipif(not has_plugin(), reason="needs jax[cuda13]")
 def test_rounds_are_one_graph_and_drafts_cost_few_kernels() -> None:
     plain, wide = _compiled("plain"), _compiled("wide")
-    # Two layers of at most nine kernels, fourteen for many tokens, and what is done once.
+    # Two layers of nine kernels at most, fourteen if wide, and what is done once.
     assert plain <= 2 * 9 + 11 and wide <= 2 * 14 + 12
     assert _compiled("lookup") <= wide + 5
     assert _compiled("skip") <= wide + 2 * (9 + 12)
