@@ -125,7 +125,7 @@ def climb(parents: jax.Array, depth: int) -> jax.Array:
     place = jnp.arange(parents.shape[1], dtype=jnp.int32)
     line = [jnp.broadcast_to(place, parents.shape)]
     for _ in range(depth):
-        above = parents.at[row, jnp.maximum(line[-1], 0)].get(mode="promise_in_bounds")
+        above = parents.at[row, jnp.maximum(line[-1], 0)].get(mode="clip")
         line.append(jnp.where(line[-1] < 0, -1, above.astype(jnp.int32)))
     return jnp.stack(line, axis=-1)
 
@@ -169,7 +169,7 @@ def walk(
     row = jnp.arange(batch)[:, None]
 
     def at(x: jax.Array, node: jax.Array) -> jax.Array:
-        return x.at[row, jnp.maximum(node, 0)].get(mode="promise_in_bounds")
+        return x.at[row, jnp.maximum(node, 0)].get(mode="clip")
 
     good = jnp.ones((batch, count), bool)
     for r in range(depth):
@@ -181,5 +181,5 @@ def walk(
     best = jnp.max(score, axis=1)
     length, last = best // count, count - 1 - best % count
     up = jnp.maximum(length[:, None] - jnp.arange(depth + 1), 0)
-    path = lines.at[row, last[:, None], up].get(mode="promise_in_bounds")
+    path = lines.at[row, last[:, None], up].get(mode="clip")
     return path.astype(jnp.int32), length.astype(jnp.int32)
