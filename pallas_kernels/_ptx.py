@@ -368,6 +368,11 @@ def both(a: Any, b: Any) -> Any:
     return arith.andi(a, b)
 
 
+def either(a: Any, b: Any) -> Any:
+    """At least one of two predicates."""
+    return arith.ori(a, b)
+
+
 def when(predicate: Any) -> Any:
     """`with when(p):` runs the block in the threads where `p` holds."""
     return utils.when(predicate)
@@ -418,6 +423,7 @@ __all__ = [
     "barrier",
     "both",
     "choose",
+    "either",
     "exp2",
     "floats_of",
     "load",

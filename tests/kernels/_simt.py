@@ -171,6 +171,9 @@ class Machine:
     def both(self, a: Any, b: Any) -> Any:
         return a & b
 
+    def either(self, a: Any, b: Any) -> Any:
+        return a | b
+
     def select(self, predicate: Any, a: Any, b: Any) -> Any:
         assert type(a) is type(b)
         return type(a)(np.where(predicate, a.value, b.value))
