@@ -383,7 +383,8 @@ def choose(
 ) -> list[Any]:
     """`then() if predicate else otherwise()` by a branch; `Int` or `Float` each."""
     # What the branches give is known once they are written, so they move house.
-    draft: Any = scf.IfOp(predicate, has_else=True)
+    make: Any = scf.IfOp  # its annotations are of another form
+    draft = make(predicate, has_else=True)
     results = []
     for block, branch in ((draft.then_block, then), (draft.else_block, otherwise)):
         with ir.InsertionPoint(block):

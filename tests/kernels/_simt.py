@@ -21,6 +21,35 @@ from tests.kernels._simt_memory import GARBAGE, Memory, Pointer, stamp
 _LANES = np.arange(32)
 
 
+def _layout(
+    shape: tuple[int, int], place: Callable[[int, Any, Any, int], Any], per_word: int
+) -> Any:
+    """Where the items of a matrix lie among those of its registers and lanes.
+
+    `place(register, lane >> 2, lane & 3, half)` is the row and column of an item.
+    """
+    out = np.full(shape, -1)
+    for i in range(out.size // 32 // per_word):
+        for half in range(per_word):
+            row, column = place(i, _LANES >> 2, _LANES & 3, half)
+            out[row, column] = (32 * i + _LANES) * per_word + half
+    assert sorted(out.flat) == list(range(out.size))
+    return out
+
+
+# The operands of mma.m16n8k16 (PTX ISA, "Matrix fragments for mma.m16n8k16").
+_OF_A = _layout(
+    (16, 16), lambda i, g, t, h: (g + 8 * (i & 1), 2 * t + 8 * (i >> 1) + h), 2
+)
+_OF_B = _layout((16, 8), lambda i, g, t, h: (2 * t + 8 * i + h, g), 2)
+_OF_ACC = _layout((16, 8), lambda i, g, t, h: (g + 8 * (i >> 1), 2 * t + (i & 1)), 1)
+
+
+def _wide(bits: Any) -> Any:
+    """Bits of bfloat16 as float64."""
+    return (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
 class Int:
     """A 32-bit register: uint32 of every thread, or of all of them."""
 
@@ -145,7 +174,7 @@ class Machine:
     def _warps(self, x: Int | Float) -> Any:
         """A register as `[warps, 32]`, for what a warp does together."""
         active = self.active[-1].reshape(-1, 32)
-        if np.any(active.any(1) != active.all(1)):
+        if len(self.active) > 1 and (active.any(1) != active.all(1)).any():
             raise RuntimeError("only a part of a warp is here")
         return self._all(x).reshape(-1, 32)
 
@@ -352,22 +381,18 @@ class Machine:
         self, acc: Sequence[Float], a: Sequence[Int], b: Sequence[Int]
     ) -> list[Float]:
         assert (len(acc), len(a), len(b)) == (4, 4, 2)
-        group, t = _LANES >> 2, _LANES & 3
-        left = np.empty((self.threads // 32, 16, 16))
-        right, out = np.empty_like(left[:, :, :8]), np.empty_like(left[:, :, :8])
-        for i, word in enumerate(a):
-            for j, half in enumerate(self.unpack_bf16(word)):
-                k = 2 * t + 8 * (i >> 1) + j
-                left[:, group + 8 * (i & 1), k] = self._warps(half)
-        for i, word in enumerate(b):
-            for j, half in enumerate(self.unpack_bf16(word)):
-                right[:, 2 * t + 8 * i + j, group] = self._warps(half)
-        at = [(group + 8 * (i >> 1), 2 * t + (i & 1)) for i in range(4)]
-        for value, (row, column) in zip(acc, at, strict=True):
-            out[:, row, column] = self._warps(value)
+        left, right = (self._fragments(x).view(np.uint16) for x in (a, b))
+        start = self._fragments(acc).view(np.float32)[:, _OF_ACC]
         with np.errstate(all="ignore"):
-            out = (out + left @ right).astype(np.float32)
-        return [Float(out[:, row, column].reshape(-1)) for row, column in at]
+            product = _wide(left[:, _OF_A]) @ _wide(right[:, _OF_B])
+            out = (start + product).astype(np.float32).reshape(-1, 128)
+        out = out[:, np.argsort(_OF_ACC, axis=None)].reshape(-1, 4, 32)
+        return [Float(out[:, i].reshape(-1)) for i in range(4)]
+
+    def _fragments(self, registers: Sequence[Any]) -> Any:
+        """`[warps, registers * 32]` words."""
+        words = [self._warps(r).view(np.uint32) for r in registers]
+        return np.concatenate(words, axis=1)
 
 
 def run(

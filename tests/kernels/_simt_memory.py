@@ -44,15 +44,18 @@ class Memory:
 
     def _places(self, at: Any, size: int, count: int) -> tuple[Any, Any, Any]:
         """Items of `size` bytes: their array, their indices, the watched units."""
-        bad = (at < 0) | (at + size * count > self.bytes.size)
-        if bad.any():
+        low, high = int(at.min()), int(at.max())
+        if low < 0 or high + size * count > self.bytes.size:
+            far = low if low < 0 else high
             raise IndexError(
-                f"byte {at[bad][0]} is outside of {self.name} of {self.bytes.size}"
+                f"byte {far} is outside of {self.name} of {self.bytes.size}"
             )
-        if np.any(at % (size * count)):
+        if np.bitwise_or.reduce(at) & (size * count - 1):
             raise IndexError(f"{self.name}: not aligned to {size * count} bytes")
         items = self.bytes[: self.bytes.size // size * size].view(_TYPES[size])
-        index = (at // size)[:, None] + np.arange(count)
+        index = (at // size)[:, None]
+        if count > 1:
+            index = index + np.arange(count)
         if size == self.unit:
             return items, index, index
         covered = max(1, size * count // self.unit)
@@ -61,7 +64,7 @@ class Memory:
     def _check(self, stamps: Any, now: int, threads: Any) -> None:
         """Raises if somebody else may do it at the same time."""
         together = (stamps >> 12 == now >> 12) & (stamps != now + threads)
-        if np.any((stamps >= 0) & (together | (stamps >> 28 != now >> 28))):
+        if ((stamps >= 0) & (together | (stamps >> 28 != now >> 28))).any():
             raise RuntimeError(f"a race in {self.name}")
 
     def read(self, at: Any, size: int, count: int, threads: Any, now: int) -> Any:
@@ -72,20 +75,24 @@ class Memory:
             self._check(self.writer[units], now, threads)
         if self.shared:
             mine, old = now + threads, self.reader[units]
-            others = (old >> 12 == now >> 12) & (old != mine)
+            others = (old >= now) & (old != mine)  # nobody reads in the future
             self.reader[units] = np.where(others, now + _MANY, mine)
-            self.reader[units[self.reader[units] != mine]] = now + _MANY
+            last = self.reader[units]
+            if (last != mine).any():
+                self.reader[units[last != mine]] = now + _MANY
         return items[index]
 
     def write(self, at: Any, values: Any, threads: Any, now: int) -> None:
         """Writes `values [len(at), count]`, whose type says the size of an item."""
         items, index, units = self._places(at, values.itemsize, values.shape[1])
         threads = threads[:, None]
-        new = np.any(items[index] != values, axis=1)  # twice the same is harmless
-        self._check(self.writer[units[new]], now, threads[new])
-        self._check(self.reader[units], now, threads)
+        if self.written:
+            new = (items[index] != values).any(1)  # twice the same is harmless
+            self._check(self.writer[units[new]], now, threads[new])
+        if self.shared:
+            self._check(self.reader[units], now, threads)
         items[index] = values
-        if np.any(items[index] != values):
+        if (items[index] != values).any():
             raise RuntimeError(f"two threads write one place of {self.name}")
         self.written = True
         self.writer[units] = now + threads
