@@ -238,7 +238,8 @@ copied = f"bf16[1,{kv_heads},960,{dim}]"
 lines = [x for x in compiled.as_text().splitlines() if " copy(" in x]
 assert not [x for x in lines if copied in x], lines
 size = cache.size * cache.dtype.itemsize
-assert compiled.memory_analysis().temp_size_in_bytes < 2.5 * size + 2**20
+parts = 4 * heads * max(tokens, 16) * dim * 15
+assert compiled.memory_analysis().temp_size_in_bytes < 2.5 * size + parts + 2**20
 """
 
 
