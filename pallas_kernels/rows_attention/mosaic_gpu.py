@@ -1,4 +1,4 @@
-"""`rows_attention` as the two launches of `_warps`, for Hopper and bfloat16."""
+"""`rows_attention` as two launches, for Hopper and bfloat16."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _ptx as asm
 from pallas_kernels.rows_attention._blocks import Blocks, blocks
-from pallas_kernels.rows_attention._warps import SPLITS, WARPS, Case, attend_part, gather
+from pallas_kernels.rows_attention._case import SPLITS, WARPS, Case
+from pallas_kernels.rows_attention._gather import gather
+from pallas_kernels.rows_attention._warps import attend_part
 
 
 def refused(qkv: Any, k: Any) -> str | None:
@@ -104,9 +106,7 @@ def _launch(
 
     def scoped(*refs: Any) -> None:
         scratch = (plgpu.SMEM((words,), jnp.int32),) if words else ()
-        pl.run_scoped(
-            functools.partial(body, *refs), *scratch, collective_axes="group"
-        )
+        pl.run_scoped(functools.partial(body, *refs), *scratch, collective_axes="group")
 
     return pl.kernel(
         scoped,

@@ -58,9 +58,7 @@ def _build(c: Case) -> Callable[..., jax.Array]:
 
     def body(*refs: Any) -> None:
         types = (plgpu.RefType(),) * (inputs + 2)
-        plgpu.inline_mgpu(arg_types=types)(
-            lambda _, *refs: emit(asm, c, *refs)
-        )(*refs)
+        plgpu.inline_mgpu(arg_types=types)(lambda _, *refs: emit(asm, c, *refs))(*refs)
 
     return plgpu.kernel(
         body,

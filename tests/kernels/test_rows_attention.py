@@ -14,7 +14,9 @@ import pytest
 from pallas_kernels import KernelError, rows_attention
 from pallas_kernels._devices import elsewhere
 from pallas_kernels.rows_attention import Held
-from pallas_kernels.rows_attention._warps import LANES, Case, attend_part, gather
+from pallas_kernels.rows_attention._case import LANES, Case
+from pallas_kernels.rows_attention._gather import gather
+from pallas_kernels.rows_attention._warps import attend_part
 from tests.kernels import _simt
 from tests.kernels._h100 import check_no_spills, has_plugin
 
