@@ -50,14 +50,14 @@ class Case:
         return self.tiles * (8 if self.swiglu else 16)
 
     @property
-    def blocks(self) -> int:
-        """Thread blocks side by side."""
-        return -(-self.n // self.outputs)
+    def groups(self) -> int:
+        """Of tokens."""
+        return -(-self.m // TOKENS)
 
     @property
     def grid(self) -> int:
-        """Thread blocks in all."""
-        return self.blocks * -(-self.m // TOKENS)
+        """Thread blocks."""
+        return self.groups * -(-self.n // self.outputs)
 
     @property
     def halves(self) -> int:
@@ -92,8 +92,9 @@ def emit(asm: Any, c: Case, *refs: Any) -> None:
     thread, block = asm.special("tid.x"), asm.special("ctaid.x")
     lane, warp = thread & 31, thread >> 5
     g, t = lane >> 2, lane & 3
-    first = (block % c.blocks) * c.outputs
-    start = (block // c.blocks) * TOKENS
+    # Neighbours have the same weights, which are then read from memory once.
+    first = (block // c.groups) * c.outputs
+    start = (block % c.groups) * TOKENS
 
     def capped(i: Any, count: int) -> Any:
         return asm.select(i.less(count), i, Int.of(count - 1))
