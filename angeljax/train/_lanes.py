@@ -260,7 +260,7 @@ def _advance(
     ends: tuple[int, ...],
     top_k: int | None,
 ) -> tuple[_State, jax.Array, jax.Array]:
-    """Some tokens more: the rows after them, int32 `[R, steps]`, and how many of each."""
+    """Some tokens more: the rows then, int32 `[R, steps]`, and how many of each."""
     slots = state.cache.k[0].shape[2]
 
     def step(i: Any, carry: Any) -> Any:
@@ -299,7 +299,7 @@ def _choose(
     top_k: int | None,
     top_p: jax.Array | None,
 ) -> jax.Array:
-    """One program for all temperatures: the largest of logits + temperature * Gumbel."""
+    """The largest of logits + temperature * Gumbel: one program for all temperatures."""
     noise = jax.random.gumbel(key, logits.shape, jnp.float32)
     if top_k is not None or top_p is not None:
         flat = logits / jnp.maximum(temperature, 1e-6)

@@ -108,6 +108,8 @@ _OFTEN = frozenset(
     "werden oder auch es sie er als wie".split()
 )
 _SIGNS = re.compile(r"[{}()\[\]<>=;_#*&|\\/+]")
+# Tokens of a document whose place in its text is known, one of so many.
+_RUN = 64
 # Passages that are read before it is said that a source has none.
 _TRIES = 64
 
@@ -197,11 +199,14 @@ def _passages(
     ends = np.append(ends, len(ids))
 
     @functools.cache
-    def document(number: int) -> tuple[str, float]:
-        """Its text, and characters of a token."""
+    def document(number: int) -> tuple[str, np.ndarray]:
+        """Its text, and where each run of tokens begins in it, about."""
         some = ids[starts[number] : ends[number]]
         text = tokenizer.decode(some.tolist())
-        return text, len(text) / max(len(some), 1)
+        # A letter of several tokens is counted twice where a run cuts it.
+        runs = [some[i : i + _RUN].tolist() for i in range(0, len(some), _RUN)]
+        marks = np.cumsum([0] + [len(tokenizer.decode(run)) for run in runs])
+        return text, marks * len(text) / max(marks[-1], 1)
 
     given = tried = 0
     while given < count:
@@ -211,14 +216,18 @@ def _passages(
                 f"in {tried} places: lower generate.document_tokens, or name other text"
             )
         tried += 1
-        place, length = int(rng.integers(len(ids))), rng.integers(least, most + 1)
+        place, length = int(rng.integers(len(ids))), int(rng.integers(least, most + 1))
         number = int(np.searchsorted(ends, place))
-        text, each = document(number)
-        begin = int((place - starts[number]) * each)
+        text, marks = document(number)
+        size = ends[number] - starts[number]
+        at = np.minimum(np.arange(len(marks)) * _RUN, size)
+        first = place - starts[number]
+        length = min(length, int(size - first))
+        begin, stop = np.interp([first, first + length], at, marks).astype(int)
         # A sentence may be left out before it, and one behind.
-        some = text[begin : begin + int(2 * length * each)]
-        passage = _whole_sentences(some, int(length * each), begin == 0)
-        if passage is None or len(passage) < least * each:
+        some = text[begin : 2 * stop - begin]
+        passage = _whole_sentences(some, stop - begin, begin == 0)
+        if passage is None or len(passage) * length < least * (stop - begin):
             continue
         given += 1
         yield passage
