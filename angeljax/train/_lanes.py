@@ -299,7 +299,7 @@ def _choose(
     top_k: int | None,
     top_p: jax.Array | None,
 ) -> jax.Array:
-    """The largest of logits + temperature * Gumbel: one program for all temperatures."""
+    """The largest of logits + temperature * Gumbel, which serves all temperatures."""
     noise = jax.random.gumbel(key, logits.shape, jnp.float32)
     if top_k is not None or top_p is not None:
         flat = logits / jnp.maximum(temperature, 1e-6)

@@ -142,7 +142,7 @@ def generate_tokens(
     _shards.start(path, manifest)
     # One width for all shards, so that one program serves them.
     width = longest if width is None else width
-    sampling = {"top_k": top_k, "top_p": top_p}
+    sampling: dict[str, Any] = {"top_k": top_k, "top_p": top_p}
     sample: _Sample
     if batch is None:
         sample = functools.partial(

@@ -18,6 +18,7 @@ from angeljax._train_workflow._draft_data import write_text
 from angeljax.models import DecoderConfig, LanguageModel, stack_layers
 from angeljax.train import ConfigError, load_tokens
 from angeljax.train._draft_config import SelfText
+from angeljax.train._lanes import _choose
 from angeljax.train.document_tasks import TASKS, document_requests, kind_of
 from angeljax.train.eagle_data import places_of
 from angeljax.train.generated import generate_tokens
@@ -104,20 +105,21 @@ def test_rows_filled_again_write_what_one_batch_writes(
         generate_tokens(tmp_path / "no", MODEL, params, **options, room=3)
 
 
-def test_rows_filled_again_are_sampled(params: Any, tmp_path: Path) -> None:
-    rows, prompt, temperature = 2000, [5, 50], 1.5
-    options = {"shards": 1, "rows": rows, "batch": 1000, "prompts": [prompt], "seed": 3}
-    (file,) = generate_tokens(
-        tmp_path, MODEL, params, **options, max_new_tokens=1, temperature=temperature
-    )
-    found = np.load(file).reshape(rows, 3)
-    np.testing.assert_array_equal(found[:, :2], np.tile(prompt, (rows, 1)))
-    counts = np.bincount(found[:, 2], minlength=100)
-    logits = MODEL.logits(params, jnp.asarray([prompt]))[0, -1]
-    want = rows * np.asarray(jax.nn.softmax(logits / temperature), np.float64)
-    # Chi-squared of 99 degrees: above 170 once in 100,000 times.
-    assert np.sum((counts - want) ** 2 / want) < 170
-    assert counts.max() < rows / 2
+def test_one_choice_for_all_temperatures(rng: np.random.Generator) -> None:
+    logits = jnp.asarray(rng.normal(size=100) * 2, jnp.float32)
+    rows, key = jnp.tile(logits, (4000, 1)), jax.random.key(0)
+    best = _choose(rows, key, jnp.zeros(()), top_k=None, top_p=None)
+    assert np.all(best == np.argmax(logits))
+    for top_k in (None, 7):
+        hot = jnp.asarray(1.5)
+        found = np.asarray(_choose(rows, key, hot, top_k=top_k, top_p=None))
+        kept = np.argsort(-logits)[:top_k]
+        p = np.exp(np.asarray(logits, np.float64)[kept] / 1.5)
+        counts = np.bincount(found, minlength=100)[kept]
+        assert counts.sum() == 4000
+        # Chi-squared of at most 99 degrees: above 170 once in 100,000 times.
+        want = 4000 * p / p.sum()
+        assert np.sum((counts - want) ** 2 / want) < (170 if top_k is None else 40)
 
 
 def test_requests_bring_whole_sentences_along() -> None:
