@@ -20,10 +20,10 @@ __all__ = ["TASKS", "check_tasks", "document_requests", "kind_of"]
 
 _PROSE = (
     # Summaries.
-    "Summarize: {text}",
+    "Sum this up: {text}",
     "Summarize the following text.\n\n{text}",
     "{text}\n\nSummarize the above in a few sentences.",
-    "Summarise the following passage in three sentences.\n\n{text}",
+    "Give a summary of the passage below, three sentences long.\n\n{text}",
     "Write a one-paragraph summary of this article:\n\n{text}",
     "TL;DR\n\n{text}",
     "{text}\n\nWhat is this text about? Answer in one or two sentences.",
@@ -84,10 +84,10 @@ _CODE = (
     "Write a Python function for what is described here.\n\n{text}",
     "Summarize what this documentation says.\n\n{text}",
     "{text}\n\nGive a short example of how to use this.",
-    "Complete the following. Reply with the whole text.\n\n{text}",
+    "Complete what follows and return all of it.\n\n{text}",
 )
 _GERMAN = (
-    "Translate German to English: {text}",
+    "Translate from German: {text}",
     "Translate the following text from German to English.\n\n{text}",
     "Translate to English: {text}",
     "{text}\n\nWhat does this mean in English?",
@@ -174,7 +174,7 @@ def document_requests(
       >>> tokenizer = load_model("smollm2").tokenizer  # doctest: +SKIP
       >>> ids = load_tokens("manual.txt", tokenizer)  # doctest: +SKIP
       >>> document_requests(tokenizer, ids, 1)  # doctest: +SKIP
-      ['Summarize: ...']
+      ['Sum this up: ...']
     """
     check_tasks(tasks or ())
     rng = np.random.default_rng([seed, 0xD0C5])

@@ -21,7 +21,7 @@ from angeljax._fields import ConfigError
 from angeljax.models import LanguageModel, Tokenizer
 from angeljax.models.config import ModelError
 from angeljax.train.data import document_separator
-from angeljax.train.document_tasks import document_requests
+from angeljax.train.document_tasks import TASKS, document_requests
 from angeljax.train.eagle_data import places_of
 from angeljax.train.generated import generate_tokens
 
@@ -125,7 +125,10 @@ def write_conversations(
             tasks=tasks,
             seed=seed,
         )
-        requests = _encoded(tokenizer, _chats(tokenizer, texts))
+        around = () if template is None else (*template.before, *template.between)
+        words = _encoded(tokenizer, tasks or sum(TASKS.values(), ()))
+        most = len(around) + max(map(len, words)) + document_tokens[1]
+        requests = _short(_encoded(tokenizer, _chats(tokenizer, texts)), most)
     width = max(map(len, requests), default=1)
     asked: Sequence[Any] = []
     if share == 1:
@@ -203,6 +206,18 @@ def write_conversations(
 def _mixed(count: int, share: float, seed: int) -> np.ndarray:
     """bool `[count]`: which prompts ask about documents."""
     return np.random.default_rng([seed, 0x51AE]).random(count) < share
+
+
+def _short(requests: Sequence[np.ndarray], most: int) -> list[np.ndarray]:
+    """Others in place of the few that are far longer than they were meant to be."""
+    fits = [r for r in requests if len(r) <= most]
+    if not fits:
+        raise ConfigError(
+            f"generate.documents: no passage makes a prompt of up to {most} tokens"
+        )
+    return [
+        r if len(r) <= most else fits[i % len(fits)] for i, r in enumerate(requests)
+    ]
 
 
 def _woven(
