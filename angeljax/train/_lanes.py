@@ -90,15 +90,7 @@ class Lanes:
           params: of the model.
           rows, width, room: see above.
           options: other attributes.
-
-        Raises:
-          ValueError: the model's cache is not of its dtype.
         """
-        if model.kv_cache is not None:
-            raise ValueError(
-                "batch: rows at places of their own have no quantized cache: leave out "
-                "batch, or kv_cache"
-            )
         if model.scan_layers:
             model = dataclasses.replace(model, scan_layers=False)
             params = jax.jit(unstack_layers)(params)

@@ -208,6 +208,7 @@ def _passages(
         marks = np.cumsum([0] + [len(tokenizer.decode(run)) for run in runs])
         return text, marks * len(text) / max(marks[-1], 1)
 
+    marked = [mark for mark in tokenizer.special.values() if mark]
     given = tried = 0
     while given < count:
         if tried >= _TRIES * (given + 1):
@@ -227,7 +228,9 @@ def _passages(
         # A sentence may be left out before it, and one behind.
         some = text[begin : 2 * stop - begin]
         passage = _whole_sentences(some, stop - begin, begin == 0)
-        if passage is None or len(passage) * length < least * (stop - begin):
+        if passage is None or any(mark in passage for mark in marked):
+            continue  # nobody but the template ends a turn
+        if len(passage) * length < least * (stop - begin):
             continue
         given += 1
         yield passage

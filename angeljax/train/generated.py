@@ -67,7 +67,8 @@ def generate_tokens(
       temperature, top_k, top_p: see `angeljax.models.generate`; 0 is greedy.
       batch: documents that are sampled at a time; where one ends the next of its shard
         begins, so that rows should be several times as many. None samples a shard as
-        one batch, which goes on until its longest document ends.
+        one batch, which goes on until its longest document ends. With `batch` keys and
+        values are kept in the model's dtype, and attention is dense.
       width: tokens that prompts are padded to at most; default that of the longest.
       room: with `batch`, tokens that a document may have at most, here or in other
         calls; default `max_new_tokens`. Calls with the same width and batch (without
@@ -117,6 +118,11 @@ def generate_tokens(
         raise ValueError(f"width of {width} for a prompt of {longest} tokens")
     if batch is not None and batch < 1:
         raise ValueError(f"batch must be at least 1, not {batch}")
+    if batch is not None and model.kv_cache is not None:
+        raise ValueError(
+            "batch: rows that are filled again have no quantized cache: leave batch "
+            "out, or kv_cache"
+        )
     if room is not None and room < max_new_tokens:
         raise ValueError(f"room of {room} for max_new_tokens of {max_new_tokens}")
     if max_minutes is not None and not max_minutes > 0:

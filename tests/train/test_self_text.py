@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import numpy as np
 import pytest
 
 from angeljax import _workflow
+from angeljax._kv_cache_options import KVCacheOptions
 from angeljax._spec_workflow import training
 from angeljax._train_workflow._draft_data import write_text
 from angeljax.models import DecoderConfig, LanguageModel, stack_layers
 from angeljax.train import ConfigError, load_tokens
 from angeljax.train._draft_config import SelfText
-from angeljax.train._lanes import _choose
+from angeljax.train._lanes import _advance, _choose, _empty
 from angeljax.train.document_tasks import TASKS, document_requests, kind_of
 from angeljax.train.eagle_data import places_of
 from angeljax.train.generated import generate_tokens
@@ -101,8 +103,24 @@ def test_rows_filled_again_write_what_one_batch_writes(
     assert 40 * 4 < written < 40 * 28  # some ended, some did not
     with pytest.raises(ValueError, match="begun with batch 5, not 4"):
         generate_tokens(tmp_path / "two", MODEL, params, **{**options, "batch": 4})
+    quantized = dataclasses.replace(MODEL, kv_cache=KVCacheOptions(format="int8"))
+    with pytest.raises(ValueError, match="leave batch out, or kv_cache"):
+        generate_tokens(tmp_path / "no", quantized, params, **options)
     with pytest.raises(ValueError, match="room of 3 for max_new_tokens of 30"):
         generate_tokens(tmp_path / "no", MODEL, params, **options, room=3)
+    assert not (tmp_path / "no").exists()
+
+
+def test_no_step_copies_the_keys_and_values() -> None:
+    abstract = MODEL.abstract(), jax.eval_shape(lambda: _empty(MODEL, 24, 192))
+    rest = jax.random.key(0), jnp.ones(()), None
+    lowered = _advance.lower(*abstract, *rest, model=MODEL, ends=(1,), top_k=None)
+    text = lowered.compile().as_text()
+    made = re.findall(r"= f32\[24,1,192,8\]\S* ([\w-]+)\(", text)
+    # Two layers, two sides: written in place in the loop, and nothing else of the size.
+    assert made.count("fusion") == made.count("scatter") == 4
+    assert set(made) == {"parameter", "get-tuple-element", "fusion", "scatter"}
+    assert "input_output_alias" in text.split("\n")[0]
 
 
 def test_one_choice_for_all_temperatures(rng: np.random.Generator) -> None:
@@ -125,6 +143,7 @@ def test_one_choice_for_all_temperatures(rng: np.random.Generator) -> None:
 def test_requests_bring_whole_sentences_along() -> None:
     tok = tokenizer()
     documents = [" ".join(SENTENCES[i : i + 50]) for i in range(0, 400, 50)]
+    documents.append("Sentence 0 says <end> too much. " * 50)  # not to be asked about
     end = tok.token_id("<end>")
     ids = np.concatenate([[*tok.encode(x), end] for x in documents])
     tasks = ["Shorten: {text}", "{text} Why?"]
@@ -135,7 +154,7 @@ def test_requests_bring_whole_sentences_along() -> None:
         assert 60 <= len(text) <= 120 and text != request
         # From the middle of no sentence, to the end of one, and out of one document.
         assert text.startswith("Sentence ") and text.endswith("much.")
-        assert sum(text in document for document in documents) == 1
+        assert sum(text in document for document in documents[:-1]) == 1
     assert len({request.startswith("Shorten") for request in found}) == 2
     assert len(set(found)) > 40
     assert document_requests(tok, ids, 20, **options) == found[:20]
