@@ -16,6 +16,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "hybrid": (
         *("num_tokens", "max_ngram", "min_ngram"),
         *("nodes", "from_prompt", "successors"),
+        *("path", "options", "flat_ngram"),
     ),
     "self_quant": ("num_tokens", "rules", "recipe", "layers", "skip_layers"),
     "layer_skip": ("num_tokens", "layers", "skip_layers"),
@@ -103,9 +104,11 @@ class DraftOptions:
       layers, skip_layers: numbers of the layers that draft, or of those that do not;
         negative numbers count from the last.
       model: of draft_model, as the command line takes one.
-      path: where a learned drafter lies.
-      options: other fields of a learned drafter: for eagle3 those of an `EagleTree`,
-        and `exit`, those of an `ExitRule`, which is not lossless.
+      path: where a learned drafter lies; for hybrid an EAGLE-3 head, which then has
+        the tree instead of token recycling.
+      options: other fields of a learned drafter: for a head those of an `EagleTree`,
+        and for eagle3 `exit`, those of an `ExitRule`, which is not lossless.
+      flat_ngram: of a hybrid with a head, see `Hybrid`.
       sampling: `DraftSampling`, or a mapping of its fields.
       exact: "fast", or "same_width" to read as many tokens in every round.
       auto: `DraftAuto`, a mapping of its fields, true for its defaults, or false.
@@ -133,6 +136,7 @@ class DraftOptions:
     model: str | None = None
     path: str | None = None
     options: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
+    flat_ngram: int | None = None
     sampling: DraftSampling = DraftSampling()
     exact: str = "fast"
     auto: DraftAuto | None = None
@@ -143,7 +147,7 @@ class DraftOptions:
         for name, least in (("num_tokens", 1), ("nodes", 2)):
             if (value := getattr(self, name)) is not None:
                 count(f"draft.{name}", value, least)
-        for name in ("max_ngram", "min_ngram"):
+        for name in ("max_ngram", "min_ngram", "flat_ngram"):
             if (value := getattr(self, name)) is not None:
                 count(f"draft.{name}", value)
         for name in ("from_prompt", "successors"):
@@ -163,6 +167,8 @@ class DraftOptions:
             raise ValueError(
                 f"draft.method {self.method} needs `path`, where the drafter lies"
             )
+        if self.method == "hybrid":
+            self._check_hybrid()
         object.__setattr__(self, "sampling", _nested(DraftSampling, self, "sampling"))
         auto = self.auto
         if isinstance(auto, bool):
@@ -181,6 +187,22 @@ class DraftOptions:
             users = [m for m, names in METHODS.items() if field.name in names]
             raise ValueError(
                 f"draft.{field.name} is for {', '.join(users)}, not {self.method}"
+            )
+
+    def _check_hybrid(self) -> None:
+        head = self.path is not None
+        own = ("nodes", "from_prompt", "successors")
+        for name in own if head else ("options", "flat_ngram"):
+            if getattr(self, name) is None:
+                continue
+            if head:
+                raise ValueError(
+                    f"draft.{name} is for a hybrid of token recycling, and draft.path "
+                    "names a head: draft.options describes its tree"
+                )
+            raise ValueError(
+                f"draft.{name} is for a hybrid with a head: name its folder as "
+                "draft.path"
             )
 
     def _check_layers(self) -> None:

@@ -151,7 +151,8 @@ def drafters_of(
         config, head = load_eagle(eagle, model.config, dtype=dtype)
         found["eagle"] = EagleDrafter(config, head, num_tokens=3)
         growth = EagleTree(nodes=16, branches=4, levels=3)
-        found["eagle_tree"] = EagleDrafter(config, head, growth=growth)
+        tree = EagleDrafter(config, head, growth=growth)
+        found |= {"eagle_tree": tree, "eagle_hybrid": Hybrid(tree, lookup)}
     if block is not None:
         found["block"] = BlockDrafter(*load_block(block, dtype=dtype))
     return found
@@ -200,7 +201,7 @@ class Bench:
             rows = FusedRows() if self.args.rows == "fused" else None
             ready, params = prepare_decoder(model, params, rows=rows)
             self.ways = {
-                name: Way(prepare_drafter(model, drafter))
+                name: Way(prepare_drafter(model, drafter, rows=rows))
                 for name, drafter in drafters.items()
             }
             self._small = Programs(

@@ -216,6 +216,7 @@ def test_what_pays_by_hand():
     ("text", "fields"),
     [
         ("hybrid:31", {"method": "hybrid", "nodes": 31}),
+        ("hybrid,path=a/b", {"method": "hybrid", "path": "a/b"}),
         ("layer_skip:0,-1", {"method": "layer_skip", "skip_layers": [0, -1]}),
         ("eagle:a/b", {"method": "eagle3", "path": "a/b"}),
         ("self_quant:int4-g64,num_tokens=2,layers=[0, 1]", None),

@@ -27,7 +27,8 @@ _DRAFTER = (
     "prompt_lookup[:drafts], recycling[:nodes], hybrid[:nodes], self_quant:RECIPE, "
     "layer_skip:LAYERS, draft_model:MODEL, eagle3:FOLDER, mtp:FOLDER, dflash:FOLDER, "
     "or none, each with other fields of `draft` behind commas "
-    "(prompt_lookup:7,min_ngram=2); auto, which is hybrid:31 as far as it pays; or a "
+    "(prompt_lookup:7,min_ngram=2; hybrid,path=FOLDER for one with an EAGLE-3 head); "
+    "auto, which is hybrid:31 as far as it pays; or a "
     "recipe with a section `draft`."
 )
 Recipe = Annotated[

@@ -16,6 +16,7 @@ from angeljax._spec_workflow.setup import Ready
 from angeljax.speculative import (
     Drafter,
     Generated,
+    NoDrafter,
     Plan,
     autoregressive,
     divergences,
@@ -78,18 +79,18 @@ class _Sum:
 
 @dataclasses.dataclass
 class _Group:
-    """Prompts that are read at once, and their plain texts by width."""
+    """Prompts that are read at once, and their plain texts by program."""
 
     run: tuple[Any, Any, list[list[int]]]
     drafters: Mapping[str, tuple[DraftOptions, Drafter]]
     common: Mapping[str, Any]
-    kept: dict[int, Generated] = dataclasses.field(default_factory=dict)
+    kept: dict[NoDrafter, Generated] = dataclasses.field(default_factory=dict)
 
     def generate(self, name: str) -> tuple[Generated, Plan | None]:
         """The text of a drafter, all of it there."""
         plan = None
         if name == PLAIN:
-            out = self.kept[1] = autoregressive(*self.run, **self.common)
+            out = self.kept[NoDrafter()] = autoregressive(*self.run, **self.common)
         else:
             how, drafter = self.drafters[name]
             out, plan = generate_as(how, *self.run, drafter=drafter, **self.common)
@@ -100,10 +101,11 @@ class _Group:
         """What the text of a drafter must be."""
         how, drafter = self.drafters[name]
         exact = how.exact == "same_width" and drafter.tree is None
-        width = drafter.width if exact else 1
-        if width not in self.kept:
-            self.kept[width] = autoregressive(*self.run, width=width, **self.common)
-        return self.kept[width]
+        # Of one width and the same layers handed over it is the same program.
+        like = NoDrafter.like(drafter) if exact else NoDrafter()
+        if like not in self.kept:
+            self.kept[like] = autoregressive(*self.run, width=like, **self.common)
+        return self.kept[like]
 
 
 def bench(

@@ -9,6 +9,7 @@ matter of not looking, and nothing is copied.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -74,7 +75,7 @@ class HeldRows(NamedTuple):
 
 
 def hold_rows(
-    cache: RowCache, starts: jax.Array, path: jax.Array, count: jax.Array, nodes: int
+    cache: RowCache, starts: jax.Array, path: jax.Array, count: jax.Array
 ) -> RowCache:
     """The entries at `starts + path`, to be put at `starts` and on by the next reading.
 
@@ -83,21 +84,25 @@ def hold_rows(
     Args:
       cache: without held entries.
       starts: int32 `[B]`.
-      path: int32 `[B, R]`, from 0 to `nodes - 1`.
+      path: int32 `[B, R]`, what is added to `starts`.
       count: int32 `[B]`, how many of them matter.
-      nodes: how many slots from `starts` on are looked at.
 
     Returns:
       The cache, nothing of it moved.
     """
 
+    at = starts[:, None] + path
+
     def taken(x: jax.Array) -> jax.Array:
-        if len(starts) == 1:
-            window = jax.lax.dynamic_slice_in_dim(x, starts[0], nodes, x.ndim - 2)
-            return jnp.take(window, path[0], axis=x.ndim - 2)
-        at = (starts[:, None] + path)[:, None, :, None]
-        at = at.reshape((1,) * (x.ndim - 4) + at.shape)
-        return jnp.take_along_axis(x, at, axis=-2, mode="promise_in_bounds")
+        # Rows of a matrix: anything else comes out in an order that XLA for GPUs turns
+        # round again, with a kernel for each array.
+        *batch, heads, slots, features = x.shape
+        first = slots * jnp.arange(math.prod(batch) * heads, dtype=jnp.int32)
+        each = jnp.repeat(at, heads, axis=0)
+        each = jnp.tile(each, (len(first) // len(each), 1))
+        rows = (first[:, None] + each).astype(jnp.int32)
+        found = x.reshape(-1, features).at[rows].get(mode="promise_in_bounds")
+        return found.reshape(*batch, heads, path.shape[1], features)
 
     k, v = jax.tree.map(taken, (cache.k, cache.v))
     return dataclasses.replace(cache, held=HeldRows(k, v, count))

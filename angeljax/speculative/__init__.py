@@ -54,6 +54,7 @@ from angeljax.speculative.from_options import (
     sampling_of,
 )
 from angeljax.speculative.grow import Frontier, grow_tree
+from angeljax.speculative.hybrid import Hybrid
 from angeljax.speculative.lookup import PromptLookup, lookup
 from angeljax.speculative.model_drafter import DraftModel, SelfDrafter
 from angeljax.speculative.mtp import MTPDrafter, MTPModel
@@ -65,12 +66,7 @@ from angeljax.speculative.profile import (
     profile_drafter,
     profile_target,
 )
-from angeljax.speculative.recycling import (
-    Hybrid,
-    TokenRecycling,
-    rank_tree,
-    successors,
-)
+from angeljax.speculative.recycling import TokenRecycling, rank_tree, successors
 from angeljax.speculative.sampling import Sampler, Sampling
 from angeljax.speculative.spec_exit import ExitRule, SpecExit, exit_signals
 from angeljax.speculative.tree import DynamicTree, Tree, chain

@@ -210,28 +210,31 @@ def read_step(
     """
     layer, eps = params["midlayer"], config.norm_eps
     embeds = embeds.astype(features.dtype)
-    x = jnp.concatenate(
-        [
-            before(embeds, layer["input_layernorm"]["scale"], eps, None),
-            before(features, layer["hidden_norm"]["scale"], eps, None),
-        ],
-        axis=-1,
-    )
-    batch, count, _ = x.shape
+    e = before(embeds, layer["input_layernorm"]["scale"], eps, None)
+    f = before(features, layer["hidden_norm"]["scale"], eps, None)
+    batch, count, _ = e.shape
     weights, rotation = layer["self_attn"], cos_sin(config.decoder, positions)
-
-    def heads(name: str) -> jax.Array:
-        out = ops.dot(x, weights[name]["kernel"])
-        return out.reshape(batch, count, -1, config.head_dim)
-
-    q, k = rotate(heads("q_proj"), *rotation), rotate(heads("k_proj"), *rotation)
-    y = attend(q, k, heads("v_proj")).reshape(batch, count, -1)
+    if "qkv_embed" in weights:  # as `_eagle_rows.joined` leaves them
+        wide = {"preferred_element_type": jnp.float32}
+        qkv = ops.dot(e, weights["qkv_embed"]["kernel"], **wide)
+        qkv += ops.dot(f, weights["qkv_hidden"]["kernel"], **wide)
+        kv = config.num_kv_heads * config.head_dim
+        each = jnp.split(qkv.astype(f.dtype), (qkv.shape[-1] - 2 * kv, -kv), axis=-1)
+    else:
+        x = jnp.concatenate([e, f], axis=-1)
+        names = ("q_proj", "k_proj", "v_proj")
+        each = [ops.dot(x, weights[name]["kernel"]) for name in names]
+    q, k, v = (y.reshape(batch, count, -1, config.head_dim) for y in each)
+    q, k = rotate(q, *rotation), rotate(k, *rotation)
+    y = attend(q, k, v).reshape(batch, count, -1)
     h = ops.dot(y, weights["o_proj"]["kernel"], residual=features)
     mlp = layer["mlp"]
     x = before(h, layer["post_attention_layernorm"]["scale"], eps, None)
-    gate = jax.nn.silu(ops.dot(x, mlp["gate_proj"]["kernel"]))
-    up = ops.dot(x, mlp["up_proj"]["kernel"])
-    return ops.dot(gate * up, mlp["down_proj"]["kernel"], residual=h)
+    if "gate_up_proj" in mlp:
+        gate, up = jnp.split(ops.dot(x, mlp["gate_up_proj"]["kernel"]), 2, axis=-1)
+    else:
+        gate, up = (ops.dot(x, mlp[f"{n}_proj"]["kernel"]) for n in ("gate", "up"))
+    return ops.dot(jax.nn.silu(gate) * up, mlp["down_proj"]["kernel"], residual=h)
 
 
 def draft_logits(config: EagleConfig, params: Params, hidden: jax.Array) -> jax.Array:

@@ -12,7 +12,12 @@ from angeljax._fields import build, known_fields
 from angeljax.speculative.block import BlockDrafter
 from angeljax.speculative.block_files import load_block
 from angeljax.speculative.drafter import Drafter
-from angeljax.speculative.eagle import EagleDrafter, EagleTree, load_eagle
+from angeljax.speculative.eagle import (
+    EagleConfig,
+    EagleDrafter,
+    EagleTree,
+    load_eagle,
+)
 from angeljax.speculative.mtp import MTPDrafter
 from angeljax.speculative.mtp_files import load_mtp
 from angeljax.speculative.spec_exit import ExitRule, SpecExit
@@ -51,11 +56,21 @@ def eagle(ready: Ready) -> Drafter:
                 "draft.options describe a tree and draft.num_tokens a chain: give one"
             )
         growth = EagleTree(**given)
-    config, params = load_eagle(
-        _folder(options), ready.model.config, dtype=ready.model.dtype
-    )
-    drafter = EagleDrafter(config, params, growth=growth, **ready.given("num_tokens"))
+    drafter = EagleDrafter(*_head(ready), growth=growth, **ready.given("num_tokens"))
     return drafter if rule is None else SpecExit(drafter, rule)
+
+
+def eagle_tree(ready: Ready) -> EagleDrafter:
+    """A head with a tree, for what is joined with it."""
+    given = _learned(ready.options, _names(EagleTree))
+    # Small enough for rounds that cost little more than one token.
+    growth = EagleTree(**{"nodes": 16, "branches": 4, "levels": 3, **given})
+    return EagleDrafter(*_head(ready), growth=growth)
+
+
+def _head(ready: Ready) -> tuple[EagleConfig, Any]:
+    folder, dtype = _folder(ready.options), ready.model.dtype
+    return load_eagle(folder, ready.model.config, dtype=dtype)
 
 
 def _exit_rule(given: Any, tokenizer: Any) -> ExitRule:

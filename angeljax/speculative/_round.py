@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from angeljax.speculative._rows import (
     tree_mask,
 )
 from angeljax.speculative.drafter import Context, Draft, Drafter, Target, Verified
-from angeljax.speculative.tree import DynamicTree, Tree, ancestors, walk
+from angeljax.speculative.tree import DynamicTree, Tree, ancestors, climb, levels, walk
 
 
 @jax.tree_util.register_dataclass
@@ -74,6 +75,45 @@ class State:
         return Context(self.tokens, self.lengths, self.cache, self.active)
 
 
+class Book(NamedTuple):
+    """The small counters of a loop in one array, `numbers`, and all else of its state.
+
+    What is computed for one array is one kernel on a GPU, and each of many one more.
+    """
+
+    numbers: jax.Array
+    rest: State
+
+    @classmethod
+    def of(cls, done: jax.Array, state: State) -> Book:
+        """Of a number of rounds and the state after these."""
+        parts = done[None], *_numbers(state)
+        flat = jnp.concatenate([x.astype(jnp.int32) for x in parts])
+        return cls(flat, _with_numbers(state, [None] * len(parts[1:])))
+
+    def read(self) -> tuple[jax.Array, State]:
+        """The number of rounds, and the state."""
+        batch, parts = len(self.rest.limits), []
+        for place in range(5):
+            start = 1 + place * batch
+            parts.append(self.numbers[start : start + batch])
+        parts.append(self.numbers[1 + 5 * batch :])
+        parts[1] = parts[1] != 0
+        return self.numbers[0], _with_numbers(self.rest, parts)
+
+
+def _numbers(state: State) -> tuple[jax.Array, ...]:
+    stats = state.stats
+    some = stats.rounds, stats.drafted, stats.accepted, stats.hits
+    return (state.lengths, state.active, *some)
+
+
+def _with_numbers(state: State, numbers: Sequence[Any]) -> State:
+    lengths, active, *stats = numbers
+    new: Any = dataclasses.replace
+    return new(state, lengths=lengths, active=active, stats=Stats(*stats))
+
+
 def depth_of(drafter: Drafter) -> int:
     """How many drafts one round can accept."""
     return drafter.width - 1 if drafter.tree is None else drafter.tree.depth
@@ -94,7 +134,7 @@ def ready(drafter: Drafter, state: State) -> State:
     start = state.lengths - 1
     path = jnp.zeros((len(start), drafter.tree.depth + 1), jnp.int32)
     none = jnp.zeros_like(start)
-    held = hold_rows(cache, start, path, none, 1)
+    held = hold_rows(cache, start, path, none)
     return dataclasses.replace(state, cache=held)
 
 
@@ -141,17 +181,22 @@ def decode_round(
             jnp.maximum(tokens[:, :width], 0),
             positions=shape.positions[:, :width],
             slots=before.lengths - 1,
-            mask=shape.mask[:, :, :width],
+            mask=shape.mask(width),
             key_positions=shape.keys,
             hidden=drafter.hidden,
         )
         logits = target.model.head_rows(target.params, rows.final)
         # What the branches of a choice give is padded: choices, not logits.
-        told = [logits]
-        if not sampler.rejection:
-            told = [sampler.choose(logits, after[:, :width])[..., None]]
+        told = []
         if drafter.top_k:
-            told.append(jax.lax.top_k(logits, drafter.top_k)[1].astype(jnp.int32))
+            best, top = jax.lax.top_k(logits, drafter.top_k)
+            told.append(top.astype(jnp.int32))
+        if sampler.rejection:
+            told.append(logits)
+        elif drafter.top_k and sampler.greedy:
+            told.append(_likeliest(best, told[0]))
+        else:
+            told.append(sampler.choose(logits, after[:, :width])[..., None])
         rest = [(0, 0), (0, drafter.width - width), (0, 0)]
         pad = functools.partial(jnp.pad, pad_width=rest)
         return *jax.tree.map(pad, (told, rows.hidden)), rows.cache
@@ -163,26 +208,24 @@ def decode_round(
         out = read(drafter.width)
     told, hidden, cache = out
     if sampler.rejection:
-        chosen, good = sampler.reject(told[0], draft.tokens, draft.log_probs, after)
+        chosen, good = sampler.reject(told[-1], draft.tokens, draft.log_probs, after)
     else:
-        chosen = told[0][..., 0]
+        chosen = told[-1][..., 0]
         good = draft.tokens == chosen[:, :-1]
 
     if drafter.tree is None:
         path = jnp.broadcast_to(jnp.arange(drafter.width), (batch, drafter.width))
-        accepted = jnp.sum(jnp.cumprod(good.astype(jnp.int32), axis=1), axis=1)
+        accepted = _first(~good)
         path, text = jnp.minimum(path, accepted[:, None]), chosen
     else:
-        depth = drafter.tree.depth
-        path, accepted = walk(shape.parents, shape.lines, tokens, chosen, depth)
+        path, accepted = walk(shape.lines, tokens, chosen)
         text = jnp.take_along_axis(chosen, path, axis=1)
         hidden = tuple(jnp.take_along_axis(h, path[..., None], axis=1) for h in hidden)
 
     read_tokens = jnp.take_along_axis(tokens, path, axis=1)
     text, accepted, memory = drafter.steer(memory, read_tokens, text, accepted)
     place = jnp.arange(text.shape[1])
-    ends = jnp.isin(text, stops)
-    last = jnp.where(ends.any(axis=1), jnp.argmax(ends, axis=1), text.shape[1])
+    last = _first(_any([text == stops[i] for i in range(len(stops))], text.shape))
     room = state.limits - before.lengths
     emitted = jnp.minimum(jnp.minimum(accepted + 1, last + 1), room)
     emitted = jnp.where(state.active, emitted, 0).astype(jnp.int32)
@@ -190,7 +233,7 @@ def decode_round(
     if drafter.tree is not None:
         root, nodes = before.lengths - 1, drafter.width
         if isinstance(cache, RowCache):
-            cache = hold_rows(cache, root, path, emitted, nodes)
+            cache = hold_rows(cache, root, path, emitted)
         else:
             cache = move_rows(cache, root, path, nodes)
     active = state.active & (last >= emitted) & (lengths < state.limits)
@@ -202,7 +245,7 @@ def decode_round(
         active=active,
         stats=Stats(
             rounds=state.stats.rounds + state.active,
-            drafted=state.stats.drafted + jnp.sum(proposed[:, 1:], axis=1),
+            drafted=state.stats.drafted + _count(proposed[:, 1:]),
             accepted=state.stats.accepted + jnp.minimum(accepted, emitted),
             hits=state.stats.hits
             + jnp.sum((place[:-1] < accepted[:, None]) & state.active[:, None], axis=0),
@@ -217,9 +260,50 @@ def decode_round(
         chosen=chosen,
         path=path,
         hidden=hidden,
-        top_ids=told[1] if drafter.top_k else None,
+        top_ids=told[0] if drafter.top_k else None,
     )
     return dataclasses.replace(now, drafter=drafter.update(target, memory, verified))
+
+
+def _likeliest(best: jax.Array, ids: jax.Array) -> jax.Array:
+    """What `argmax` takes, `[..., 1]`, of the largest logits `[..., k]` in order.
+
+    The lowest id of equal ones, in whatever order they are.
+    """
+    first = ids[..., :1]
+    for r in range(1, ids.shape[-1]):
+        same = best[..., r : r + 1] == best[..., :1]
+        first = jnp.where(same, jnp.minimum(first, ids[..., r : r + 1]), first)
+    return first
+
+
+# Sums over a few columns that are written out become part of what is around them, where
+# XLA for GPUs makes a kernel of each reduction.
+_FEW = 32
+
+
+def _first(flags: jax.Array) -> jax.Array:
+    """int32 `[B]`: the first column that is true; their number if none is."""
+    count = flags.shape[1]
+    if count > _FEW:
+        first = jnp.argmax(flags, axis=1)
+        return jnp.where(flags.any(axis=1), first, count).astype(jnp.int32)
+    first = jnp.full(len(flags), count, jnp.int32)
+    for r in reversed(range(count)):
+        first = jnp.where(flags[:, r], r, first)
+    return first
+
+
+def _count(flags: jax.Array) -> jax.Array:
+    """int32 `[B]`: how many columns are true."""
+    if flags.shape[1] > _FEW:
+        return jnp.sum(flags, axis=1, dtype=jnp.int32)
+    none = jnp.zeros(len(flags), jnp.int32)
+    return sum((flags[:, r].astype(jnp.int32) for r in range(flags.shape[1])), none)
+
+
+def _any(flags: list[jax.Array], shape: Any) -> jax.Array:
+    return functools.reduce(jnp.logical_or, flags, jnp.zeros(shape, bool))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,9 +311,9 @@ class _Shape:
     """Where the nodes of a draft stand and what they see."""
 
     positions: jax.Array
-    mask: jax.Array
+    slots: int
+    seen: Any = None
     keys: jax.Array | None = None
-    parents: Any = None
     lines: Any = None
 
     @classmethod
@@ -239,23 +323,23 @@ class _Shape:
         tree, root = drafter.tree, lengths[:, None] - 1
         if tree is None:
             positions = root + jnp.arange(drafter.width)
-            return cls(positions, chain_mask(positions, slots))
+            return cls(positions, slots)
         if isinstance(tree, Tree):
-            parents = jnp.asarray(tree.parents)[None]
-            lines = jnp.asarray(tree.ancestors)[None]
+            lines = jnp.asarray(tree.lines)[None]
+            seen = jnp.asarray(tree.ancestors)[None]
         else:
             assert isinstance(tree, DynamicTree) and draft.parents is not None
-            parents, known = draft.parents.astype(jnp.int32), draft.ancestors
-            lines = ancestors(parents, tree.depth) if known is None else known
-        depths = jnp.sum(lines, axis=-1, dtype=jnp.int32) - 1
-        positions = root + depths
-        return cls(
-            positions,
-            tree_mask(lines, root[:, 0], slots),
-            key_positions(positions, root[:, 0], slots),
-            parents,
-            lines,
-        )
+            lines = climb(draft.parents.astype(jnp.int32), tree.depth)
+            seen = ancestors(lines)
+        positions = root + levels(lines)
+        keys = key_positions(positions, root[:, 0], slots)
+        return cls(positions, slots, seen, keys, lines)
+
+    def mask(self, width: int) -> jax.Array:
+        """Made where it is used, as what goes into a branch is written to memory."""
+        if self.seen is None:
+            return chain_mask(self.positions[:, :width], self.slots)
+        return tree_mask(self.seen[:, :width], self.positions[:, 0], self.slots)
 
 
 def _check(drafter: Drafter, draft: Draft, batch: int, rejection: bool) -> None:

@@ -21,13 +21,14 @@ from angeljax.speculative._check import bucket
 from angeljax.speculative._round import State, Stats, depth_of
 from angeljax.speculative.core import GREEDY, Generated, Run, begin, generate
 from angeljax.speculative.drafter import Drafter, NoDrafter, TargetModel
+from angeljax.speculative.hybrid import Hybrid
 from angeljax.speculative.profile import (
     WIDTHS,
     Profile,
     profile_drafter,
     profile_target,
 )
-from angeljax.speculative.recycling import Hybrid, TokenRecycling
+from angeljax.speculative.recycling import TokenRecycling
 from angeljax.speculative.sampling import Sampling
 from angeljax.speculative.tree import Tree
 
@@ -150,8 +151,8 @@ def variants(drafter: Drafter) -> list[Drafter]:
     Their states have the same form, so that decoding can go on from one to another.
 
     Args:
-      drafter: chains with a field `num_tokens`, `TokenRecycling` and `Hybrid` have
-        smaller variants; others have none but themselves.
+      drafter: chains with a field `num_tokens`, `TokenRecycling` and `Hybrid` of it
+        have smaller variants; others have none but themselves.
 
     Returns:
       Drafters by ascending width.
@@ -159,10 +160,10 @@ def variants(drafter: Drafter) -> list[Drafter]:
     fewer: list[Drafter] = []
     if isinstance(drafter, Hybrid):
         line = drafter.lookup.num_tokens
-        for recycling in variants(drafter.recycling)[:-1]:
-            count = min(line, recycling.width // 2)
+        for tree in variants(drafter.drafter)[:-1]:
+            count = min(line, tree.width // 2)
             lookup = dataclasses.replace(drafter.lookup, num_tokens=count)
-            fewer.append(Hybrid(recycling, lookup))  # type: ignore[arg-type]
+            fewer.append(Hybrid(tree, lookup))  # type: ignore[arg-type]
     elif isinstance(drafter, TokenRecycling):
         sizes = [n for n in TREES if n < drafter.nodes]
         fewer += [dataclasses.replace(drafter, nodes=n) for n in sizes]
@@ -228,7 +229,7 @@ def candidates_of(
 
 def _reached(drafter: Drafter) -> list[float] | None:
     """How often the ranks of a tree reach each depth, were they independent."""
-    recycling = drafter.recycling if isinstance(drafter, Hybrid) else drafter
+    recycling = drafter.drafter if isinstance(drafter, Hybrid) else drafter
     if not isinstance(recycling, TokenRecycling):
         return None
     tree: Tree = recycling.tree

@@ -20,6 +20,7 @@ from angeljax.models.rows import RowInputs
 from angeljax.speculative import _check
 from angeljax.speculative._prompts import padded_inputs, read_prompts
 from angeljax.speculative._round import (
+    Book,
     State,
     Stats,
     decode_round,
@@ -179,17 +180,17 @@ def decode(
       The state after these rounds.
     """
 
-    def more(carry: tuple[jax.Array, State]) -> jax.Array:
-        done, state = carry
+    def more(book: Book) -> jax.Array:
+        done, state = book.read()
         return (done < rounds) & jnp.any(state.active)
 
-    def step(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
-        done, state = carry
+    def step(book: Book) -> Book:
+        done, state = book.read()
         state = decode_round(target, drafter, state, stops, always_wide=always_wide)
-        return done + 1, state
+        return Book.of(done + 1, state)
 
-    first = jnp.int32(0), ready(drafter, state)
-    return settled(jax.lax.while_loop(more, step, first)[1])
+    first = Book.of(jnp.int32(0), ready(drafter, state))
+    return settled(jax.lax.while_loop(more, step, first).read()[1])
 
 
 def generate(

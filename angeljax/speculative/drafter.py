@@ -129,15 +129,12 @@ class Draft(NamedTuple):
       log_probs: float32 `[B, width - 1, V]`, what the tokens were drawn with (from
         `sampler.draft`), for the rejection rule; None if nothing was drawn.
       cache: that of the context if the drafter wrote into it; else None.
-      ancestors: bool `[B, width, width]` for a `DynamicTree`, which nodes each descends
-        from, itself included, if the drafter knows them; else they are worked out.
     """
 
     tokens: jax.Array
     parents: jax.Array | None = None
     log_probs: jax.Array | None = None
     cache: Any = None
-    ancestors: jax.Array | None = None
 
 
 class Verified(NamedTuple):

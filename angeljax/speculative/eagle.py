@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from angeljax.models._fused_rows import FusedRows
 from angeljax.models.attention import dense_attention
 from angeljax.models.cache import write
 from angeljax.speculative._chains import draw_chain
@@ -27,6 +28,11 @@ from angeljax.speculative._eagle_head import (
     read_step,
 )
 from angeljax.speculative._eagle_io import load_eagle, save_eagle
+from angeljax.speculative._eagle_rows import (
+    features_fused,
+    logits_fused,
+    read_fused,
+)
 from angeljax.speculative._rows import cache_slots, chain_mask, tree_mask
 from angeljax.speculative.drafter import (
     Context,
@@ -85,13 +91,13 @@ class EagleTree:
 class _State(NamedTuple):
     """The cache `[B, kv_heads, slots, head_dim]`, and pairs that are yet to be read.
 
-    `features` `[B, R, D]` belong to the positions from `start` on, `fresh` of them.
+    `features` `[B, R, D]` are of the last `fresh` positions before that of the last
+    token, and of others, which do not count.
     """
 
     k: jax.Array
     v: jax.Array
     features: jax.Array
-    start: jax.Array
     fresh: jax.Array
 
 
@@ -106,6 +112,8 @@ class EagleDrafter(Drafter):
         may be any, and kernels may be compressed.
       num_tokens: drafts of a chain.
       growth: an `EagleTree`; None drafts a chain.
+      rows: how few tokens are read, of `prepare_drafter(..., rows=FusedRows())`, which
+        joins matrices for it; None leaves all to XLA.
 
     Raises:
       ValueError: no drafts.
@@ -133,6 +141,7 @@ class EagleDrafter(Drafter):
     params: Any
     num_tokens: int = dataclasses.field(default=3, metadata=_static)
     growth: EagleTree | None = dataclasses.field(default=None, metadata=_static)
+    rows: FusedRows | None = dataclasses.field(default=None, metadata=_static)
 
     def __post_init__(self) -> None:
         if self.num_tokens < 1:
@@ -174,27 +183,28 @@ class EagleDrafter(Drafter):
                     f"{self.config.draft_vocab_size}"
                 )
 
-    def init(self, target: Target, batch: int, slots: int) -> _State:
-        config = self.config
+    def init(
+        self, target: Target, batch: int, slots: int, *, pairs: int | None = None
+    ) -> _State:
+        """A state; `pairs` that a round can leave, if more than its own drafts do."""
+        config, pairs = self.config, pairs or self._pairs
         # What a tree reads lies behind the text too, and may be wider than the draft.
         more = 0 if self.growth is None else self.growth.branches * self.growth.levels
         slots += max(0, more + 1 - self.width)
         shape = batch, config.num_kv_heads, slots, config.head_dim
         dtype = target.model.dtype
-        none = jnp.zeros(batch, jnp.int32)
         return _State(
             k=jnp.zeros(shape, dtype),
             v=jnp.zeros(shape, dtype),
-            features=jnp.zeros((batch, self._pairs, config.hidden_size), dtype),
-            start=none,
-            fresh=none,
+            features=jnp.zeros((batch, pairs, config.hidden_size), dtype),
+            fresh=jnp.zeros(batch, jnp.int32),
         )
 
     def prefill(self, target: Target, state: _State, prompt: Prompt) -> _State:
         count = prompt.tokens.shape[1]
         rows = jnp.arange(count, dtype=jnp.int32)
         at = jnp.broadcast_to(rows, prompt.tokens.shape)
-        features = fused_features(self.params, prompt.hidden)
+        features = self._features(prompt.hidden)
         # The token after the last is not there: its pair is read in a round.
         after = jnp.roll(prompt.tokens, -1, axis=1)
         mask = chain_mask(at, count)
@@ -208,37 +218,71 @@ class EagleDrafter(Drafter):
             k=state.k.at[:, :, :count].set(small.k),
             v=state.v.at[:, :, :count].set(small.v),
             features=state.features.at[:, :1].set(one.astype(state.features.dtype)),
-            start=last,
             fresh=jnp.minimum(prompt.lengths - 1, 1),
         )
 
     def draft(
-        self, target: Target, state: _State, context: Context
+        self,
+        target: Target,
+        state: _State,
+        context: Context,
+        *,
+        flat: jax.Array | None = None,
     ) -> tuple[Draft, _State]:
-        at = state.start[:, None] + jnp.arange(self._pairs, dtype=jnp.int32)
+        """Drafts; where `flat`, bool, is true a tree is the root's children alone."""
+        start = jnp.maximum(context.lengths - 1 - state.fresh, 0)
+        pairs = state.features.shape[1]
+        at = start[:, None] + jnp.arange(pairs, dtype=jnp.int32)
         # Beyond the text there is junk, which nothing sees.
         place = jnp.minimum(at + 1, context.tokens.shape[1] - 1)
         tokens = jnp.take_along_axis(context.tokens, place, axis=1)
         mask = chain_mask(at, cache_slots(state.k))
         hidden, state = self._read(
-            target, state, tokens, state.features, at, state.start, mask
+            target, state, tokens, state.features, at, start, mask
         )
         row = jnp.maximum(state.fresh - 1, 0)[:, None, None]
         hidden = jnp.take_along_axis(hidden, row, axis=1)
-        logits = draft_logits(self.config, self.params, hidden)
+        if self.growth is not None:
+            # Each node of the first level follows the same place.
+            hidden = jnp.broadcast_to(
+                hidden, (len(hidden), self.growth.branches, hidden.shape[-1])
+            )
+        logits = self._logits(hidden)[:, :1]
         grown = self._chain if self.growth is None else self._tree
-        draft, state = grown(target, state, context.lengths, logits, hidden)
+        known = context.lengths, logits, hidden
+
+        def whole(state: _State) -> tuple[Draft, _State]:
+            return grown(target, state, *known)
+
+        if flat is None:
+            draft, state = whole(state)
+        else:
+            star = self._star(target, *known[:2])
+            draft, state = jax.lax.cond(flat, lambda s: (star, s), whole, state)
         # A prompt of one token has no pair yet.
         some = (state.fresh > 0)[:, None]
         return draft._replace(tokens=jnp.where(some, draft.tokens, -1)), state
 
     def update(self, target: Target, state: _State, verified: Verified) -> _State:
-        features = fused_features(self.params, verified.hidden)
+        features = self._features(verified.hidden)
         return state._replace(
             features=features.astype(state.features.dtype),
-            start=verified.context.lengths - verified.emitted - 1,
             fresh=verified.emitted,
         )
+
+    def _fused(self, count: int) -> FusedRows | None:
+        """What reads that many tokens of a row in few kernels, if anything does."""
+        return self.rows if count <= FusedRows.MOST else None
+
+    def _features(self, hidden: Any) -> jax.Array:
+        if rows := self._fused(hidden[0].shape[1]):
+            return features_fused(self.params, hidden, rows=rows)
+        return fused_features(self.params, hidden)
+
+    def _logits(self, hidden: jax.Array) -> jax.Array:
+        if rows := self._fused(hidden.shape[1]):
+            return logits_fused(self.config, self.params, hidden, rows=rows)
+        return draft_logits(self.config, self.params, hidden)
 
     def _chain(
         self,
@@ -262,13 +306,24 @@ class EagleDrafter(Drafter):
             hidden, state = self._read(
                 target, state, new, hidden, here, at - 1, chain_mask(here, slots)
             )
-            return draft_logits(self.config, self.params, hidden), hidden, state
+            return self._logits(hidden), hidden, state
 
         first = logits, hidden, state
         draft, (*_, state) = draw_chain(
             choose, read, first, lengths, self.num_tokens, unroll=True
         )
         return draft, state
+
+    def _star(self, target: Target, lengths: jax.Array, logits: jax.Array) -> Draft:
+        """The likeliest next tokens."""
+        assert self.growth is not None
+        greedy, nodes = target.sampler.greedy, self.growth.nodes
+        ids = eagle_ids(self.params) if greedy else None
+        if not greedy:
+            logits = target.sampler.scores(self._spread(logits), lengths[:, None])
+        tokens = jax.lax.top_k(logits[:, 0], nodes - 1)[1].astype(jnp.int32)
+        parents = jnp.zeros((len(tokens), nodes), jnp.int32).at[:, 0].set(-1)
+        return Draft(tokens if ids is None else ids[tokens], parents)
 
     def _tree(
         self,
@@ -310,14 +365,12 @@ class EagleDrafter(Drafter):
                 start + k * frontier.level,
                 mask,
             )
-            logits = draft_logits(self.config, self.params, hidden)
-            return scores(logits, at + 2), (hidden, state)
+            return scores(self._logits(hidden), at + 2), (hidden, state)
 
-        above = jnp.broadcast_to(hidden, (len(hidden), k, hidden.shape[-1]))
         tokens, parents, (_, state) = grow_tree(
             scores(logits, lengths[:, None])[:, 0],
             read,
-            (above, state),
+            (hidden, state),
             branches=k,
             levels=self.growth.levels,
             nodes=self.growth.nodes,
@@ -342,6 +395,13 @@ class EagleDrafter(Drafter):
         mask: jax.Array,
     ) -> tuple[jax.Array, _State]:
         """h' of pairs, whose keys and values go to the slots from `start` on."""
+        embeds = embedded(self.params, target, tokens)
+        if rows := self._fused(tokens.shape[1]):
+            around = positions, mask, start, state.k, state.v
+            hidden, *cache = read_fused(
+                self.config, self.params, embeds, features, *around, rows=rows
+            )
+            return hidden, state._replace(k=cache[0], v=cache[1])
         kept = state.k, state.v
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -351,7 +411,6 @@ class EagleDrafter(Drafter):
             kept = keys, values  # type: ignore[assignment]
             return dense_attention(q, seen.astype(q.dtype), worth.astype(q.dtype), mask)
 
-        embeds = embedded(self.params, target, tokens)
         hidden = read_step(
             self.config, self.params, embeds, features, positions, attend
         )

@@ -15,11 +15,12 @@ from angeljax.speculative._prompts import read_prompts
 from angeljax.speculative.auto import Plan, auto_generate
 from angeljax.speculative.core import Generated, generate
 from angeljax.speculative.drafter import Drafter, NoDrafter
+from angeljax.speculative.hybrid import Hybrid
 from angeljax.speculative.lookup import PromptLookup
 from angeljax.speculative.model_drafter import DraftModel, SelfDrafter
 from angeljax.speculative.prepare import prepare_drafter
 from angeljax.speculative.profile import profile_target
-from angeljax.speculative.recycling import Hybrid, TokenRecycling, successors
+from angeljax.speculative.recycling import TokenRecycling, successors
 from angeljax.speculative.sampling import Sampling
 
 
@@ -191,11 +192,13 @@ def _recycling(ready: _Ready) -> TokenRecycling:
 
 
 def _hybrid(ready: _Ready) -> Hybrid:
-    recycling = _recycling(ready)
-    found = {"num_tokens": min(7, recycling.nodes - 1), "min_ngram": 2}
+    head = ready.options.path is not None
+    drafter = _learned_options.eagle_tree(ready) if head else _recycling(ready)
+    found = {"num_tokens": min(7, drafter.width - 1), "min_ngram": 2}
     found |= ready.given("num_tokens", "max_ngram", "min_ngram")
-    found.setdefault("max_ngram", max(3, found["min_ngram"]))
-    return Hybrid(recycling, PromptLookup(**found))
+    least = max(found["min_ngram"], ready.options.flat_ngram or 1)
+    found.setdefault("max_ngram", max(3, least))
+    return Hybrid(drafter, PromptLookup(**found), **ready.given("flat_ngram"))
 
 
 def _layer_skip(ready: _Ready) -> SelfDrafter:

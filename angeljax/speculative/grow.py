@@ -53,8 +53,9 @@ def grow_tree(
       nodes: of the tree, the root included; at most `k + levels * k ** 2 + 1`.
 
     Returns:
-      Tokens `[B, nodes - 1]` and parents `[B, nodes]` for `Draft`, and the state. The
-      tree is a `DynamicTree(nodes, levels + 1)`.
+      Tokens `[B, nodes - 1]`, the likeliest nodes first, and parents `[B, nodes]` for
+      `Draft`, and the state. The tree is a `DynamicTree(nodes, levels + 1)`, and so are
+      its first nodes alone.
 
     Raises:
       ValueError: more nodes than are found.
@@ -94,10 +95,11 @@ def grow_tree(
     )
     # A node is no likelier than its parent, which comes before it: at a tie too the
     # parent is taken first, and no node stays without its own.
-    kept = jnp.sort(jax.lax.top_k(scores, nodes - 1)[1], axis=1)
+    kept = jax.lax.top_k(scores, nodes - 1)[1]
     parents = jnp.take_along_axis(origin, kept, axis=1)
-    place = jax.vmap(jnp.searchsorted)(kept, parents) + 1
-    place = jnp.where(parents < 0, 0, place)
+    # Where each parent has gone; 0 is the root.
+    same = [parents == kept[:, i : i + 1] for i in range(nodes - 1)]
+    place = sum((i * s for i, s in enumerate(same, 1)), jnp.zeros_like(parents))
     root = jnp.full((batch, 1), -1)
     return (
         jnp.take_along_axis(every, kept, axis=1).astype(jnp.int32),

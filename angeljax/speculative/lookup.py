@@ -89,7 +89,8 @@ def lookup(
       max_ngram, min_ngram: lengths of n-grams, the longest first.
 
     Returns:
-      int32 `[B, count]`, -1 where nothing matches, and bool `[B]`, which rows match.
+      int32 `[B, count]`, -1 where nothing matches, and int32 `[B]`, the length of the
+      n-gram that matches, 0 for none.
     """
 
     def row(tokens: jax.Array, n: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -104,12 +105,13 @@ def lookup(
             alike &= (ahead == tail) & (n - 1 - j >= 0)
             same += alike
         same = jnp.where(place < n - 1, same, 0)
-        # The longest match; among these the latest.
-        at = jnp.argmax(same * size + jnp.where(same > 0, place, 0))
-        found = same[at] >= min_ngram
+        # The longest match; among these the latest. One maximum tells both.
+        best = jnp.max(jnp.where(same > 0, same * size + place, 0))
+        matched, at = best // size, best % size
+        found = matched >= min_ngram
         cycle = jnp.maximum(n - 1 - at, 1)
         index = at + 1 + jnp.arange(count) % cycle
         drafts = tokens[jnp.minimum(index, size - 1)]
-        return jnp.where(found, drafts, -1), found
+        return jnp.where(found, drafts, -1), jnp.where(found, matched, 0)
 
     return jax.vmap(row)(tokens, lengths)

@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from angeljax.speculative._rows import chain_mask
 from angeljax.speculative.drafter import (
@@ -28,9 +27,8 @@ from angeljax.speculative.drafter import (
     TargetModel,
     Verified,
 )
-from angeljax.speculative.lookup import PromptLookup, lookup
 from angeljax.speculative.sampling import Sampling
-from angeljax.speculative.tree import DynamicTree, Tree
+from angeljax.speculative.tree import Tree
 
 _static = {"static": True}
 # How often the r-th likeliest token of the table is the next one: 135M chat model.
@@ -174,97 +172,6 @@ class TokenRecycling(Drafter):
     def update(self, target: Target, state: jax.Array, verified: Verified) -> jax.Array:
         assert verified.top_ids is not None
         return _learnt(state, verified.tokens, verified.read, verified.top_ids)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Hybrid(Drafter):
-    """Prompt lookup where it finds something, within the tree of token recycling.
-
-    A continuation that was found takes the first nodes, as a chain; the likeliest
-    branches of the tree keep the others. Where nothing is found all is the tree's.
-
-    Attributes:
-      recycling: has the tree.
-      lookup: has the n-grams; its `num_tokens` must be fewer than the tree's nodes.
-
-    Raises:
-      ValueError: the continuation leaves no root.
-
-    Example:
-      >>> from angeljax.speculative import Hybrid
-      >>> Hybrid().width
-      15
-    """
-
-    recycling: TokenRecycling = TokenRecycling()
-    lookup: PromptLookup = dataclasses.field(
-        default=PromptLookup(7, min_ngram=2), metadata=_static
-    )
-
-    def __post_init__(self) -> None:
-        recycling = self.recycling
-        if not isinstance(recycling, TokenRecycling):
-            return  # within a transformation of the tree
-        if self.lookup.num_tokens >= recycling.nodes:
-            raise ValueError(
-                f"lookup of {self.lookup.num_tokens} tokens in a tree of "
-                f"{recycling.nodes} nodes: at most {recycling.nodes - 1}"
-            )
-
-    @property
-    def width(self) -> int:
-        return self.recycling.nodes
-
-    @property
-    def tree(self) -> DynamicTree:
-        depth = max(self.lookup.num_tokens, self.recycling.tree.depth)
-        return DynamicTree(self.width, depth)
-
-    @property
-    def top_k(self) -> int:
-        return self.recycling.top_k
-
-    def check(self, model: TargetModel, sampling: Sampling) -> None:
-        self.recycling.check(model, sampling)
-
-    def init(self, target: Target, batch: int, slots: int) -> jax.Array:
-        return self.recycling.init(target, batch, slots)
-
-    def prefill(self, target: Target, state: jax.Array, prompt: Prompt) -> jax.Array:
-        return self.recycling.prefill(target, state, prompt)
-
-    def draft(
-        self, target: Target, state: jax.Array, context: Context
-    ) -> tuple[Draft, jax.Array]:
-        tree, _ = self.recycling.draft(target, state, context)
-        count = self.lookup.num_tokens
-        line, found = lookup(
-            context.tokens,
-            context.lengths,
-            count=count,
-            max_ngram=self.lookup.max_ngram,
-            min_ngram=self.lookup.min_ngram,
-        )
-        parents = self.recycling.tree.parents
-        rest = [0 if p == 0 else p + count for p in parents[1 : self.width - count]]
-        both = Tree((*range(-1, count), *rest))
-        tokens = jnp.concatenate([line, tree.tokens[:, : len(rest)]], axis=1)
-
-        def one_of(line: Any, plain: Any) -> jax.Array:
-            some = found.reshape(-1, *(1 for _ in line.shape[1:]))
-            return jnp.where(some, line, plain)
-
-        plain = self.recycling.tree
-        draft = Draft(
-            tokens=one_of(tokens, tree.tokens),
-            parents=one_of(*(np.asarray([t.parents]) for t in (both, plain))),
-            ancestors=one_of(both.ancestors[None], plain.ancestors[None]),
-        )
-        return draft, state
-
-    def update(self, target: Target, state: jax.Array, verified: Verified) -> jax.Array:
-        return self.recycling.update(target, state, verified)
 
 
 def successors(

@@ -61,6 +61,15 @@ class Tree:
         return max(self.depths)
 
     @functools.cached_property
+    def lines(self) -> np.ndarray:
+        """int32 `[N, depth + 1]`: each node, its parent, ...; -1 above the root."""
+        line = [np.arange(self.nodes, dtype=np.int32)]
+        above = np.asarray(self.parents, np.int32)
+        for _ in range(self.depth):
+            line.append(np.where(line[-1] < 0, -1, above[line[-1]]))
+        return np.stack(line, axis=-1).astype(np.int32)
+
+    @functools.cached_property
     def ancestors(self) -> np.ndarray:
         """bool `[N, N]`: which nodes each descends from, itself included."""
         found = np.eye(self.nodes, dtype=bool)
@@ -101,60 +110,76 @@ def chain(nodes: int) -> Tree:
     return Tree(tuple(range(-1, nodes - 1)))
 
 
-def ancestors(parents: jax.Array, depth: int) -> jax.Array:
-    """Which nodes each node descends from, itself included.
+def climb(parents: jax.Array, depth: int) -> jax.Array:
+    """Each node, its parent, and so on up to the root.
 
     Args:
       parents: int32 `[B, N]`, -1 for the root.
       depth: distance from the root that no node exceeds.
 
     Returns:
-      bool `[B, N, N]`.
+      int32 `[B, N, depth + 1]`; -1 above the root.
     """
-    count = parents.shape[-1]
-    step = parents[..., None] == jnp.arange(count)
-    found = step | jnp.eye(count, dtype=bool)
-    reach = 1
-    while reach < depth:
-        wide = found.astype(jnp.float32)
-        found = jnp.einsum("bij,bjk->bik", wide, wide) > 0
-        reach *= 2
-    return found
+    # Small gathers one into another are one kernel; products of matrices are some.
+    row = jnp.arange(len(parents))[:, None]
+    place = jnp.arange(parents.shape[1], dtype=jnp.int32)
+    line = [jnp.broadcast_to(place, parents.shape)]
+    for _ in range(depth):
+        above = parents.at[row, jnp.maximum(line[-1], 0)].get(mode="promise_in_bounds")
+        line.append(jnp.where(line[-1] < 0, -1, above.astype(jnp.int32)))
+    return jnp.stack(line, axis=-1)
+
+
+def levels(lines: jax.Array) -> jax.Array:
+    """int32 `[B, N]`: distance of each node from the root, of what `climb` gives."""
+    return sum(
+        ((lines[..., r] >= 0).astype(jnp.int32) for r in range(1, lines.shape[-1])),
+        jnp.zeros(lines.shape[:2], jnp.int32),
+    )
+
+
+def ancestors(lines: jax.Array) -> jax.Array:
+    """bool `[B, N, N]`: which nodes each descends from, itself included.
+
+    Args:
+      lines: of `climb`.
+    """
+    place = jnp.arange(lines.shape[1])
+    found = [lines[..., r, None] == place for r in range(lines.shape[-1])]
+    return functools.reduce(jnp.logical_or, found)
 
 
 def walk(
-    parents: jax.Array,
-    lines: jax.Array,
-    tokens: jax.Array,
-    chosen: jax.Array,
-    depth: int,
+    lines: jax.Array, tokens: jax.Array, chosen: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The longest way from the root down along which the target chose each token.
 
     Args:
-      parents: int32 `[B, N]` or `[1, N]`, -1 for the root.
-      lines: bool `[B, N, N]` or `[1, N, N]`, the `ancestors` of each node.
+      lines: int32 `[B, N, depth + 1]` or `[1, N, depth + 1]`, what `climb` gives.
       tokens: int32 `[B, N]` of the nodes, -1 where there is none.
       chosen: int32 `[B, N]`, what the target puts after each node.
-      depth: distance from the root that no node exceeds.
 
     Returns:
       int32 `[B, depth + 1]`, the nodes on the way, the last repeated; and int32 `[B]`,
       how many follow the root.
     """
     # All nodes at once: step by step it would be as many kernels as levels.
-    batch, count = tokens.shape
-    above = jnp.broadcast_to(jnp.maximum(parents, 0), (batch, count))
-    wrong = tokens != jnp.take_along_axis(chosen, above, axis=1)
-    wrong &= jnp.arange(count) > 0
-    levels = jnp.sum(lines, axis=-1, dtype=jnp.int32) - 1
-    good = ~jnp.any(lines & wrong[:, None], axis=-1)
+    (batch, count), depth = tokens.shape, lines.shape[-1] - 1
+    lines = jnp.broadcast_to(lines, (batch, count, depth + 1))
+    row = jnp.arange(batch)[:, None]
+
+    def at(x: jax.Array, node: jax.Array) -> jax.Array:
+        return x.at[row, jnp.maximum(node, 0)].get(mode="promise_in_bounds")
+
+    good = jnp.ones((batch, count), bool)
+    for r in range(depth):
+        node, above = lines[..., r], lines[..., r + 1]
+        good &= (above < 0) | (at(tokens, node) == at(chosen, above))
     # The deepest; of equal ones the first.
-    node = jnp.argmax(jnp.where(good, levels, -1), axis=1).astype(jnp.int32)
-    lines = jnp.broadcast_to(lines, (batch, count, count))
-    levels = jnp.broadcast_to(levels, (batch, count))
-    line = jnp.take_along_axis(lines, node[:, None, None], axis=1)
-    near = line & (levels[:, None] <= jnp.arange(depth + 1)[:, None])
-    path = jnp.max(jnp.where(near, jnp.arange(count), 0), axis=-1)
-    length = jnp.take_along_axis(levels, node[:, None], axis=1)[:, 0]
-    return path.astype(jnp.int32), length
+    place = jnp.arange(count, dtype=jnp.int32)
+    score = jnp.where(good, levels(lines) * count + count - 1 - place, -1)
+    best = jnp.max(score, axis=1)
+    length, last = best // count, count - 1 - best % count
+    up = jnp.maximum(length[:, None] - jnp.arange(depth + 1), 0)
+    path = lines.at[row, last[:, None], up].get(mode="promise_in_bounds")
+    return path.astype(jnp.int32), length.astype(jnp.int32)

@@ -12,18 +12,23 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from angeljax.models import FusedRows, LanguageModel
 from angeljax.models.config import ModelError
 from angeljax.speculative import (
     EagleConfig,
     EagleDrafter,
     EagleTree,
+    Hybrid,
+    PromptLookup,
     Sampling,
     Target,
     autoregressive,
+    decode,
     generate,
     init_eagle,
     load_eagle,
     prefill,
+    prepare_drafter,
     save_eagle,
 )
 from angeljax.speculative._eagle_head import draft_logits, eagle_ids, read_step
@@ -37,6 +42,7 @@ from angeljax.train import (
 )
 from angeljax.train._acceptance import distance
 from angeljax.train.eagle_data import answer_mask, draft_vocabulary
+from tests.models._random_params import random_params
 from tests.speculative._cases import PROMPTS, tiny
 
 IDS = np.sort(np.random.default_rng(0).permutation(32)[:20])
@@ -158,6 +164,52 @@ def test_a_text_learnt_by_heart_is_accepted_whole():
     np.testing.assert_array_equal(got.tokens, want)
     assert got.tau >= 3
     assert result.metrics["tau"] > 3
+
+
+def test_the_head_of_a_hybrid_has_read_the_text():
+    """Its cache is that of the text read at once, whichever nodes were accepted.
+
+    The head reads rounds by the kernels for few tokens, and the text without them.
+    """
+    config = dataclasses.replace(tiny()[0].config, hidden_size=32, head_dim=32)
+    model = LanguageModel(config)
+    params = random_params(model, std=0.2)
+    own = EagleConfig.of(config, draft_vocab_size=20)
+    head = init_eagle(own, jax.random.key(1), ids=IDS, std=0.2)
+    plain = EagleDrafter(own, head, growth=EagleTree(8, 2, 2))
+    fused = prepare_drafter(model, plain, transpose=True, rows=FusedRows())
+    target = Target(model, params, Sampling().sampler(2))
+    # One that is too long for the kernels, and one without any pair.
+    text, sizes = jnp.asarray([[5, 6, 7] * 6, [9] * 18]), jnp.asarray([18, 1])
+    drafter = Hybrid(fused, PromptLookup(6))
+    state = prefill(target, drafter, text, sizes, sizes + 40, slots=64)
+    stops, rounds = jnp.zeros(0, jnp.int32), jnp.int32(5)
+    state = decode(target, drafter, state, stops, rounds)
+    # Continuations longer than any branch of the head's own tree are accepted.
+    assert int(state.stats.hits[3]) > 0
+    known = prefill(
+        target, plain, state.tokens[:, :64], state.lengths, state.limits, slots=64
+    )
+    got, want = state.drafter, known.drafter
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+    for row, n in enumerate(map(int, state.lengths)):
+        fresh = int(got.fresh[row])
+        assert 0 < fresh < n
+        for x, y in zip(got[:2], want[:2], strict=True):
+            close(x[row, :, : n - 1 - fresh], y[row, :, : n - 1 - fresh])
+        # The last of what is yet to be read.
+        close(got.features[row, fresh - 1], want.features[row, 0])
+    # And the kernels themselves see the same of the tree.
+    exact = dataclasses.replace(fused, rows=FusedRows("interpret"))
+    drafts = [
+        jax.jit(d.draft)(target, s, state.context)[0]
+        for d, s in ((plain, want), (exact, got))
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *drafts)
+    # What the kernels do not take is left to XLA.
+    narrow, half = EagleDrafter(*small()), LanguageModel(config, dtype=jnp.bfloat16)
+    for wrong, other in ((tiny()[0], narrow), (half, plain)):
+        assert prepare_drafter(wrong, other, rows=FusedRows()).rows is None
 
 
 def test_losses_by_hand(rng):

@@ -107,7 +107,11 @@ def test_fields_reach_the_drafter(folders):
     assert recycling.nodes == 9
     _, hybrid = made({"method": "hybrid", "nodes": 5, "from_prompt": False})
     assert hybrid.lookup == PromptLookup(4, 3, 2)
-    assert hybrid.recycling.nodes == 5 and not hybrid.recycling.from_prompt
+    assert hybrid.drafter.nodes == 5 and not hybrid.drafter.from_prompt
+    joined = {"method": "hybrid", "path": "eagle3", "options": {"nodes": 9}}
+    _, hybrid = made({**joined, "flat_ngram": 4}, folders)
+    assert hybrid.lookup == PromptLookup(7, 4, 2) and hybrid.flat_ngram == 4
+    assert hybrid.drafter.growth == EagleTree(9, 4, 3)
     _, block = made({"method": "dflash", "path": "dflash", "num_tokens": 2}, folders)
     assert block.width == 3
     stored = random_params(block.model, std=0.3)["fc"]["kernel"]
@@ -212,6 +216,8 @@ def test_auto_of_a_section(monkeypatch, tmp_path):
         ({"method": "self_quant", "recipe": "spec-hybrid"}, "has no rules"),
         ({"method": "self_quant", "recipe": "sparse-none"}, "no recipe"),
         ({"method": "recycling", "nodes": 1}, "draft.nodes"),
+        ({"method": "hybrid", "path": "eagle3", "nodes": 9}, "draft.options describes"),
+        ({"method": "hybrid", "flat_ngram": 2}, "with a head"),
     ],
 )
 def test_refusals(text, message, folders):

@@ -88,6 +88,8 @@ DRAFTERS = {
     "draft model": draft_model,
     "eagle chain": lambda: eagle(None),
     "eagle tree": lambda: eagle(EagleTree(8, 3, 2)),
+    # Grown or flat, as there are matches of one token and of more.
+    "eagle hybrid": lambda: Hybrid(eagle(EagleTree(8, 3, 2)), PromptLookup(5), 2),
     "block": block,
     "mtp": mtp,
 }
@@ -100,7 +102,7 @@ KNOWING = {
 # Two cases for each drafter, and all four for a chain and a tree: every case compiles
 # programs of its own.
 DIAGONAL = ("greedy", 8), ("drawn", 1)
-WHOLE = "prompt lookup", "eagle tree"
+WHOLE = "prompt lookup", "eagle hybrid"
 CASES = [
     *((name, *case) for name in (*DRAFTERS, *KNOWING) for case in DIAGONAL),
     *((name, *case) for name in WHOLE for case in (("greedy", 1), ("drawn", 8))),

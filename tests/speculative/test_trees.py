@@ -25,7 +25,7 @@ from angeljax.speculative import (
     key_positions,
     tree_mask,
 )
-from angeljax.speculative.tree import ancestors, walk
+from angeljax.speculative.tree import ancestors, climb, walk
 from tests.speculative._cases import PROMPTS, HashTarget, TreeOracle, table, tiny, whole
 
 TOY = HashTarget()
@@ -36,7 +36,7 @@ def random_parents(rng, nodes: int) -> tuple[int, ...]:
     return (-1, *(int(rng.integers(0, j)) for j in range(1, nodes)))
 
 
-def climb(parents, node: int) -> list[int]:
+def upwards(parents, node: int) -> list[int]:
     """A node and all above it, one by one."""
     line = [node]
     while parents[line[-1]] >= 0:
@@ -48,14 +48,14 @@ def test_ancestors_and_masks_by_climbing(rng):
     trees = [random_parents(rng, 9) for _ in range(6)] + [chain(9).parents]
     depth = max(Tree(p).depth for p in trees)
     assert depth == 8
-    many = ancestors(jnp.asarray(trees), depth)
+    many = ancestors(climb(jnp.asarray(trees), depth))
     starts = jnp.asarray(rng.integers(0, 7, size=len(trees)))
     masks = tree_mask(many, starts, 20)
     for row, parents in enumerate(trees):
         tree, start = Tree(parents), int(starts[row])
         np.testing.assert_array_equal(many[row], tree.ancestors)
         for node in range(9):
-            line = climb(parents, node)
+            line = upwards(parents, node)
             assert tree.depths[node] == len(line) - 1
             assert set(np.flatnonzero(tree.ancestors[node])) == set(line)
             sees = set(range(start)) | {start + above for above in line}
@@ -70,8 +70,8 @@ def test_the_walk_by_following_all_children(rng):
     tokens = rng.integers(0, 3, size=(rows, 8))
     tokens[rng.random((rows, 8)) < 0.1] = -1
     chosen = rng.integers(0, 3, size=(rows, 8))
-    lines = ancestors(jnp.asarray(parents), 7)
-    path, count = jax.jit(walk, static_argnums=4)(parents, lines, tokens, chosen, 7)
+    lines = climb(jnp.asarray(parents), 7)
+    path, count = jax.jit(walk)(lines, tokens, chosen)
     longest, several = 0, 0
     for row in range(rows):
         ways, best = [[0]], [0]
@@ -109,7 +109,7 @@ def test_entries_are_put_in_place_by_the_next_write(rng, rows, stacked):
                 ..., r, :, starts[r] + path[r, j], :
             ]
     cache = RowCache(*((x,) if not stacked else x for x in [jnp.asarray(old)] * 2))
-    held = hold_rows(cache, starts, jnp.asarray(path), jnp.asarray(valid), 5)
+    held = hold_rows(cache, starts, jnp.asarray(path), jnp.asarray(valid))
     slots = jnp.asarray(starts + valid)
     settled = jax.tree.leaves(settle_rows(held, slots).v)[0]
     for r in range(rows):
@@ -175,7 +175,7 @@ def test_logits_of_each_path_are_those_of_a_chain(rng):
     got = model.head_rows(params, read(cache, tokens, positions, start, mask).final)
     alone, ends = np.zeros((10, slots), np.int32), []
     for node in range(10):
-        line = climb(tree.parents, node)[::-1]
+        line = upwards(tree.parents, node)[::-1]
         ends.append(before + len(line) - 1)
         alone[node, : ends[-1] + 1] = np.concatenate([text[0], tokens[0, line]])
     want = jax.jit(model.logits)(params, alone)[jnp.arange(10), jnp.asarray(ends)]
@@ -221,7 +221,7 @@ def test_a_grown_tree_has_the_nodes_of_the_rule(rng):
         Tree(tuple(parents[row].tolist()))  # parents before children
         every = [None, *tokens[row].tolist()]
         paths = {
-            tuple(every[j] for j in climb(parents[row].tolist(), node)[-2::-1])
+            tuple(every[j] for j in upwards(parents[row].tolist(), node)[-2::-1])
             for node in range(1, nodes)
         }
         want = grown_by_hand(
