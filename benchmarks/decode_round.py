@@ -227,14 +227,13 @@ def tiles(setting: Setting) -> list[Row]:
     for name, (k, n, around) in shapes.items():
         swiglu = "swiglu" in around
         out = n // 2 if swiglu else n
-        own = product_blocks.blocks(out, jnp.dtype(dtype).itemsize, True)
+        own = product_blocks.blocks(k, out)
         sizes = [own, *(b for b in PRODUCTS if b != own)]
         cases += [
             (name, b, _product(k, n, around, count, width, dtype, b)) for b in sizes
         ]
     heads = c.num_heads, c.num_kv_heads, c.head_dim
-    queries = attention_blocks.queries_of(*heads[:2])
-    plan = attention_blocks.blocks(heads[2], queries, jnp.dtype(dtype).itemsize)
+    plan = attention_blocks.blocks(setting.slots, heads[2])
     context = max(setting.contexts)
     for b in [plan, *(b for b in ATTENTIONS if b != plan)]:
         run = _attention(heads, count, width, setting.slots, context, dtype, b)
@@ -273,17 +272,8 @@ def _product_call(program: Any, args: Any, counts: Any, rounds: int) -> Any:
     return program(*args, counts[rounds])
 
 
-PRODUCTS = [
-    *(Blocks(16, k, w, s) for k in (128, 256) for w in (2, 4) for s in (3, 5)),
-    *(Blocks(32, 128, w, 4) for w in (4, 8)),
-    *(Blocks(8, 256, w, s) for w in (1, 2, 4) for s in (3, 5)),
-    Blocks(16, 512, 4, 3),
-]
-ATTENTIONS = [
-    attention_blocks.Blocks(keys, warps, stages)
-    for keys, warps in ((64, 4), (128, 4), (128, 8), (256, 8))
-    for stages in (1, 2, 3)
-]
+PRODUCTS = [Blocks(warps, tiles) for warps in (4, 8) for tiles in (1, 2)]
+ATTENTIONS = [attention_blocks.Blocks(*b) for b in ((1, 1), (1, 3), (2, 1), (2, 3))]
 
 
 def _product(

@@ -408,6 +408,7 @@ def equality(bench: Bench, clock: Clock) -> list[Row]:
     ids = [ids for _, ids in bench.prompts][: bench.args.equal_prompts]
     samplings = {"greedy": Sampling(), "coupled": Sampling(temperature=0.8, seed=1)}
     rows: list[Row] = []
+    new = min(bench.args.equal_new, bench.new)
     left = 2 * len(samplings)
     for size in (bench.batch, 1):
         for name, sampling in samplings.items():
@@ -420,7 +421,7 @@ def equality(bench: Bench, clock: Clock) -> list[Row]:
             for i in range(0, len(ids) - size + 1, size):
                 for label, way in ways.items():
                     group = ids[i : i + size]
-                    found = programs.run(label, way, group, bench.new // 2, sampling)
+                    found = programs.run(label, way, group, new, sampling)
                     done[label].append(found)
                 if own.over:
                     break
@@ -473,6 +474,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--loop", choices=LOOPS, help="default the faster of both")
     parser.add_argument("--per-task", type=int, default=8, help="prompts of `speed`")
     parser.add_argument("--equal-prompts", type=int, default=200)
+    parser.add_argument("--equal-new", type=int, default=64, help="tokens of each")
     parser.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS))
     parser.add_argument("--threads", type=int, default=4, help="compile at once")
     parser.add_argument("--eagle", type=Path, help="folder of a trained head")

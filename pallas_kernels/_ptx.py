@@ -137,6 +137,11 @@ def select(predicate: Any, a: Any, b: Any) -> Any:
     return type(a)(arith.select(predicate, a.value, b.value))
 
 
+def select_pointer(predicate: Any, a: Any, b: Any) -> Any:
+    """`select` for two addresses of one kind of memory."""
+    return arith.select(predicate, a, b)
+
+
 def ptx(
     code: str,
     *args: Any,
@@ -164,6 +169,54 @@ def ptx(
 def special(name: str) -> Int:
     """A special register such as `tid.x`."""
     return ptx(f"mov.u32 $0, %{name};", out=(Int,), pure=True)
+
+
+def exp2(x: Float) -> Float:
+    """2 to the power of x, within 2 ulp; subnormal numbers are 0."""
+    return ptx("ex2.approx.ftz.f32 $0, $1;", x, out=(Float,), pure=True)
+
+
+def rsqrt(x: Float) -> Float:
+    """1 / sqrt(x), to about 2^-22."""
+    return ptx("rsqrt.approx.f32 $0, $1;", x, out=(Float,), pure=True)
+
+
+def maximum(a: Float, b: Float) -> Float:
+    """The larger number; a NaN loses."""
+    return ptx("max.f32 $0, $1, $2;", a, b, out=(Float,), pure=True)
+
+
+def pack_bf16(low: Float, high: Float) -> Int:
+    """Two numbers as bfloat16, rounded to nearest even, in one word."""
+    # The instruction names the high half first.
+    return ptx("cvt.rn.bf16x2.f32 $0, $1, $2;", high, low, out=(Int,), pure=True)
+
+
+def unpack_bf16(word: Int) -> list[Float]:
+    """The low and the high bfloat16 of a word."""
+    return [(word << 16).as_float(), (word & 0xFFFF0000).as_float()]
+
+
+def mma_bf16(acc: Sequence[Float], a: Sequence[Int], b: Sequence[Int]) -> list[Float]:
+    """`acc [16, 8] + a [16, 16] @ b [16, 8]` of bfloat16 by the lanes of a warp.
+
+    With `g = lane >> 2` and `t = lane & 3` a lane holds, in this order and the lower
+    index of a pair in the low half of its word:
+
+      acc: (g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1);
+      a: rows g, g+8, g, g+8 at the pairs k = 2t, 2t, 2t+8, 2t+8;
+      b: column g at the pairs k = 2t, 2t+8.
+    """
+    return ptx(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0, $1, $2, $3}, "
+        "{$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+        *a,
+        *b,
+        *acc,
+        out=(Float,) * 4,
+        pure=True,
+        convergent=True,
+    )
 
 
 def vector(words: Sequence[Int]) -> Any:
@@ -252,6 +305,11 @@ def load(base: Any, index: Int, item_bytes: int, *, words: int, hint: str) -> li
     return [got] if words == 1 else got
 
 
+def load_byte(base: Any, index: Int, hint: str) -> Int:
+    """An unsigned byte; `hint` as for `load`."""
+    return ptx(f"ld.{hint}.u8 $0, [$1];", offset(base, index, 1), out=(Int,))
+
+
 def store(base: Any, index: Int, item_bytes: int, value: Any, kind: str) -> None:
     """One item of the PTX type `kind`, e.g. `shared.u32`, `global.f32`."""
     ptx(f"st.{kind} [$0], $1;", offset(base, index, item_bytes), value)
@@ -260,6 +318,14 @@ def store(base: Any, index: Int, item_bytes: int, value: Any, kind: str) -> None
 def store_words(base: Any, index: Int, words: Sequence[Int]) -> None:
     """Four words in one store to shared memory; `index` counts words."""
     ptx("st.shared.v4.u32 [$0], {$1, $2, $3, $4};", offset(base, index, 4), *words)
+
+
+def store_words_global(
+    base: Any, index: Int, item_bytes: int, words: Sequence[Int]
+) -> None:
+    """Four words in one store to global memory."""
+    address = offset(base, index, item_bytes)
+    ptx("st.global.v4.u32 [$0], {$1, $2, $3, $4};", address, *words)
 
 
 def loop(
@@ -302,9 +368,41 @@ def both(a: Any, b: Any) -> Any:
     return arith.andi(a, b)
 
 
+def either(a: Any, b: Any) -> Any:
+    """At least one of two predicates."""
+    return arith.ori(a, b)
+
+
 def when(predicate: Any) -> Any:
     """`with when(p):` runs the block in the threads where `p` holds."""
     return utils.when(predicate)
+
+
+def choose(
+    predicate: Any, then: Callable[[], list[Any]], otherwise: Callable[[], list[Any]]
+) -> list[Any]:
+    """`then() if predicate else otherwise()` by a branch; `Int` or `Float` each."""
+    # What the branches give is known once they are written, so they move house.
+    make: Any = scf.IfOp  # its annotations are of another form
+    draft = make(predicate, has_else=True)
+    results = []
+    for block, branch in ((draft.then_block, then), (draft.else_block, otherwise)):
+        with ir.InsertionPoint(block):
+            results.append(branch())
+            scf.yield_([v.value for v in results[-1]])
+    kinds = [type(v) for v in results[0]]
+    if kinds != [type(v) for v in results[1]]:
+        raise TypeError("the branches of choose must return the same types")
+    op: Any = ir.Operation.create(
+        "scf.if",
+        results=[v.value.type for v in results[0]],
+        operands=[predicate],
+        regions=2,
+    )
+    draft.then_block.append_to(op.regions[0])
+    draft.else_block.append_to(op.regions[1])
+    draft.operation.erase()
+    return [k(v) for k, v in zip(kinds, op.results, strict=True)]
 
 
 def shuffle_xor(x: Any, distance: int) -> Any:
@@ -325,19 +423,30 @@ __all__ = [
     "as_float8",
     "barrier",
     "both",
+    "choose",
+    "either",
+    "exp2",
     "floats_of",
     "load",
+    "load_byte",
     "loop",
     "loop_tree",
+    "maximum",
+    "mma_bf16",
     "offset",
+    "pack_bf16",
     "pair",
     "pointer",
     "ptx",
+    "rsqrt",
     "select",
+    "select_pointer",
     "shuffle_xor",
     "special",
     "store",
     "store_words",
+    "store_words_global",
+    "unpack_bf16",
     "unvector",
     "vector",
     "vector_of_float",

@@ -288,6 +288,41 @@ def train(
 
 @app.command()
 @one_line_errors
+def text(
+    config: Annotated[
+        Path,
+        typer.Option(
+            "--config",
+            "-c",
+            help="YAML file of a training; its fields `model`, `dtype` and `generate` "
+            "count.",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="Folder of the text; one in it goes on."),
+    ],
+    set: Annotated[
+        list[str] | None,
+        typer.Option(help="Replace a field of the file: generate.seed=1."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let a model write the text that its drafter is trained on, and stop there."""
+    from angeljax._spec_workflow import training
+
+    done = training.write(config, out, set or [], show=False if as_json else None)
+    if as_json:
+        paths = [str(path) for path in done.paths]
+        print_json({**dataclasses.asdict(done), "paths": paths})
+        return
+    print_rich(
+        f"{done.tokens} tokens in {done.seconds:.0f} s; train on them with data={out}"
+    )
+
+
+@app.command()
+@one_line_errors
 def profile(
     model: Model,
     widths: Annotated[

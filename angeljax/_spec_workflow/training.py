@@ -1,14 +1,21 @@
-"""`angeljax spec train`: which kind of drafter a configuration is for."""
+"""`angeljax spec train` and `text`: which drafter a configuration is for."""
 
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from angeljax import _shards
 from angeljax._fields import ConfigError, choice
 from angeljax.train import _yaml
+
+if TYPE_CHECKING:
+    from angeljax.train._draft_config import DraftTrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,3 +103,63 @@ def train(
         return KINDS[kind](data, out, resume, show)
     except ConfigError as e:
         raise ConfigError(f"{path}: {e}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What `write` left.
+
+    Attributes:
+      paths: folders of answers, for `data`.
+      tokens: of these, prompts included.
+      seconds: for all of it.
+    """
+
+    paths: Sequence[Path]
+    tokens: int
+    seconds: float
+
+
+def _config(kind: str) -> type[DraftTrainConfig]:
+    if kind == "eagle3":
+        from angeljax.train.eagle_config import EagleTrainConfig
+
+        return EagleTrainConfig
+    from angeljax.train.block_config import BlockTrainConfig, MTPTrainConfig
+
+    return BlockTrainConfig if kind == "dflash" else MTPTrainConfig
+
+
+def write(
+    path: Path, out: Path, overrides: Sequence[str] = (), *, show: bool | None = None
+) -> Written:
+    """Writes the text that a training would write first, and does not train.
+
+    Args:
+      path: a YAML file of a training; its `model`, `dtype` and `generate` count.
+      out: folder of the text; what is there goes on.
+      overrides: `key=value`.
+      show: progress.
+
+    Returns:
+      A `Written`.
+
+    Raises:
+      ValueError: a field that cannot be; one line.
+    """
+    from angeljax import _workflow
+    from angeljax._train_workflow._draft_data import write_text
+
+    begun = time.perf_counter()
+    data = _yaml.read(path, overrides)
+    kind = data.pop("kind", next(iter(KINDS)))
+    try:
+        choice("kind", kind, tuple(KINDS))
+        config = _config(kind).from_dict(data)
+        opened = _workflow.open_model(config.model, dtype=config.dtype)
+        paths = write_text(config.generate, opened, out, show)
+    except ConfigError as e:
+        raise ConfigError(f"{path}: {e}") from None
+    files = [file for folder in paths for file in _shards.text_files(folder)]
+    tokens = sum(len(np.load(file, mmap_mode="r")) for file in files)
+    return Written(paths, tokens, time.perf_counter() - begun)

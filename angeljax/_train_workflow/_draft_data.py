@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from angeljax import _workflow
+from angeljax import _shards, _workflow
 from angeljax._fields import ConfigError
 from angeljax._train_workflow.prompts import read_prompts
 from angeljax._workflow import Opened
-from angeljax.models import stack_layers
+from angeljax.models import stack_layers, unstack_layers
 from angeljax.train import load_tokens, make_schedule
-from angeljax.train._draft_config import DraftEval, DraftTrainConfig
+from angeljax.train._draft_config import DraftEval, DraftTrainConfig, SelfText
 from angeljax.train.eagle_data import MaskedTokens, answer_mask
 from angeljax.train.self_text import template_of, write_conversations
+
+# Names of the files that are read of a folder of documents.
+_READ = (".npy", ".npy.xz", ".txt", ".jsonl", ".jsonl.gz")
 
 
 def open_target(config: DraftTrainConfig, out: Path, resume: bool) -> Opened:
@@ -107,30 +110,9 @@ def _text(
     config: DraftTrainConfig, opened: Opened, out: Path, show: bool | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Token ids, and which of them are answers; None for all."""
-    data: Any = config.data
+    data: Any = _folders(config.data)
     if data is None:
-        g = config.generate
-        lines = None
-        if g.prompts is not None:
-            from angeljax._train_workflow.data import _lines
-
-            lines = _lines(Path(g.prompts))
-        data = write_conversations(
-            out / "text",
-            opened.model,
-            opened.params,
-            opened.need_tokenizer(),
-            shards=g.shards,
-            rows=g.rows,
-            max_new_tokens=g.max_new_tokens,
-            temperatures=g.temperatures,
-            questions=lines,
-            question_tokens=g.question_tokens,
-            question_temperature=g.question_temperature,
-            seed=g.seed,
-            max_minutes=g.max_minutes,
-            progress=show,
-        )
+        data = write_text(config.generate, opened, out / "text", show)
     ids = load_tokens(data, opened.tokenizer)
     template = None if opened.tokenizer is None else template_of(opened.tokenizer)
     if not config.answers_only or template is None:
@@ -146,6 +128,83 @@ def _text(
             "answers_only to false"
         )
     return ids, mask
+
+
+def _folders(data: str | Sequence[str] | None) -> list[str] | None:
+    """Sources, with those that `write_text` wrote in place of the folder of them."""
+    if data is None:
+        return None
+    found: list[str] = []
+    for source in [data] if isinstance(data, str) else data:
+        folder, parts = Path(source).expanduser(), []
+        if folder.is_dir() and _shards.kind_of(folder) is None:
+            parts = sorted(folder.glob("temperature-*/tokens-00000.npy"))
+        found += [str(part.parent) for part in parts] or [source]
+    return found
+
+
+def write_text(
+    options: SelfText, opened: Opened, out: Path, show: bool | None
+) -> list[Path]:
+    """Lets a target write; goes on where it stopped.
+
+    Args:
+      options: see `SelfText`.
+      opened: the target.
+      out: folder of the text.
+      show: progress.
+
+    Returns:
+      The folders of answers.
+
+    Raises:
+      ValueError: a file cannot be read, or the folder was begun otherwise; one line.
+    """
+    lines = documents = None
+    if options.prompts is not None:
+        from angeljax._train_workflow.data import _lines
+
+        lines = _lines(Path(options.prompts))
+    tokenizer = opened.need_tokenizer()
+    if options.documents is not None:
+        documents = load_tokens(_files(options.documents), tokenizer)
+    model, params = opened.model, opened.params
+    if options.batch is not None and model.scan_layers:
+        model = dataclasses.replace(model, scan_layers=False)
+        params = jax.jit(unstack_layers)(params)
+    return write_conversations(
+        out,
+        model,
+        params,
+        tokenizer,
+        shards=options.shards,
+        rows=options.rows,
+        max_new_tokens=options.max_new_tokens,
+        temperatures=options.temperatures,
+        questions=lines,
+        question_tokens=options.question_tokens,
+        question_temperature=options.question_temperature,
+        question_starts=options.question_starts,
+        documents=documents,
+        document_share=options.document_share,
+        document_tokens=options.document_tokens,
+        tasks=options.tasks,
+        batch=options.batch,
+        seed=options.seed,
+        max_minutes=options.max_minutes,
+        progress=show,
+    )
+
+
+def _files(sources: str | Sequence[str]) -> list[str]:
+    """Sources, with the files of folders that nothing else is known of."""
+    found: list[str] = []
+    for source in [sources] if isinstance(sources, str) else sources:
+        folder, parts = Path(source).expanduser(), []
+        if folder.is_dir() and _shards.kind_of(folder) is None:
+            parts = [p for p in sorted(folder.iterdir()) if p.name.endswith(_READ)]
+        found += [str(part) for part in parts] or [source]
+    return found
 
 
 def _held_out(

@@ -1,4 +1,4 @@
-"""Rounds of decoding in five kernels a layer; see `FusedRows`."""
+"""Rounds of decoding in six kernels a layer; see `FusedRows`."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ from pallas_kernels.rows_attention import Held
 
 @dataclasses.dataclass(frozen=True)
 class FusedRows:
-    """How a `LanguageModel` reads few tokens of each row: five kernels a layer.
+    """How a `LanguageModel` reads few tokens of each row: six kernels a layer.
 
     Where up to 16 tokens of a row are read, as in rounds of plain and of speculative
     decoding, most of the time goes into starting kernels. Here they are: norm and
-    queries, keys and values; rotation, cache and attention; output and residual; norm
-    and gated MLP; its output and residual. Longer pieces of text go the usual way.
+    queries, keys and values; rotation, cache and attention by parts of the cache, and
+    their sum; output and residual; norm and gated MLP; its output and residual. Longer
+    pieces of text go the usual way.
 
     What a token gets does not depend on how many are read with it, so that the text of
     speculative decoding by chains equals that of plain decoding in bfloat16 as well.

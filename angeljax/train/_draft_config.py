@@ -14,6 +14,7 @@ from angeljax.train import _yaml
 from angeljax.train._amounts import check_amounts, steps_of
 from angeljax.train._sections import CheckpointConfig, LogConfig, sources
 from angeljax.train.config import DTYPES
+from angeljax.train.document_tasks import check_tasks
 from angeljax.train.guards import Divergence
 from angeljax.train.optimizers import OptimizerConfig
 
@@ -25,16 +26,28 @@ class SelfText:
     """Text that the target writes itself, where `data` names none.
 
     A chat model writes the questions too, from the header of a user's turn on (Magpie,
-    arXiv 2406.08464), and then answers them.
+    arXiv 2406.08464), and then answers them. Prompts with long passages need
+    `documents`.
 
     Attributes:
       shards: files of documents, dealt out over the temperatures.
-      rows: documents of a file, sampled as one batch.
+      rows: documents of a file.
+      batch: documents that are sampled at a time. Where one ends the next of its file
+        begins, so that `rows` should be several times as many. None samples a file as
+        one batch, which goes on until its longest document ends.
       max_new_tokens: where an answer that has not ended is cut off.
       temperatures: of the answers; 0 is greedy.
       prompts: a text file with one question a line; None lets the model ask.
       question_tokens: where a question that has not ended is dropped.
       question_temperature: of the questions.
+      question_starts: what the questions begin with, in turn; "" leaves it to the
+        model.
+      documents: token files, texts and folders of them, see `load_tokens`; passages of
+        them are asked about. None: no such prompts.
+      document_share: which share of the prompts these are.
+      document_tokens: about how long the passages are, the least and the most.
+      tasks: what is asked about them, templates with `{text}`; None for those of
+        `angeljax.train.document_tasks`.
       seed: of the sampling.
       max_minutes: for all of it; what is written by then is the text. None: no limit.
     """
@@ -46,6 +59,12 @@ class SelfText:
     prompts: str | None = None
     question_tokens: int = 96
     question_temperature: float = 1.0
+    question_starts: tuple[str, ...] = ("",)
+    documents: str | tuple[str, ...] | None = None
+    document_share: float = 0.5
+    document_tokens: tuple[int, int] = (64, 320)
+    tasks: tuple[str, ...] | None = None
+    batch: int | None = None
     seed: int = 0
     max_minutes: float | None = None
 
@@ -61,10 +80,41 @@ class SelfText:
             raise ConfigError("generate.temperatures: name at least one")
         for value in (*self.temperatures, self.question_temperature):
             number("generate.temperatures", value, 0)
+        if self.batch is not None:
+            count("generate.batch", self.batch)
+        self._check_documents()
         if self.shards < len(self.temperatures):
             raise ConfigError(
                 f"generate.shards of {self.shards} for {len(self.temperatures)} "
                 "temperatures: each needs one"
+            )
+
+    def _check_documents(self) -> None:
+        for name in ("question_starts", "tasks"):
+            value = getattr(self, name)
+            value = (value,) if isinstance(value, str) else value
+            if value is not None:
+                object.__setattr__(self, name, tuple(value))
+                if not value or not all(isinstance(x, str) for x in value):
+                    raise ConfigError(f"generate.{name} must name texts")
+        check_tasks(self.tasks or ())
+        if self.documents is not None:
+            object.__setattr__(
+                self, "documents", sources("generate.documents", self.documents)
+            )
+        number("generate.document_share", self.document_share, 0, 1)
+        least_most = self.document_tokens
+        if not isinstance(least_most, list | tuple) or len(least_most) != 2:
+            raise ConfigError(
+                f"generate.document_tokens must be [least, most], not {least_most!r}"
+            )
+        object.__setattr__(self, "document_tokens", tuple(least_most))
+        for value in least_most:
+            count("generate.document_tokens", value, 8)
+        if least_most[0] >= least_most[1]:
+            raise ConfigError(
+                f"generate.document_tokens: {least_most[0]} must be below "
+                f"{least_most[1]}"
             )
 
 

@@ -2,7 +2,8 @@
 
 A drafter must guess what its target writes, so that the best text is the target's own
 (EAGLE-3, arXiv 2503.01840, section 4). The questions may be the model's as well: what
-it writes after the header of a user's turn (Magpie, arXiv 2406.08464).
+it writes after the header of a user's turn (Magpie, arXiv 2406.08464). Or they bring a
+passage of given documents along, which the answers quote.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from angeljax import _shards
 from angeljax._fields import ConfigError
 from angeljax.models import LanguageModel, Tokenizer
 from angeljax.models.config import ModelError
 from angeljax.train.data import document_separator
+from angeljax.train.document_tasks import TASKS, document_requests
 from angeljax.train.eagle_data import places_of
 from angeljax.train.generated import generate_tokens
 
@@ -67,6 +70,12 @@ def write_conversations(
     questions: Sequence[str] | None = None,
     question_tokens: int = 96,
     question_temperature: float = 1.0,
+    question_starts: Sequence[str] = ("",),
+    documents: np.ndarray | None = None,
+    document_share: float = 0.5,
+    document_tokens: tuple[int, int] = (64, 320),
+    tasks: Sequence[str] | None = None,
+    batch: int | None = None,
     seed: int = 0,
     max_minutes: float | None = None,
     progress: bool | None = None,
@@ -85,6 +94,11 @@ def write_conversations(
       questions: what is asked; None for what the model asks itself.
       question_tokens: where a question that has not ended is dropped.
       question_temperature: of these.
+      question_starts: what these begin with, in turn; "" leaves it to the model.
+      documents: ids to ask about; see `document_requests`.
+      document_share: which share of the prompts asks about them.
+      document_tokens, tasks: see `document_requests`.
+      batch: documents at a time; see `generate_tokens`.
       seed: of the sampling.
       max_minutes: for all of it, compilation included; what is written by then is the
         text. Default no limit.
@@ -99,7 +113,27 @@ def write_conversations(
     folder, template = Path(folder), template_of(tokenizer)
     begun = time.perf_counter()
     each = [len(range(i, shards, len(temperatures))) for i in range(len(temperatures))]
-    if template is None:
+    share = 0.0 if documents is None else document_share
+    about = _mixed(rows * max(each), share, seed)
+    requests: list[np.ndarray] = []
+    if documents is not None:
+        texts = document_requests(
+            tokenizer,
+            documents,
+            int(sum(about[: rows * count].sum() for count in each)),
+            tokens=document_tokens,
+            tasks=tasks,
+            seed=seed,
+        )
+        around = () if template is None else (*template.before, *template.between)
+        words = _encoded(tokenizer, tasks or sum(TASKS.values(), ()))
+        most = len(around) + max(map(len, words)) + document_tokens[1]
+        requests = _short(_encoded(tokenizer, _chats(tokenizer, texts)), most)
+    width = max(map(len, requests), default=1)
+    asked: Sequence[Any] = []
+    if share == 1:
+        pass
+    elif template is None:
         end, _ = document_separator(tokenizer)
         if end is None and questions is None:
             raise ConfigError(
@@ -109,28 +143,42 @@ def write_conversations(
         begin = [] if end is None else [[end]]
         asked = begin if questions is None else _encoded(tokenizer, questions)
     elif questions is not None:
-        asked = _encoded(tokenizer, [tokenizer.chat(line) for line in questions])
+        asked = _encoded(tokenizer, _chats(tokenizer, questions))
     else:
-        files = generate_tokens(
-            folder / "questions",
-            model,
-            params,
-            shards=shards,
+        starts = [
+            [*template.before, *tokenizer.encode(start)] for start in question_starts
+        ]
+        # With `batch`, the programs of the answers.
+        most = max(map(len, starts)) + question_tokens + len(template.between)
+        width = max(width, most)
+        files = _questions(
+            folder,
+            max_minutes,
+            model=model,
+            params=params,
+            shards=max(1, round(shards * (1 - share))),
             rows=rows,
             max_new_tokens=question_tokens,
-            prompts=[list(template.before)],
+            prompts=starts,
+            batch=batch,
+            width=None if batch is None else width,
+            room=None if batch is None else max(question_tokens, max_new_tokens),
             seed=seed + 1,
             temperature=question_temperature,
-            max_minutes=None if max_minutes is None else max_minutes / 4,
             progress=progress,
         )
         asked = _asked(files, template, model.config.eos_ids)
     folders = []
-    # One program for all temperatures but greedy.
-    width = max(map(len, asked))
+    # One program for all temperatures; without `batch`, for all but greedy.
+    width = max(width if batch is not None else 1, *map(len, (*asked, *requests)))
+    given = 0
     for i, (temperature, count) in enumerate(zip(temperatures, each, strict=True)):
         # Each temperature has questions of its own, if there are enough.
         some = asked[i :: len(temperatures)] or asked
+        if requests:
+            here = about[: rows * count]
+            some = _woven(here, requests[given : given + int(here.sum())], some)
+            given += int(here.sum())
         folders.append(folder / f"temperature-{temperature:g}")
         minutes = None
         if max_minutes is not None:
@@ -144,17 +192,79 @@ def write_conversations(
             rows=rows,
             max_new_tokens=max_new_tokens,
             prompts=some,
+            batch=batch,
+            width=width,
+            room=None if batch is None else max(question_tokens, max_new_tokens),
             seed=seed,
             temperature=temperature,
-            width=width,
             max_minutes=minutes,
             progress=progress,
         )
     return folders
 
 
-def _encoded(tokenizer: Tokenizer, lines: Sequence[str]) -> list[list[int]]:
-    return [tokenizer.encode(line) for line in lines]
+def _mixed(count: int, share: float, seed: int) -> np.ndarray:
+    """bool `[count]`: which prompts ask about documents."""
+    return np.random.default_rng([seed, 0x51AE]).random(count) < share
+
+
+def _short(requests: Sequence[np.ndarray], most: int) -> list[np.ndarray]:
+    """Others in place of the few that are far longer than they were meant to be."""
+    fits = [r for r in requests if len(r) <= most]
+    if not fits:
+        raise ConfigError(
+            f"generate.documents: no passage makes a prompt of up to {most} tokens"
+        )
+    return [
+        r if len(r) <= most else fits[i % len(fits)] for i, r in enumerate(requests)
+    ]
+
+
+def _woven(
+    about: np.ndarray, requests: Sequence[Any], questions: Sequence[Any]
+) -> list[Any]:
+    """One list of both, questions again and again if there are too few."""
+    first, second, n = iter(requests), 0, len(questions)
+    found = []
+    for is_request in about:
+        if is_request:
+            found.append(next(first))
+        else:
+            found.append(questions[second % n])
+            second += 1
+    return found
+
+
+def _questions(
+    folder: Path, max_minutes: float | None, **options: Any
+) -> Sequence[Path]:
+    """Files of questions that the model asks."""
+    path = folder / "questions"
+    # Where time ended them, and answers have begun, they stay what they are.
+    if max_minutes is not None and any(folder.glob("temperature-*/manifest.json")):
+        return _shards.text_files(path)
+    minutes = None
+    if max_minutes is not None:
+        # With `batch`, the answers' programs are compiled in this time as well.
+        minutes = max_minutes / (4 if options["batch"] is None else 2)
+    return generate_tokens(path, max_minutes=minutes, **options)
+
+
+def _chats(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
+    """Each as a user's turn, by the template; without one as it is."""
+    try:
+        before, _, after = tokenizer.chat(_MARK).partition(_MARK)
+        plain = all(tokenizer.chat(x) == before + x + after for x in texts[:1])
+    except ModelError:
+        return list(texts)
+    if not plain:
+        return [tokenizer.chat(text) for text in texts]
+    # A template takes a millisecond, and there may be a hundred thousand.
+    return [before + text + after for text in texts]
+
+
+def _encoded(tokenizer: Tokenizer, lines: Sequence[str]) -> list[np.ndarray]:
+    return [np.asarray(ids, np.int32) for ids in tokenizer.encode_batch(lines)]
 
 
 def _asked(

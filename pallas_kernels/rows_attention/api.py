@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._pallas_triton import choose
+from pallas_kernels._choose import choose
 from pallas_kernels._weights import KernelError
 from pallas_kernels.rows_attention._blocks import TOKENS, Blocks
 
@@ -67,8 +67,9 @@ def rows_attention(
         rotation (Qwen3); None without.
       norm_eps: of those norms.
       tiles: sizes to use instead of those in the table, for tuning.
-      implementation: "triton", "xla" or "interpret" (that of Triton on any device,
-        slowly); None takes "triton" on NVIDIA GPUs from Ampere on, else "xla".
+      implementation: "mosaic_gpu" (Hopper, bfloat16, heads of 64 or 128
+        features, up to 8192 slots) or "xla"; None takes the first where it can run,
+        else the other.
 
     Returns:
       `[B, T, H D]`, and `k` and `v` with the new entries. A token that sees nothing
@@ -91,7 +92,9 @@ def rows_attention(
       ((1, 2, 64), [0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0])
     """
     _check(qkv, cos, sin, mask, slots, k, v, held, q_norm, k_norm)
-    name = choose(implementation)
+    from pallas_kernels.rows_attention import mosaic_gpu
+
+    name = choose(implementation, mosaic_gpu.refused(qkv, k))
     norms = () if q_norm is None else (q_norm, k_norm)
     flat = mask[:, 0].astype(jnp.int8)
     args: Any = (qkv, cos, sin, flat, slots, k, v, tuple(held or ()), norms)
@@ -100,9 +103,7 @@ def rows_attention(
         from pallas_kernels.rows_attention import xla
 
         return xla.attend(*args, eps=eps)
-    from pallas_kernels.rows_attention import triton
-
-    return triton.attend(*args, eps=eps, tiles=tiles, interpret=name == "interpret")
+    return mosaic_gpu.attend(*args, eps=eps, tiles=tiles)
 
 
 def _check(

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels._pallas_triton import choose
+from pallas_kernels._choose import choose
 from pallas_kernels._weights import KernelError
 from pallas_kernels.skinny_matmul._blocks import Blocks
 
@@ -51,8 +51,9 @@ def skinny_matmul(
       residual: of the shape of the result, added to it.
       out_dtype: default that of `x`.
       tiles: sizes to use instead of those in the table, for tuning.
-      implementation: "triton", "xla" or "interpret" (that of Triton on any device,
-        slowly); None takes "triton" on NVIDIA GPUs from Ampere on, else "xla".
+      implementation: "mosaic_gpu" (Hopper, bfloat16, weights `[N, K]`, K a
+        multiple of 32) or "xla"; None takes the first where it can run, else the
+        other.
 
     Returns:
       `[..., N]`, or `[..., N / 2]` with `swiglu`.
@@ -69,7 +70,10 @@ def skinny_matmul(
       (1, 3, 16)
     """
     k, n = _check(x, w, transposed, norm, swiglu, bias, residual)
-    name = choose(implementation)
+    from pallas_kernels.skinny_matmul import mosaic_gpu
+
+    why = mosaic_gpu.refused(k, n, w.dtype, transposed)
+    name = choose(implementation, why)
     options: dict[str, Any] = dict(
         n=n,
         transposed=transposed,
@@ -86,11 +90,7 @@ def skinny_matmul(
 
         y = xla.matmul(rows, w, **options)
     else:
-        from pallas_kernels.skinny_matmul import triton
-
-        y = triton.matmul(
-            rows, w, **options, tiles=tiles, interpret=name == "interpret"
-        )
+        y = mosaic_gpu.matmul(rows, w, **options, tiles=tiles)
     return y.reshape(*x.shape[:-1], n)
 
 

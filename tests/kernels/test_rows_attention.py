@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,18 +12,16 @@ import numpy as np
 import pytest
 
 from pallas_kernels import KernelError, rows_attention
-from pallas_kernels._pallas_triton import unsupported
+from pallas_kernels._devices import elsewhere
 from pallas_kernels.rows_attention import Held
-from pallas_kernels.rows_attention._blocks import Blocks
-from tests.kernels._h100 import compile_for_h100, has_plugin
+from pallas_kernels.rows_attention._case import LANES, Case
+from pallas_kernels.rows_attention._gather import gather
+from pallas_kernels.rows_attention._warps import attend_part
+from tests.kernels import _simt
+from tests.kernels._h100 import check_no_spills, has_plugin
 
-TILES = Blocks(16, 4, 2)
 BF16 = jnp.bfloat16
-# JAX announces that kernels of Pallas will no longer be lowered to Triton one day.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
-)
-B, T, H, HKV, D, S, R = 2, 5, 6, 2, 32, 40, 3
+B, T, H, HKV, D, S, R = 2, 7, 6, 2, 64, 150, 3
 
 
 def inputs(dtype: Any) -> dict[str, Any]:
@@ -32,9 +31,10 @@ def inputs(dtype: Any) -> dict[str, Any]:
     def normal(*shape: int) -> jax.Array:
         return jax.random.normal(next(keys), shape).astype(dtype)
 
-    slots = np.asarray([9, 31], np.int32)
-    depth = np.asarray([0, 1, 1, 2, 2])
-    parents = [-1, 0, 0, 1, 2]
+    # The second row's new entries, and what is held, lie on both sides of slot 128.
+    slots = np.asarray([9, 129], np.int32)
+    depth = np.asarray([0, 1, 1, 2, 2, 3, 3])
+    parents = [-1, 0, 0, 1, 2, 3, 3]
     mask = np.zeros((B, 1, T, S), bool)
     for b in range(B):
         for t in range(T):
@@ -52,7 +52,7 @@ def inputs(dtype: Any) -> dict[str, Any]:
         slots=jnp.asarray(slots),
         k=normal(B, HKV, S, D),
         v=normal(B, HKV, S, D),
-        held=Held(normal(B, HKV, R, D), normal(B, HKV, R, D), jnp.asarray([2, 0])),
+        held=Held(normal(B, HKV, R, D), normal(B, HKV, R, D), jnp.asarray([0, 3])),
         q_norm=normal(D),
         k_norm=normal(D),
     )
@@ -99,9 +99,43 @@ def oracle(
     return y, k, v
 
 
-@functools.partial(jax.jit, static_argnames=("name", "tiles"))
-def run(args: dict[str, Any], name: str, tiles: Any = TILES) -> Any:
-    return rows_attention(**args, implementation=name, tiles=tiles)
+@functools.partial(jax.jit, static_argnames="name")
+def run(args: dict[str, Any], name: str) -> Any:
+    return rows_attention(**args, implementation=name)
+
+
+def emulated(args: dict[str, Any], runs: int = 1, tiles: int = 1) -> Any:
+    """What the threads of the kernels make of it, on numpy arrays."""
+    tokens = args["qkv"].shape[1]
+    held, norms = args.get("held"), [args[x] for x in ("q_norm", "k_norm") if x in args]
+    case = Case(
+        *(B, tokens, H, HKV, D, S, R if held else 0, bool(norms), 1e-6, runs, tiles)
+    )
+    slots = np.asarray(args["slots"])
+    k, v = (np.array(args[x]) for x in "kv")
+    count = B * HKV * case.splits * case.rows
+    parts, stats = (np.full((count, n), np.nan, np.float32) for n in (D, 2))
+    mask = np.asarray(args["mask"])[:, 0].astype(np.int8)
+    given = [np.asarray(args[x]) for x in ("qkv", "cos", "sin")] + [mask, slots, k, v]
+    more = [np.asarray(a) for a in (*(held or ()), *norms)]
+    _simt.run(
+        attend_part,
+        case,
+        grid=case.grid,
+        threads=LANES,
+        smem_words=case.smem_words,
+        arrays=[*given, *more, parts, stats],
+    )
+    y = np.zeros((B, tokens, H * D), BF16)
+    _simt.run(
+        lambda asm, c, *refs: gather(asm, c, *refs[:-1]),
+        case,
+        grid=case.gather_grid,
+        threads=LANES,
+        smem_words=1,
+        arrays=[parts, stats, slots, y],
+    )
+    return y, k, v
 
 
 def first(args: dict[str, Any], count: int) -> dict[str, Any]:
@@ -110,41 +144,49 @@ def first(args: dict[str, Any], count: int) -> dict[str, Any]:
     return {**args, **part, "mask": args["mask"][:, :, :count]}
 
 
-@pytest.mark.parametrize("name", ["interpret", "xla"])
-@pytest.mark.parametrize(("dtype", "full"), [(jnp.float32, True), (BF16, False)])
-def test_it_is_attention(name: str, dtype: Any, full: bool) -> None:
-    args = inputs(dtype)
-    if not full:
-        args = {x: args[x] for x in args if x not in ("held", "q_norm", "k_norm")}
-    bound = 3e-6 if dtype == jnp.float32 else 2e-2
-    got = run(args, name)
+def check(args: dict[str, Any], got: Any, bound: float, held: int) -> None:
     for found, want in zip(got, oracle(**args), strict=True):
-        assert found.dtype == dtype
         error = np.abs(np.asarray(found, np.float64) - want).max()
         assert error < bound * max(1, np.abs(want).max())
     # Nothing but the new entries is written.
-    before = np.asarray(args["k"], np.float32)
-    kept = np.ones(S, bool)
-    kept[int(args["slots"][0]) - 2 * full : int(args["slots"][0]) + T] = False
-    assert np.array_equal(
-        np.asarray(got[1], np.float32)[0, :, kept], before[0, :, kept]
-    )
+    for row, at in enumerate(np.asarray(args["slots"])):
+        kept = np.ones(S, bool)
+        kept[at - (held if row else 0) : at + args["qkv"].shape[1]] = False
+        for found, before in zip(got[1:], (args["k"], args["v"]), strict=True):
+            a, b = (np.asarray(x, np.float32)[row, :, kept] for x in (found, before))
+            assert np.array_equal(a, b)
+
+
+def without(args: dict[str, Any]) -> dict[str, Any]:
+    return {x: args[x] for x in args if x not in ("held", "q_norm", "k_norm")}
+
+
+@pytest.mark.parametrize(("dtype", "full"), [(jnp.float32, True), (BF16, False)])
+def test_it_is_attention(dtype: Any, full: bool) -> None:
+    args = inputs(dtype) if full else without(inputs(dtype))
+    got = run(args, "xla")
+    assert all(x.dtype == dtype for x in got)
+    check(args, got, 3e-6 if dtype == jnp.float32 else 2e-2, R * full)
+
+
+@pytest.mark.parametrize(
+    ("full", "runs", "tiles"), [(True, 1, 1), (True, 2, 3), (False, 1, 2)]
+)
+def test_the_kernel_is_attention(full: bool, runs: int, tiles: int) -> None:
+    args = inputs(BF16) if full else without(inputs(BF16))
+    check(args, emulated(args, runs, tiles), 2e-2, R * full)
 
 
 def test_a_token_does_not_depend_on_others() -> None:
     args = inputs(BF16)
-    whole = run(args, "interpret")
+    whole = emulated(args)
     for count in (1, 3):
-        found = run(first(args, count), "interpret")
-        for a, b in zip(found, whole, strict=True):
-            # Rows of the result; entries of the cache that both have written.
-            a, b = (np.asarray(x, np.float32) for x in (a, b))
-            if a.shape[1] == count:
-                assert np.array_equal(a, b[:, :count])
-            else:
-                for row, at in enumerate(np.asarray(args["slots"])):
-                    end = at + count
-                    assert np.array_equal(a[row, :, :end], b[row, :, :end])
+        y, *caches = emulated(first(args, count))
+        assert np.array_equal(y, whole[0][:, :count])
+        for a, b in zip(caches, whole[1:], strict=True):
+            for row, at in enumerate(np.asarray(args["slots"])):
+                end = at + count
+                assert np.array_equal(a[row, :, :end], b[row, :, :end])
 
 
 @pytest.mark.parametrize(
@@ -153,7 +195,7 @@ def test_a_token_does_not_depend_on_others() -> None:
         ({"qkv": jnp.ones((B, 17, (H + 2 * HKV) * D))}, "1 to 16"),
         ({"qkv": jnp.ones((B, T, 5 * D))}, "multiple of 2"),
         ({"qkv": jnp.ones((B, T, 320), jnp.int8)}, "int8"),
-        ({"mask": jnp.ones((B, T, S), bool)}, r"mask must have shape \[2, 1, 5, 40\]"),
+        ({"mask": jnp.ones((B, T, S), bool)}, r"mask must have shape \[2, 1, 7, 150\]"),
         ({"slots": jnp.zeros(3, jnp.int32)}, r"slots must have shape \[2\]"),
         ({"k_norm": None}, "both or none"),
         ({"v": jnp.ones((B, HKV, S, 48))}, "k and v"),
@@ -165,56 +207,63 @@ def test_what_does_not_fit_is_refused(change: Any, words: str) -> None:
         rows_attention(**{**inputs(jnp.float32), **change})
 
 
-_SIZES = [(9, 3, 64, 8, BF16), (32, 8, 128, 16, BF16), (28, 4, 128, 1, BF16)]
+_COMPILE = """
+import json, sys
+import jax, jax.numpy as jnp
+from pallas_kernels import rows_attention
+from pallas_kernels.rows_attention import Held
+from tests.kernels._h100 import compile_for_h100
+
+heads, kv_heads, dim, tokens, held = json.loads(sys.argv[1])
+shape, bf16 = jax.ShapeDtypeStruct, jnp.bfloat16
+cache = shape((1, kv_heads, 960, dim), bf16)
+turn = shape((1, tokens, dim // 2), jnp.float32)
+rows = shape((1, kv_heads, held, dim), bf16)
+
+def rounds(qkv, cos, sin, mask, k, v, ahead):
+    def one(i, carry):
+        y, k, v = carry
+        slots = jnp.reshape(tokens * i + held, 1).astype(jnp.int32)
+        y = jnp.concatenate([y, qkv[..., y.shape[-1] :]], axis=-1)
+        more = Held(*ahead, slots // 2) if held else None
+        return rows_attention(y, cos, sin, mask, slots, k, v, held=more)
+
+    y = qkv[..., : heads * dim]
+    return jax.lax.fori_loop(0, 50, one, (y, k + 1, v + 1))[0]
+
+compiled = compile_for_h100(
+    rounds,
+    shape((1, tokens, (heads + 2 * kv_heads) * dim), bf16),
+    *(turn, turn, shape((1, 1, tokens, 960), jnp.bool_), cache, cache, (rows, rows)),
+)
+copied = f"bf16[1,{kv_heads},960,{dim}]"
+lines = [x for x in compiled.as_text().splitlines() if " copy(" in x]
+assert not [x for x in lines if copied in x], lines
+size = cache.size * cache.dtype.itemsize
+parts = 4 * heads * max(tokens, 16) * dim * 15
+assert compiled.memory_analysis().temp_size_in_bytes < 2.5 * size + parts + 2**20
+"""
 
 
 @pytest.mark.gpu_compile
 @pytest.mark.skipif(not has_plugin(), reason="needs jax[cuda13]")
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "tokens", "dtype"),
-    [*_SIZES, (9, 3, 64, 8, jnp.float32)],
+    "case",
+    [(9, 3, 64, 8, 0), (9, 3, 64, 16, 8), (32, 8, 128, 16, 0), (28, 4, 128, 1, 0)],
 )
 def test_an_h100_updates_the_cache_in_place_without_spills(
-    heads: int, kv_heads: int, dim: int, tokens: int, dtype: Any
+    case: Any, tmp_path: Path
 ) -> None:
-    shape = jax.ShapeDtypeStruct
-    cache = shape((1, kv_heads, 960, dim), dtype)
-    turn = shape((1, tokens, dim // 2), jnp.float32)
-
-    def rounds(qkv: Any, cos: Any, sin: Any, mask: Any, k: Any, v: Any) -> Any:
-        def one(i: jax.Array, carry: Any) -> Any:
-            y, k, v = carry
-            slots = jnp.reshape(tokens * i, 1).astype(jnp.int32)
-            y = jnp.concatenate([y, qkv[..., y.shape[-1] :]], axis=-1)
-            return rows_attention(y, cos, sin, mask, slots, k, v)
-
-        y = qkv[..., : heads * dim]
-        return jax.lax.fori_loop(0, 50, one, (y, k + 1, v + 1))[0]
-
-    compiled = compile_for_h100(
-        rounds,
-        shape((1, tokens, (heads + 2 * kv_heads) * dim), dtype),
-        *(turn, turn, shape((1, 1, tokens, 960), jnp.bool_), cache, cache),
-        xla_gpu_fail_ptx_compilation_on_register_spilling=True,
-    )
-    text = compiled.as_text()
-    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 1
-    size = cache.size * cache.dtype.itemsize
-    assert compiled.memory_analysis().temp_size_in_bytes < 2.5 * size
+    check_no_spills(_COMPILE, case, tmp_path)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [BF16, jnp.float32])
-def test_a_gpu_computes_it(dtype: Any) -> None:
-    if why := unsupported():
+def test_a_gpu_computes_it() -> None:
+    if why := elsewhere("mosaic_gpu"):
         pytest.skip(why)
-    args = inputs(dtype)
-    want = oracle(**args)
-    got = run(args, "triton", None)
-    bound = 1e-5 if dtype == jnp.float32 else 2e-2
-    for found, other in zip(got, want, strict=True):
-        error = np.abs(np.asarray(found, np.float64) - other).max()
-        assert error < bound * max(1, np.abs(other).max())
+    args = inputs(BF16)
+    whole = run(args, "mosaic_gpu")
+    check(args, whole, 2e-2, R)
     for count in (1, 3):
-        one = np.asarray(run(first(args, count), "triton", None)[0], np.float32)
-        assert np.array_equal(one, np.asarray(got[0], np.float32)[:, :count])
+        one = np.asarray(run(first(args, count), "mosaic_gpu")[0], np.float32)
+        assert np.array_equal(one, np.asarray(whole[0], np.float32)[:, :count])

@@ -1,0 +1,76 @@
+"""`skinny_matmul` as one launch of `_warps`, for Hopper and bfloat16."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import _ptx as asm
+from pallas_kernels.skinny_matmul._blocks import Blocks, blocks
+from pallas_kernels.skinny_matmul._warps import TURN, Case, emit
+
+
+def refused(k: int, n: int, dtype: Any, transposed: bool) -> str | None:
+    """One clause if a weight cannot be multiplied here."""
+    if dtype != jnp.bfloat16:
+        return f"it takes bfloat16, not {dtype}"
+    if not transposed:
+        return "it takes weights that are stored [N, K] (transposed=True)"
+    if k % TURN or n % 2:
+        return f"it takes multiples of {TURN} inputs and of 2 outputs, not {k} and {n}"
+    return None
+
+
+def matmul(
+    x: jax.Array,
+    w: jax.Array,
+    *,
+    n: int,
+    transposed: bool,
+    norm: jax.Array | None,
+    eps: float,
+    swiglu: bool,
+    bias: jax.Array | None,
+    residual: jax.Array | None,
+    out_dtype: Any,
+    tiles: Blocks | None = None,
+) -> jax.Array:
+    """`[M, n]` of `x [M, K]`; see `api.skinny_matmul`."""
+    assert transposed
+    m, k = x.shape
+    size = tiles or blocks(k, n)
+    case = Case(
+        *(m, k, n, norm is not None, swiglu, bias is not None, residual is not None),
+        *(out_dtype == jnp.float32, eps, size.warps, size.tiles),
+    )
+    given = [a for a in (norm, bias, residual) if a is not None]
+    return _build(case)(x, w, *given)
+
+
+@functools.cache
+def _build(c: Case) -> Callable[..., jax.Array]:
+    inputs = 2 + c.norm + c.bias + c.residual
+
+    def body(*refs: Any) -> None:
+        types = (plgpu.RefType(),) * (inputs + 2)
+        plgpu.inline_mgpu(arg_types=types)(lambda _, *refs: emit(asm, c, *refs))(*refs)
+
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct(
+            (c.m, c.n), jnp.float32 if c.float_out else jnp.bfloat16
+        ),
+        grid=(c.grid,),
+        grid_names=("blocks",),
+        num_threads=c.warps // 4,
+        thread_name="group",
+        scratch_types=(plgpu.SMEM((c.smem_words,), jnp.int32),),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+    )
