@@ -149,10 +149,11 @@ def drafters_of(
     }
     if eagle is not None:
         config, head = load_eagle(eagle, model.config, dtype=dtype)
-        found["eagle"] = EagleDrafter(config, head, num_tokens=3)
+        found["eagle"] = EagleDrafter(config, head, num_tokens=4)
         growth = EagleTree(nodes=16, branches=4, levels=3)
         tree = EagleDrafter(config, head, growth=growth)
         found |= {"eagle_tree": tree, "eagle_hybrid": Hybrid(tree, lookup)}
+        found["eagle_hybrid_flat"] = Hybrid(tree, lookup, flat_ngram=3)
     if block is not None:
         found["block"] = BlockDrafter(*load_block(block, dtype=dtype))
     return found
@@ -186,7 +187,10 @@ class Bench:
             )
         model, params = loaded.model, loaded.params
         given = {"eagle": self.args.eagle, "block": self.args.block, "dtype": dtype}
-        return model, params, drafters_of(model, params, **given)
+        found = drafters_of(model, params, **given)
+        if (some := self.args.drafters) is not None:
+            found = {name: found[name] for name in some}
+        return model, params, found
 
     def eight(self) -> tuple[Any, Any]:
         """Random weights of 8B shape."""
@@ -409,8 +413,10 @@ def equality(bench: Bench, clock: Clock) -> list[Row]:
     samplings = {"greedy": Sampling(), "coupled": Sampling(temperature=0.8, seed=1)}
     rows: list[Row] = []
     new = min(bench.args.equal_new, bench.new)
-    left = 2 * len(samplings)
-    for size in (bench.batch, 1):
+    samplings = {name: samplings[name] for name in bench.args.samplings}
+    sizes = bench.args.batches or (bench.batch, 1)
+    left = len(sizes) * len(samplings)
+    for size in sizes:
         for name, sampling in samplings.items():
             if clock.over:
                 return rows
@@ -474,6 +480,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--loop", choices=LOOPS, help="default the faster of both")
     parser.add_argument("--per-task", type=int, default=8, help="prompts of `speed`")
     parser.add_argument("--equal-prompts", type=int, default=200)
+    samplings = ["greedy", "coupled"]
+    parser.add_argument(
+        "--samplings",
+        nargs="+",
+        choices=samplings,
+        default=samplings,
+        help="of `equality`",
+    )
+    parser.add_argument("--batches", nargs="*", type=int, help="of `equality`")
+    parser.add_argument("--drafters", nargs="*", help="default all that there are")
     parser.add_argument("--equal-new", type=int, default=64, help="tokens of each")
     parser.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS))
     parser.add_argument("--threads", type=int, default=4, help="compile at once")
