@@ -8,7 +8,8 @@ import re
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,20 +30,35 @@ ROUNDS = 96
 
 
 class Clock:
-    """Seconds that a part may take."""
+    """Seconds that a part may take, compilation aside.
 
-    def __init__(self, seconds: float) -> None:
-        self.start, self.seconds = time.perf_counter(), seconds
+    Args:
+      seconds: of measuring.
+      until: by `time.perf_counter`, when all must be over.
+    """
+
+    def __init__(self, seconds: float, until: float = float("inf")) -> None:
+        self.start, self.seconds, self.until = time.perf_counter(), seconds, until
+        self.aside = 0.0
 
     @property
     def spent(self) -> float:
-        """Seconds since it was made."""
-        return time.perf_counter() - self.start
+        """Seconds since it was made, but for those aside."""
+        return time.perf_counter() - self.start - self.aside
 
     @property
     def over(self) -> bool:
         """Whether the time has passed."""
-        return self.spent > self.seconds
+        return self.spent > self.seconds or time.perf_counter() > self.until
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Seconds that do not count."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.aside += time.perf_counter() - start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,6 +240,34 @@ class Programs:
         rounds = ROUNDS - few
         return (long - short) / rounds, (many - less) // rounds
 
+    def dearest(
+        self, label: str, way: Way, prompt: Sequence[int], new: int, count: int = 16
+    ) -> dict[str, float]:
+        """Seconds of the kernels that take most time in a round, by name and origin.
+
+        The names are those of the program; kernels that differ by a number are one.
+        """
+        rounds = 0
+
+        def call() -> Any:
+            nonlocal rounds
+            done = self.run(label, way, [prompt], new)
+            rounds = int(done.rounds.sum())
+            return done.tokens
+
+        spans = device_spans(call)
+        text = self.compiled[self.loop, way.always_wide, 1, GREEDY, label].as_text()
+        origins: dict[str, str] = dict(
+            re.findall(r'%?([\w.\-]+) = [^\n]*op_name="([^"]*)"', text)
+        )
+        found: dict[str, float] = defaultdict(float)
+        for name, begin, end in spans:
+            origin = str(origins.get(name) or origins.get(name.replace("_", "."), ""))
+            short = re.sub(r"[._]\d+(?=$|_)", "", name)
+            found[f"{short} {origin.rsplit('while/body/', 1)[-1]}"] += end - begin
+        top = sorted(found, key=lambda name: -found[name])[:count]
+        return {name: found[name] / max(rounds, 1) for name in top}
+
     def target(self, batch: int, sampling: Sampling = GREEDY) -> Target:
         """The model for a batch."""
         key = batch, sampling
@@ -276,6 +320,12 @@ def widths_of(widths: Iterable[int]) -> dict[str, Way]:
 
 def busy_seconds(call: Callable[[], Any]) -> tuple[float, int]:
     """Seconds in which any kernel runs on the first GPU, and kernels, by a profile."""
+    spans = device_spans(call)
+    return union((begin, end) for _, begin, end in spans), len(spans)
+
+
+def device_spans(call: Callable[[], Any]) -> list[tuple[str, float, float]]:
+    """What runs on the first GPU by a profile: names, begins and ends in seconds."""
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -283,15 +333,24 @@ def busy_seconds(call: Callable[[], Any]) -> tuple[float, int]:
             jax.block_until_ready(call())
         file = next(Path(folder).rglob("*.xplane.pb"))
         data = jax.profiler.ProfileData.from_file(str(file))
-        spans = [
-            (event.start_ns, event.start_ns + event.duration_ns)
+        return [
+            (
+                _operation(event),
+                event.start_ns * 1e-9,
+                (event.start_ns + event.duration_ns) * 1e-9,
+            )
             for plane in data.planes
             if plane.name.startswith("/device:GPU:0")
             for line in plane.lines
             if line.name.startswith("Stream")
             for event in line.events
         ]
-    return union(spans) * 1e-9, len(spans)
+
+
+def _operation(event: Any) -> str:
+    """The operation of the program that a kernel belongs to, or its own name."""
+    stats = {name: value for name, value in event.stats if name}
+    return str(stats.get("hlo_op", event.name))
 
 
 def union(spans: Iterable[tuple[float, float]]) -> float:

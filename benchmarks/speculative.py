@@ -5,7 +5,8 @@
     python -m benchmarks.speculative --smoke
 
 PROMPTS has lines {"category": ..., "turns": [first question, ...]}. Parts, each with a
-time of its own (`--seconds speed=60`), after which it stops with what it has:
+time of its own (`--seconds speed=60`, compilation aside), after which it stops with
+what it has; `--whole` limits all of it:
 
 `plain`: a token of plain decoding, with the loop launched by the host and as one CUDA
 graph; the better is used in what follows (`--loop` names one). The share of gaps is
@@ -20,6 +21,7 @@ well; texts that differ from plain decoding, in rounds of one width and of any.
 that differ from plain decoding. Layers are scanned, which compiles sooner.
 `large`: rounds by width for random weights of 8B shape, and the chance at which each
 draft must be right for drafts that cost nothing to pay.
+`profile`: the kernels that take most time in a round of each drafter.
 """
 
 from __future__ import annotations
@@ -28,9 +30,10 @@ import argparse
 import dataclasses
 import json
 import statistics
+import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +86,7 @@ SECONDS = {
     "batch": 40.0,
     "equality": 60.0,
     "large": 50.0,
+    "profile": 20.0,
 }
 TASKS = {"summarise_news": "summaries", "summarise_textbook": "summaries"}
 WIDTHS = (1, 2, 4, 8, 16, 32, 64)
@@ -218,15 +222,18 @@ class Bench:
         return self._small
 
 
-def plain(bench: Bench, clock: Clock) -> list[Row]:
+def plain(bench: Bench, clock: Clock) -> Iterator[list[Row]]:
     """A token of plain decoding, and where its time goes."""
-    small, rows, best, busy = bench.small, [], {}, 0.0
+    with clock.paused():
+        small = bench.small
+    rows, best, busy = [], {}, 0.0
     (way,) = widths_of([1]).values()
     size = sum(x.nbytes for x in jax.tree.leaves(small.params))
     device = jax.devices()[0].device_kind
     speed = next((v[0] for k, v in LIMITS.items() if k in device), None)
     for loop in [bench.args.loop] if bench.args.loop else LOOPS:
-        small.compile({"plain": way}, 1, loop=loop)
+        with clock.paused():
+            small.compile({"plain": way}, 1, loop=loop)
         seconds = small.seconds_of_round("plain", way, 1, loop)
         best[loop] = seconds
         case = {"part": "plain", "loop": loop}
@@ -248,15 +255,13 @@ def plain(bench: Bench, clock: Clock) -> list[Row]:
             break
     rows.append(Row({"part": "plain", "loop": ""}, "weights", size / 1e6, "MB"))
     bench.loop = small.loop = min(best, key=lambda loop: best[loop])
-    return rows
+    yield rows
 
 
-def width(bench: Bench, clock: Clock) -> list[Row]:
+def width(bench: Bench, clock: Clock) -> Iterator[list[Row]]:
     """Rounds of the small model by width."""
-    rows: list[Row] = []
     for batch in (1, bench.batch):
-        rows += rounds(bench.small, "smollm2", bench.args.widths, batch, clock)
-    return rows
+        yield rounds(bench.small, "smollm2", bench.args.widths, batch, clock)
 
 
 def rounds(
@@ -266,8 +271,8 @@ def rounds(
     rows: list[Row] = []
     if clock.over:
         return rows
-    ways = widths_of({1, *widths})
-    ways = programs.compile(ways, batch)
+    with clock.paused():
+        ways = programs.compile(widths_of({1, *widths}), batch)
     base = 0.0
     for label, way in ways.items():
         size = way.drafter.width
@@ -290,18 +295,37 @@ def break_even(cost: float, gamma: int) -> float:
     return 1.0 if found is None else found
 
 
-def speed(bench: Bench, clock: Clock) -> list[Row]:
+def speed(bench: Bench, clock: Clock) -> Iterator[list[Row]]:
     """Batch 1."""
-    some = first_of(bench.prompts, bench.args.per_task) if bench.small else []
-    return texts(bench, [[p] for p in some], bench.new, clock)
+    with clock.paused():
+        some = first_of(bench.prompts, bench.args.per_task) if bench.small else []
+    yield texts(bench, [[p] for p in some], bench.new, clock)
 
 
-def batch(bench: Bench, clock: Clock) -> list[Row]:
+def profile(bench: Bench, clock: Clock) -> Iterator[list[Row]]:
+    """The kernels that take most time in a round of each drafter, in one text."""
+    with clock.paused():
+        small = bench.small
+        ways = {"plain": widths_of([1])["plain"], **bench.ways}
+        ways = small.compile(ways, 1)
+    for label, way in ways.items():
+        if clock.over:
+            return
+        small.run(label, way, [bench.prompts[0][1]], 4)
+        found = small.dearest(label, way, bench.prompts[0][1], bench.new)
+        case = {"part": "profile", "drafter": label}
+        yield [
+            Row({**case, "kernel": name}, "time in a round", seconds * 1e6, "us")
+            for name, seconds in found.items()
+        ]
+
+
+def batch(bench: Bench, clock: Clock) -> Iterator[list[Row]]:
     """Batches of prompts of all tasks."""
     some = list(bench.prompts)[: bench.args.equal_prompts] if bench.small else []
     size = bench.batch
     groups = [some[i : i + size] for i in range(0, len(some) - size + 1, size)]
-    return texts(bench, groups, bench.new // 2, clock)
+    yield texts(bench, groups, bench.new // 2, clock)
 
 
 def texts(bench: Bench, groups: Sequence[Prompts], new: int, clock: Clock) -> list[Row]:
@@ -314,9 +338,10 @@ def texts(bench: Bench, groups: Sequence[Prompts], new: int, clock: Clock) -> li
             ways[f"{label}_wide"] = Way(way.drafter, always_wide=True)
         if way.drafter.tree is None:
             ways |= same_width(way.drafter)
-    ways = small.compile(ways, size)
-    for label, way in ways.items():
-        small.run(label, way, [ids for _, ids in groups[0]], 4)
+    with clock.paused():
+        ways = small.compile(ways, size)
+        for label, way in ways.items():
+            small.run(label, way, [ids for _, ids in groups[0]], 4)
     done: dict[str, list[Done]] = defaultdict(list)
     for group in groups:
         for label, way in ways.items():
@@ -394,9 +419,9 @@ def differing(
     return [Row(case, "texts that differ", sum(a != b for a, b in pairs), "1")]
 
 
-def equality(bench: Bench, clock: Clock) -> list[Row]:
+def equality(bench: Bench, clock: Clock) -> Iterator[list[Row]]:
     """float32 with exact products."""
-    with jax.default_matmul_precision("highest"):
+    with clock.paused(), jax.default_matmul_precision("highest"):
         model, params, drafters = bench.load(jnp.float32, scan_layers=True)
     programs = Programs(
         *(model, params),
@@ -411,7 +436,6 @@ def equality(bench: Bench, clock: Clock) -> list[Row]:
     ways |= {name: Way(drafter) for name, drafter in drafters.items()}
     ids = [ids for _, ids in bench.prompts][: bench.args.equal_prompts]
     samplings = {"greedy": Sampling(), "coupled": Sampling(temperature=0.8, seed=1)}
-    rows: list[Row] = []
     new = min(bench.args.equal_new, bench.new)
     samplings = {name: samplings[name] for name in bench.args.samplings}
     sizes = bench.args.batches or (bench.batch, 1)
@@ -419,10 +443,12 @@ def equality(bench: Bench, clock: Clock) -> list[Row]:
     for size in sizes:
         for name, sampling in samplings.items():
             if clock.over:
-                return rows
+                return
+            with clock.paused():
+                ways = programs.compile(ways, size, sampling)
             # Each has its share of the time, and what others left of theirs.
-            own, left = Clock((clock.seconds - clock.spent) / left), left - 1
-            ways = programs.compile(ways, size, sampling)
+            share = (clock.seconds - clock.spent) / left
+            own, left = Clock(share, clock.until), left - 1
             done: dict[str, list[Done]] = defaultdict(list)
             for i in range(0, len(ids) - size + 1, size):
                 for label, way in ways.items():
@@ -431,14 +457,15 @@ def equality(bench: Bench, clock: Clock) -> list[Row]:
                     done[label].append(found)
                 if own.over:
                     break
+            rows: list[Row] = []
             for label in [label for label in ways if label != "plain"]:
                 case: dict[str, Any] = {"part": "equality", "drafter": label}
                 case |= {"dtype": "float32", "sampling": name, "batch": size}
                 rows += differing(case, "fast", done["plain"], done[label])
-    return rows
+            yield rows
 
 
-def large(bench: Bench, clock: Clock) -> list[Row]:
+def large(bench: Bench, clock: Clock) -> Iterator[list[Row]]:
     """Random weights of 8B shape."""
     programs = Programs(
         *bench.eight(),
@@ -447,7 +474,7 @@ def large(bench: Bench, clock: Clock) -> list[Row]:
         loop=bench.loop,
         threads=bench.args.threads,
     )
-    return rounds(programs, "8b", bench.args.widths, 1, clock)
+    yield rounds(programs, "8b", bench.args.widths, 1, clock)
 
 
 TINY = DecoderConfig(
@@ -460,13 +487,14 @@ TINY = DecoderConfig(
     num_kv_heads=1,
     head_dim=16,
 )
-PARTS: dict[str, Callable[[Bench, Clock], list[Row]]] = {
+PARTS: dict[str, Callable[[Bench, Clock], Iterator[list[Row]]]] = {
     "plain": plain,
     "width": width,
     "speed": speed,
     "batch": batch,
     "equality": equality,
     "large": large,
+    "profile": profile,
 }
 
 
@@ -475,8 +503,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("prompts", nargs="?", type=Path)
     parser.add_argument("--model", default="smollm2", help="as `load_model` takes one")
     parser.add_argument("--tag", default="cpu")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    usual = [part for part in PARTS if part != "profile"]
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=usual)
     parser.add_argument("--seconds", nargs="*", default=[], metavar="PART=SECONDS")
+    parser.add_argument(
+        "--whole", type=float, default=float("inf"), help="seconds, all included"
+    )
     parser.add_argument("--loop", choices=LOOPS, help="default the faster of both")
     parser.add_argument("--per-task", type=int, default=8, help="prompts of `speed`")
     parser.add_argument("--equal-prompts", type=int, default=200)
@@ -506,22 +538,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = dict(pair.split("=") for pair in args.seconds)
     rows: list[Row] = []
     failed: list[str] = []
+    until = time.perf_counter() + args.whole
     for part in args.parts:
-        clock = Clock(float(given.get(part, SECONDS[part])))
+        clock = Clock(float(given.get(part, SECONDS[part])), until)
         try:
-            found = PARTS[part](bench, clock)
+            for found in PARTS[part](bench, clock):
+                for row in found:
+                    ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
+                    told = f"{row.metric} {row.value:.4g} {row.unit} {ratio}"
+                    print(dict(row.case), told)
+                rows += found
+                # What is measured is kept, whatever comes next.
+                path = write(
+                    "speculative", rows, device_tag=args.tag, directory=args.out
+                )
+                print(f"{part}: {clock.spent:.0f} s, {path}", flush=True)
         except Exception:
             # Time on a device is dear: the other parts are measured all the same.
             failed.append(part)
             traceback.print_exc()
-            continue
-        for row in found:
-            ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
-            print(dict(row.case), row.metric, f"{row.value:.4g}", row.unit, ratio)
-        rows += found
-        # What is measured is kept, whatever the next part does.
-        path = write("speculative", rows, device_tag=args.tag, directory=args.out)
-        print(f"{part}: {clock.spent:.0f} s, {path}", flush=True)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 

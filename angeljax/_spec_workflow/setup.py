@@ -16,6 +16,7 @@ from angeljax import _workflow
 from angeljax._draft_options import METHODS, DraftOptions
 from angeljax._workflow import Opened
 from angeljax.attention.prefill import SparseAttention
+from angeljax.models._fused_rows import quickest_rows
 from angeljax.models.attention import dense_attention
 from angeljax.recipe import Recipe, RecipeError
 from angeljax.speculative import Drafter, make_drafter
@@ -72,6 +73,7 @@ class Ready:
             dense=self.dense,
             tokenizer=self.opened.tokenizer,
             prepare=self.prepared,
+            rows=self.model.rows,
         )
 
 
@@ -111,6 +113,7 @@ def open_target(source: str, recipe: str | None, *, dtype: str) -> Ready:
     prepared = jax.default_backend() != "cpu"
     if prepared:
         model, params = models.prepare_decoder(model, params)
+        model = dataclasses.replace(model, rows=quickest_rows(model, params))
     return Ready(opened, dense, model, params, prepared, draft, notes)
 
 

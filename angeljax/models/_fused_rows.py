@@ -23,6 +23,7 @@ from angeljax.models.rows import (
     which_layers,
 )
 from pallas_kernels import rows_attention, skinny_matmul
+from pallas_kernels._devices import implementation_for
 from pallas_kernels.rows_attention import Held
 
 
@@ -83,6 +84,41 @@ class FusedRows:
         why = _config_refused(model) or (params and _params_refused(model, params))
         if why:
             raise ValueError(f"rows=FusedRows() cannot serve this model: {why}")
+
+
+def quickest_rows(model: Any, params: dict[str, Any]) -> FusedRows | None:
+    """`FusedRows()` where its kernels serve a model on the current device, else None.
+
+    Args:
+      model, params: as `prepare_decoder` returns them.
+    """
+    if implementation_for() != "mosaic_gpu" or model.dtype != jnp.bfloat16:
+        return None
+    config, rows = model.config, FusedRows()
+    sizes = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_heads * config.head_dim,
+    )
+    if config.head_dim not in (64, 128) or any(size % 32 for size in sizes):
+        return None
+    try:
+        rows.check(model, params)
+    except ValueError:
+        return None
+    module = model.bind(params)
+    kernels = [
+        linear.kernel[...]
+        for layer in module.layers
+        for linear in (
+            *(layer.attn.qkv_proj, layer.attn.o_proj),
+            *(layer.mlp.gate_up_proj, layer.mlp.down_proj),
+        )
+    ]
+    if module.lm_head is not None:
+        kernels.append(module.lm_head.kernel[...])
+    stored = all(isinstance(kernel, TransposedTensor) for kernel in kernels)
+    return rows if stored else None
 
 
 _DENSE = (TransposedTensor, jax.Array, jax.ShapeDtypeStruct, np.ndarray)

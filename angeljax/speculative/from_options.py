@@ -48,6 +48,7 @@ def make_drafter(
     dense: Any = None,
     tokenizer: Any = None,
     prepare: bool = False,
+    rows: FusedRows | None = None,
 ) -> Drafter:
     """The drafter that a recipe's section `draft` describes, for one target.
 
@@ -60,6 +61,7 @@ def make_drafter(
         else it must have as many.
       prepare: whether the target will decode as `prepare_decoder` leaves it: the
         drafter then goes through `prepare_drafter`.
+      rows: see `prepare_drafter`.
 
     Returns:
       A drafter; `NoDrafter` for the method "none". With `options.auto` it has the
@@ -93,7 +95,7 @@ def make_drafter(
     ready = _Ready(parsed, model, params, dense, tokenizer)
     drafter = _MAKERS[parsed.method](ready)
     drafter.check(model, sampling_of(parsed.sampling))
-    return prepare_drafter(model, drafter) if prepare else drafter
+    return prepare_drafter(model, drafter, rows=rows) if prepare else drafter
 
 
 def sampling_of(options: DraftSampling) -> Sampling:

@@ -34,6 +34,20 @@ def test_smoke(tmp_path):
             assert row.value == 1.0
 
 
+def test_compilation_does_not_count(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(runs.time, "perf_counter", lambda: now[0])
+    clock = runs.Clock(10.0, until=150.0)
+    now[0] += 4
+    with clock.paused():
+        now[0] += 30
+    assert clock.spent == 4 and not clock.over
+    now[0] += 7
+    assert clock.over and not runs.Clock(10.0, until=150.0).over
+    now[0] += 10
+    assert runs.Clock(10.0, until=150.0).over
+
+
 def test_tasks_come_in_turn_and_two_kinds_of_summaries_are_one(tmp_path):
     file = tmp_path / "prompts.jsonl"
     names = ["chat", "chat", "summarise_news", "qa", "summarise_textbook"]

@@ -19,6 +19,7 @@ from angeljax.models import (
     prepare_decoder,
     stack_layers,
 )
+from angeljax.models._fused_rows import quickest_rows
 from angeljax.speculative import PromptLookup, autoregressive, generate
 from benchmarks.decode_round import loop_of
 from benchmarks.decode_step import MODELS, count_kernels
@@ -138,6 +139,29 @@ def test_what_it_cannot_serve_is_refused() -> None:
     with pytest.raises(ValueError, match="not fused"):
         loose = dataclasses.replace(model, rows=XLA)
         autoregressive(loose, random_params(model), [[1, 2]], max_new_tokens=2)
+
+
+def test_where_the_kernels_are_quickest() -> None:
+    config = dataclasses.replace(CONFIG, hidden_size=64, intermediate_size=64)
+    config = dataclasses.replace(config, head_dim=64)
+    model = LanguageModel(config, jnp.bfloat16)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_params(model))
+    ready = prepare_decoder(model, params, transpose=True)
+    plain = prepare_decoder(model, params, transpose=False)
+    other = LanguageModel(config), *ready[1:]
+    h100 = jax.sharding.AbstractDevice(
+        device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda"
+    )
+    mesh = jax.sharding.AbstractMesh(
+        (1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), abstract_device=h100
+    )
+    assert quickest_rows(*ready) is None
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert quickest_rows(*ready) == FusedRows()
+        # Not stored for them, of another dtype, with heads that are too small.
+        assert quickest_rows(*plain) is None
+        assert quickest_rows(*other) is None
+        assert quickest_rows(LanguageModel(CONFIG, jnp.bfloat16), {}) is None
 
 
 @pytest.mark.gpu_compile
