@@ -25,7 +25,9 @@ def sections(directory: Path) -> list[str]:
             ("Tokens for each forward, by task", _tasks(own, "tau")),
             ("Texts that differ from plain decoding", _equality(own)),
         ]
-        found.append(f"## Measured on one {data['device']}\n\n{md.source(data)}")
+        fused = any(case.get("rows") == "fused" for case, _ in own)
+        how = " with `FusedRows`" if fused else ""
+        found.append(f"## Measured on one {data['device']}{how}\n\n{md.source(data)}")
         found += [f"### {title}\n\n{table}" for title, table in parts if table]
     for data in md.read(directory, TORCH):
         own = md.entries(data)
@@ -37,7 +39,8 @@ def sections(directory: Path) -> list[str]:
         found.append(f"## Plain decoding by PyTorch\n\n{md.source(data)}\n{table}")
     for data in md.read(directory, EAGLE):
         own = md.entries(data)
-        source = f"## Training of an EAGLE-3 head\n\n{md.source(data)}"
+        title = f"## Training of an EAGLE-3 head on one {data['device']}"
+        source = f"{title}\n\n{md.source(data)}"
         found += [source, _curve(own), _on_prompts(own)]
     return found
 

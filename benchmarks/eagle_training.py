@@ -18,15 +18,14 @@ from typing import Any
 
 from benchmarks._results import RESULTS, Row, write
 
-EVERY = 100
-
 
 def rows_of(found: dict[str, Any], seconds: float | None = None) -> list[Row]:
-    """The rows of an `acceptance.json`; of the curve every hundredth step."""
+    """The rows of an `acceptance.json`; of the curve one to two dozen steps."""
     rows, curve = [], found["curve"]
+    every = 100 * max(1, curve["step"][-1] // 1500)
     lines = zip(*(curve[k] for k in ("step", "tokens", "top1", "tau")), strict=True)
     for i, (step, tokens, top1, tau) in enumerate(lines):
-        if i and step % EVERY:
+        if i and step % every:
             continue
         case = {"part": "training", "step": step, "tokens": int(tokens)}
         rows += [

@@ -543,6 +543,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         clock = Clock(float(given.get(part, SECONDS[part])), until)
         try:
             for found in PARTS[part](bench, clock):
+                if part not in ("equality", "large"):
+                    more = {"rows": args.rows}
+                    found = [
+                        dataclasses.replace(row, case={**row.case, **more})
+                        for row in found
+                    ]
                 for row in found:
                     ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
                     told = f"{row.metric} {row.value:.4g} {row.unit} {ratio}"
