@@ -60,15 +60,24 @@ class Monitor:
         self._waiting: list[tuple[int, Any]] = []
         self._first = start + 1
         self._clock: float | None = None
-        self._count = 0.0
+        self._count, self._pace = 0.0, 1.0
 
-    def add(self, step: int, numbers: Any, state: TrainState) -> None:
+    def add(
+        self, step: int, numbers: Any, state: TrainState, pace: float = 1.0
+    ) -> None:
         """Takes the numbers of a step that has just begun.
+
+        Args:
+          step: its number.
+          numbers: on the device.
+          state: after it.
+          pace: what its learning rate was multiplied by.
 
         Raises:
           TrainingStopped: one of an earlier interval failed.
         """
         self._current.append((step, numbers))
+        self._pace = pace
         if step == self._first:
             # Compilation is no part of the speed.
             jax.block_until_ready(numbers)
@@ -79,9 +88,11 @@ class Monitor:
 
     def flush(self, state: TrainState) -> None:
         """Waits for all that was begun, and checks it."""
-        self._report(state)
+        # An interval is reported while the next one runs: here there is none, and its
+        # time is not known.
+        self._report(state, timed=False)
         self._waiting, self._current = self._current, []
-        self._report(state)
+        self._report(state, timed=False)
         self._waiting = []
 
     @contextlib.contextmanager
@@ -94,7 +105,7 @@ class Monitor:
             if self._clock is not None:
                 self._clock += time.perf_counter() - begun
 
-    def _report(self, state: TrainState) -> None:
+    def _report(self, state: TrainState, timed: bool = True) -> None:
         if not self._waiting:
             return
         steps = [step for step, _ in self._waiting]
@@ -115,8 +126,8 @@ class Monitor:
         self._count += amount
         values[self._unit] = self._count
         if self._schedule is not None:
-            values["lr"] = float(self._schedule(steps[-1] - 1))
-        timed = steps[0] > self._first
+            values["lr"] = float(self._schedule(steps[-1] - 1)) * self._pace
+        timed = timed and steps[0] > self._first
         seconds = now - (self._clock or now)
         if timed and seconds > 0:
             values[f"{self._unit}_per_second"] = amount / seconds
@@ -126,6 +137,9 @@ class Monitor:
             values["seconds_left"] = left
             if self._flops and self._peak:
                 values["mfu"] = amount / seconds * self._flops / self._peak
+        else:
+            rates = (f"{self._unit}_per_second", "mfu")
+            values |= {name: self.last[name] for name in rates if name in self.last}
         self._clock = now
         self.last = values
         self._out.write(steps[-1], values)

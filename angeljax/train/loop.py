@@ -179,7 +179,7 @@ def fit(
                 if pace is not None:
                     paced = (np.float32(pace(min(share, 1.0))),)
             state, numbers = step_fn(state, frozen, batch, key, *paced)
-            run.add(done, numbers, state)
+            run.add(done, numbers, state, *map(float, paced))
             save = checkpoints is not None and (checkpoints.due(done) or last)
             measure = evaluate is not None and (
                 last or (evaluate_every > 0 and done % evaluate_every == 0)

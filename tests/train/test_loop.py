@@ -14,12 +14,14 @@ from angeljax.train import (
     Divergence,
     OptimizerConfig,
     TrainingStopped,
+    _monitor,
     evaluation_params,
     fit,
     make_mesh,
     make_optimizer,
 )
-from angeljax.train.metrics import JsonLines
+from angeljax.train.guards import LossWatch
+from angeljax.train.metrics import JsonLines, Writers
 
 STEPS = 12
 GOAL = {"w": np.linspace(-1, 1, 128, dtype=np.float32).reshape(16, 8)}
@@ -226,3 +228,34 @@ def test_nothing_to_do_is_refused():
         make_mesh({"fsdp": 16})
     with pytest.raises(ConfigError, match="mesh has no axis 'model'"):
         make_mesh({"model": 2})
+
+
+def test_the_log_has_the_rate_that_was_used_and_the_last_known_speed(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(_monitor.time, "perf_counter", lambda: now[0])
+    seen = Seen()
+    run = _monitor.Monitor(
+        steps=7,
+        start=0,
+        out=Writers(seen(0)),
+        watch=LossWatch(Divergence()),
+        log_every=2,
+        schedule=lambda step: 0.1,
+        unit="tokens",
+        flops=0.0,
+        peak=None,
+        kept=None,
+    )
+    numbers = {"loss": 1.0, "weight": 10.0, "failed": False}
+    for step in range(1, 8):
+        run.add(step, numbers, None, pace=1 / step)
+        now[0] += 1
+    run.flush(None)
+    lines = {step: values for step, values in seen.rows}
+    # Reported while the next one runs: 2 with 4, 4 with 6, and the rest at the end.
+    rates = [lines[step]["lr"] for step in (2, 4, 6, 7)]
+    assert rates == pytest.approx([0.1 / 4, 0.1 / 6, 0.1 / 7, 0.1 / 7])
+    assert "tokens_per_second" not in lines[2]  # the first step compiles
+    speeds = [lines[step]["tokens_per_second"] for step in (4, 6, 7)]
+    assert speeds == [20 / 2] * 3
+    assert lines[7]["tokens"] == 70
