@@ -346,9 +346,9 @@ class EagleDrafter(Drafter):
 
         def scores(logits: jax.Array, at: jax.Array) -> jax.Array:
             """What stands first is what the target chooses if it agrees."""
-            if not greedy:
-                logits = target.sampler.scores(self._spread(logits), at)
-            return jax.nn.log_softmax(logits, axis=-1)
+            if greedy:
+                return logits
+            return target.sampler.scores(self._spread(logits), at)
 
         def read(frontier: Frontier, carry: Any) -> Any:
             above, state = carry

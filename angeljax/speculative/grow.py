@@ -33,7 +33,7 @@ class Frontier(NamedTuple):
 
 
 def grow_tree(
-    log_probs: jax.Array,
+    logits: jax.Array,
     read: Callable[[Frontier, Any], tuple[jax.Array, Any]],
     state: Any,
     *,
@@ -44,8 +44,9 @@ def grow_tree(
     """Grows a tree and keeps its likeliest nodes.
 
     Args:
-      log_probs: float `[B, V]`, the drafter's after the last committed token.
-      read: `(frontier, state) -> (log_probs [B, k, V], state)`.
+      logits: float `[B, V]`, the drafter's after the last committed token, each row up
+        to a constant.
+      read: `(frontier, state) -> (logits [B, k, V], state)`.
       state: what `read` carries along, such as a cache.
       branches: k, nodes of each frontier and children of each node.
       levels: frontiers that are read; the deepest nodes are `levels + 1` below the
@@ -60,14 +61,14 @@ def grow_tree(
     Raises:
       ValueError: more nodes than are found.
     """
-    k, batch = branches, len(log_probs)
+    k, batch = branches, len(logits)
     if not 1 < nodes <= k + levels * k * k + 1:
         raise ValueError(
             f"{levels} levels of {k} branches find {k + levels * k * k} nodes: a tree "
             f"of 2 to {k + levels * k * k + 1} with the root, not {nodes}"
         )
     rows = jnp.arange(batch)[:, None]
-    total, tokens = jax.lax.top_k(log_probs.astype(jnp.float32), k)
+    total, tokens = _likeliest(logits, k)
     # All that was found, level by level; the parents are places in this list.
     found = [(total, tokens, jnp.full((batch, k), -1))]
     where, above = (
@@ -82,8 +83,8 @@ def grow_tree(
         frontier = Frontier(
             level, tokens.astype(jnp.int32), above.astype(jnp.int32), seen
         )
-        log_q, state = read(frontier, state)
-        each, ids = jax.lax.top_k(log_q.astype(jnp.float32), k)
+        found_there, state = read(frontier, state)
+        each, ids = _likeliest(found_there, k)
         each = (total[..., None] + each).reshape(batch, k * k)
         ids = ids.reshape(batch, k * k)
         found.append((each, ids, jnp.repeat(where, k, axis=1)))
@@ -106,3 +107,16 @@ def grow_tree(
         jnp.concatenate([root, place], axis=1).astype(jnp.int32),
         state,
     )
+
+
+def _likeliest(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities of the k likeliest tokens, and these.
+
+    Only these are computed: a log-softmax would write all of them, and look for the
+    largest once more.
+    """
+    logits = logits.astype(jnp.float32)
+    best, ids = jax.lax.top_k(logits, k)
+    most = best[..., :1]
+    total = jnp.sum(jnp.exp(logits - most), axis=-1, keepdims=True)
+    return best - most - jnp.log(total), ids

@@ -43,16 +43,17 @@ def rows_attention(
     tiles: Blocks | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Attention of up to 16 tokens of each row on the row's cache, in one launch.
+    """Attention of up to 16 tokens of each row on the row's cache, in two launches.
 
     Queries and keys are rotated (arXiv 2104.09864; pairs i, i + D / 2) in float32, keys
     and values are written to the cache, which is updated in place where it is donated,
     and each token attends to the slots that its mask names (grouped queries, arXiv
     2305.13245; softmax in float32).
 
-    What a token gets is the same, bit for bit, however many tokens are read with it:
-    new keys are read back from the cache, in steps that do not follow their number.
-    ("xla" promises that only as far as XLA does.)
+    The cache is read in parts by as many thread blocks, whose results are then weighed
+    ("Flash-Decoding", crfm.stanford.edu/2023/10/12/flashdecoding.html). What a token
+    gets is the same, bit for bit, however many tokens are read with it: parts are of
+    fixed slots, whatever stands in them. ("xla" promises that only as far as XLA does.)
 
     Args:
       qkv: `[B, T, (H + 2 Hkv) D]`, T from 1 to 16: all queries, all keys, all values.

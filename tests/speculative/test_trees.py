@@ -207,10 +207,11 @@ def test_a_grown_tree_has_the_nodes_of_the_rule(rng):
     def read(frontier, before):
         # What follows depends on the last two tokens: on the parent too.
         mine = jnp.take_along_axis(before, frontier.parents, axis=1)
-        return jnp.asarray(table)[mine, frontier.tokens], frontier.tokens
+        return jnp.asarray(table)[mine, frontier.tokens] - 2.5, frontier.tokens
 
+    # Logits as well as logarithms of probabilities.
     tokens, parents, _ = grow_tree(
-        jnp.asarray(first),
+        jnp.asarray(first) + 4.0,
         read,
         jnp.zeros((2, branches), jnp.int32),
         branches=branches,
@@ -260,7 +261,7 @@ class Grown(Drafter):
                 key_positions=keys,
             )
             logits = model.head_rows(target.params, rows.final)
-            return jax.nn.log_softmax(logits), rows.cache
+            return logits, rows.cache
 
         at = n[:, None] - 1
         first, cache = logits_of(
