@@ -54,6 +54,7 @@ def rows_attention(
     ("Flash-Decoding", crfm.stanford.edu/2023/10/12/flashdecoding.html). What a token
     gets is the same, bit for bit, however many tokens are read with it: parts are of
     fixed slots, whatever stands in them. ("xla" promises that only as far as XLA does.)
+    "mosaic_gpu" has no gradient and no vmap.
 
     Args:
       qkv: `[B, T, (H + 2 Hkv) D]`, T from 1 to 16: all queries, all keys, all values.

@@ -8,10 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _ptx as asm
+from pallas_kernels._hopper_lanes import kernel
 from pallas_kernels.rows_attention._blocks import Blocks, blocks
 from pallas_kernels.rows_attention._case import SPLITS, WARPS, Case
 from pallas_kernels.rows_attention._gather import gather
@@ -66,54 +65,21 @@ def attend(
 def _build(c: Case) -> tuple[Callable[..., Any], Callable[..., jax.Array]]:
     place = c.batch * c.kv_heads * c.splits * c.rows
     shape = jax.ShapeDtypeStruct
-    attention = _launch(
+    attention = kernel(
         functools.partial(attend_part, asm, c),
         (shape((place, c.features), jnp.float32), shape((place, 2), jnp.float32)),
         grid=c.grid,
+        warps=WARPS,
         words=c.smem_words,
         name="rows_attention",
     )
     y = shape((c.batch, c.tokens, c.heads * c.features), jnp.bfloat16)
-    sums = _launch(
+    sums = kernel(
         functools.partial(gather, asm, c),
         (y,),
         grid=c.gather_grid,
+        warps=WARPS,
         words=0,
         name="rows_attention_sum",
     )
     return attention, lambda *args: sums(*args)[0]
-
-
-def _launch(
-    emit: Callable[..., None],
-    outputs: tuple[Any, ...],
-    *,
-    grid: int,
-    words: int,
-    name: str,
-) -> Callable[..., Any]:
-    def body(*refs: Any) -> None:
-        types = (plgpu.RefType(),) * len(refs)
-        plgpu.inline_mgpu(arg_types=types)(lambda _, *refs: emit(*refs))(*refs)
-
-    mesh = plgpu.Mesh(
-        grid=(grid,),
-        grid_names=("blocks",),
-        num_threads=WARPS // 4,
-        thread_name="group",
-        kernel_name=name,
-    )
-
-    def scoped(*refs: Any) -> None:
-        scratch = (plgpu.SMEM((words,), jnp.int32),) if words else ()
-        pl.run_scoped(functools.partial(body, *refs), *scratch, collective_axes="group")
-
-    return pl.kernel(
-        scoped,
-        out_type=outputs,
-        mesh=mesh,
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
-        name=name,
-    )

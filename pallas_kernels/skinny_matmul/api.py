@@ -37,7 +37,7 @@ def skinny_matmul(
 
     A row of the result is the same, bit for bit, whatever other rows there are and
     however many: rows are padded to 16, and tiles do not follow their number. ("xla"
-    promises that only as far as XLA does.)
+    promises that only as far as XLA does.) "mosaic_gpu" has no gradient and no vmap.
 
     Args:
       x: `[..., K]`, bfloat16, float16 or float32.

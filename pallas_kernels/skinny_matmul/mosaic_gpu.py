@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import _ptx as asm
+from pallas_kernels._hopper_lanes import kernel
 from pallas_kernels.skinny_matmul._blocks import Blocks, blocks
 from pallas_kernels.skinny_matmul._warps import TURN, Case, emit
 
@@ -54,23 +54,13 @@ def matmul(
 
 @functools.cache
 def _build(c: Case) -> Callable[..., jax.Array]:
-    inputs = 2 + c.norm + c.bias + c.residual
-
-    def body(*refs: Any) -> None:
-        types = (plgpu.RefType(),) * (inputs + 2)
-        plgpu.inline_mgpu(arg_types=types)(lambda _, *refs: emit(asm, c, *refs))(*refs)
-
-    return plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct(
-            (c.m, c.n), jnp.float32 if c.float_out else jnp.bfloat16
-        ),
-        grid=(c.grid,),
-        grid_names=("blocks",),
-        num_threads=c.warps // 4,
-        thread_name="group",
-        scratch_types=(plgpu.SMEM((c.smem_words,), jnp.int32),),
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
+    out = jnp.float32 if c.float_out else jnp.bfloat16
+    product = kernel(
+        functools.partial(emit, asm, c),
+        (jax.ShapeDtypeStruct((c.m, c.n), out),),
+        grid=c.grid,
+        warps=c.warps,
+        words=c.smem_words,
+        name="skinny_matmul",
     )
+    return lambda *args: product(*args)[0]
