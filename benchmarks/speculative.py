@@ -154,7 +154,7 @@ def drafters_of(
     if eagle is not None:
         config, head = load_eagle(eagle, model.config, dtype=dtype)
         found["eagle"] = EagleDrafter(config, head, num_tokens=4)
-        growth = EagleTree(nodes=16, branches=4, levels=3)
+        growth = EagleTree(nodes=16, branches=4, levels=4)
         tree = EagleDrafter(config, head, growth=growth)
         found |= {"eagle_tree": tree, "eagle_hybrid": Hybrid(tree, lookup)}
         found["eagle_hybrid_flat"] = Hybrid(tree, lookup, flat_ngram=3)
