@@ -233,7 +233,7 @@ def tiles(setting: Setting) -> list[Row]:
             (name, b, _product(k, n, around, count, width, dtype, b)) for b in sizes
         ]
     heads = c.num_heads, c.num_kv_heads, c.head_dim
-    plan = attention_blocks.blocks(setting.slots, heads[2])
+    plan = attention_blocks.blocks(setting.slots)
     context = max(setting.contexts)
     for b in [plan, *(b for b in ATTENTIONS if b != plan)]:
         run = _attention(heads, count, width, setting.slots, context, dtype, b)

@@ -25,6 +25,7 @@ from angeljax.models.rows import (
 from pallas_kernels import rows_attention, skinny_matmul
 from pallas_kernels._devices import implementation_for
 from pallas_kernels.rows_attention import Held
+from pallas_kernels.skinny_matmul.mosaic_gpu import refused as skinny_refused
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,9 @@ class FusedRows:
     decoding, most of the time goes into starting kernels. Here they are: norm and
     queries, keys and values; rotation, cache and attention by parts of the cache, and
     their sum; output and residual; norm and gated MLP; its output and residual. Longer
-    pieces of text go the usual way.
+    pieces of text go the usual way, and so does all with a cache of more than 8192
+    slots. Only Hopper GPUs have the kernels: elsewhere XLA computes the same, and would
+    compute the layers sooner.
 
     What a token gets does not depend on how many are read with it, so that the text of
     speculative decoding by chains equals that of plain decoding in bfloat16 as well.
@@ -68,8 +71,13 @@ class FusedRows:
 
     implementation: str | None = None
 
-    # Tokens of a row that are read this way.
-    MOST = 16
+    # Tokens of a row that are read this way, and slots of the cache.
+    MOST, SLOTS = 16, 8192
+
+    @classmethod
+    def reads(cls, mask: jax.Array) -> bool:
+        """Whether tokens with this mask, `[B, 1, T, S]`, are read this way."""
+        return mask.shape[2] <= cls.MOST and mask.shape[3] <= cls.SLOTS
 
     def check(self, model: Any, params: dict[str, Any] | None = None) -> None:
         """Refuses what the kernels do not serve.
@@ -94,31 +102,33 @@ def quickest_rows(model: Any, params: dict[str, Any]) -> FusedRows | None:
     """
     if implementation_for() != "mosaic_gpu" or model.dtype != jnp.bfloat16:
         return None
-    config, rows = model.config, FusedRows()
-    sizes = (
-        config.hidden_size,
-        config.intermediate_size,
-        config.num_heads * config.head_dim,
-    )
-    if config.head_dim not in (64, 128) or any(size % 32 for size in sizes):
-        return None
+    rows, config = FusedRows(), model.config
     try:
         rows.check(model, params)
     except ValueError:
         return None
     module = model.bind(params)
-    kernels = [
-        linear.kernel[...]
-        for layer in module.layers
-        for linear in (
-            *(layer.attn.qkv_proj, layer.attn.o_proj),
-            *(layer.mlp.gate_up_proj, layer.mlp.down_proj),
-        )
-    ]
-    if module.lm_head is not None:
-        kernels.append(module.lm_head.kernel[...])
-    stored = all(isinstance(kernel, TransposedTensor) for kernel in kernels)
-    return rows if stored else None
+    if module.lm_head is None:
+        weights = [TransposedTensor(module.embed_tokens.embedding[...])]
+    else:
+        weights = [module.lm_head.kernel[...]]
+    for layer in module.layers:
+        both = layer.attn, layer.mlp
+        names = ("qkv_proj", "o_proj"), ("gate_up_proj", "down_proj")
+        weights += [
+            getattr(part, name).kernel[...]
+            for part, own in zip(both, names, strict=True)
+            for name in own
+        ]
+    served = config.head_dim in (64, 128) and not any(map(_not_served, weights))
+    return rows if served else None
+
+
+def _not_served(weight: Any) -> str | None:
+    """Why `skinny_matmul` has no kernel for a matrix `[K, N]`."""
+    transposed = isinstance(weight, TransposedTensor)
+    k, n = weight.shape
+    return skinny_refused(k, n, weight.dtype, transposed)
 
 
 _DENSE = (TransposedTensor, jax.Array, jax.ShapeDtypeStruct, np.ndarray)

@@ -244,7 +244,7 @@ class LanguageModel:
         read: Any = read_rows
         if self.rows is not None:
             self.rows.check(self, params)
-            if mask.shape[2] <= FusedRows.MOST:
+            if FusedRows.reads(mask):
                 how = self.rows.implementation
                 read = functools.partial(read_fused, implementation=how)
         return read(

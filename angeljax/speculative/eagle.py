@@ -396,7 +396,7 @@ class EagleDrafter(Drafter):
     ) -> tuple[jax.Array, _State]:
         """h' of pairs, whose keys and values go to the slots from `start` on."""
         embeds = embedded(self.params, target, tokens)
-        if rows := self._fused(tokens.shape[1]):
+        if (rows := self._fused(tokens.shape[1])) and rows.reads(mask):
             around = positions, mask, start, state.k, state.v
             hidden, *cache = read_fused(
                 self.config, self.params, embeds, features, *around, rows=rows

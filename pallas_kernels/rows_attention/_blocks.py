@@ -21,12 +21,10 @@ class Blocks:
     tiles: int
 
 
-def blocks(slots: int, features: int) -> Blocks:
+def blocks(slots: int) -> Blocks:
     """For a cache of so many slots: nothing of it changes from round to round.
 
     Where a round takes no sum in another order, it gives the same bits. More tiles of
     queries would read keys less often, and fewer thread blocks would run.
     """
-    if slots <= 1024:
-        return Blocks(1, 1)
-    return Blocks(2, 1) if slots <= 4096 else Blocks(4, 1)
+    return Blocks(1 if slots <= 1024 else 2, 1)

@@ -7,7 +7,7 @@ from typing import Any
 
 WARPS = 4
 LANES = 32 * WARPS
-SPLITS = 32  # at most, of a cache
+SPLITS = 64  # at most, of a cache
 NONE = -1e30  # the logit of what is not seen
 
 

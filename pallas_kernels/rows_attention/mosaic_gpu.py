@@ -24,7 +24,7 @@ def refused(qkv: Any, k: Any) -> str | None:
         return f"it takes bfloat16, not {qkv.dtype} and {k.dtype}"
     if features not in (64, 128):
         return f"it takes heads of 64 or 128 features, not {features}"
-    most = SPLITS * 16 * WARPS * blocks(slots, features).runs
+    most = SPLITS * 16 * WARPS * blocks(slots).runs
     return f"it takes up to {most} slots, not {slots}" if slots > most else None
 
 
@@ -45,7 +45,7 @@ def attend(
     """`(y, k, v)`; see `api.rows_attention`. The mask is int8 `[B, T, S]`."""
     batch, tokens, columns = qkv.shape
     _, kv_heads, size, features = k.shape
-    how = tiles or blocks(size, features)
+    how = tiles or blocks(size)
     case = Case(
         *(batch, tokens, columns // features - 2 * kv_heads, kv_heads, features, size),
         held=held[0].shape[2] if held else 0,

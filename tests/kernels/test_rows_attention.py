@@ -21,7 +21,7 @@ from tests.kernels import _simt
 from tests.kernels._h100 import check_no_spills, has_plugin
 
 BF16 = jnp.bfloat16
-B, T, H, HKV, D, S, R = 2, 7, 6, 2, 64, 150, 3
+B, T, H, HKV, D, S, R = 2, 7, 6, 2, 64, 600, 3
 
 
 def inputs(dtype: Any) -> dict[str, Any]:
@@ -31,8 +31,8 @@ def inputs(dtype: Any) -> dict[str, Any]:
     def normal(*shape: int) -> jax.Array:
         return jax.random.normal(next(keys), shape).astype(dtype)
 
-    # The second row's new entries, and what is held, lie on both sides of slot 128.
-    slots = np.asarray([9, 129], np.int32)
+    # The second row's new entries, and what is held, lie on both sides of slot 576.
+    slots = np.asarray([9, 577], np.int32)
     depth = np.asarray([0, 1, 1, 2, 2, 3, 3])
     parents = [-1, 0, 0, 1, 2, 3, 3]
     mask = np.zeros((B, 1, T, S), bool)
@@ -195,7 +195,7 @@ def test_a_token_does_not_depend_on_others() -> None:
         ({"qkv": jnp.ones((B, 17, (H + 2 * HKV) * D))}, "1 to 16"),
         ({"qkv": jnp.ones((B, T, 5 * D))}, "multiple of 2"),
         ({"qkv": jnp.ones((B, T, 320), jnp.int8)}, "int8"),
-        ({"mask": jnp.ones((B, T, S), bool)}, r"mask must have shape \[2, 1, 7, 150\]"),
+        ({"mask": jnp.ones((B, T, S), bool)}, r"mask must have shape \[2, 1, 7, 600\]"),
         ({"slots": jnp.zeros(3, jnp.int32)}, r"slots must have shape \[2\]"),
         ({"k_norm": None}, "both or none"),
         ({"v": jnp.ones((B, HKV, S, 48))}, "k and v"),
@@ -214,19 +214,19 @@ from pallas_kernels import rows_attention
 from pallas_kernels.rows_attention import Held
 from tests.kernels._h100 import compile_for_h100
 
-heads, kv_heads, dim, tokens, held = json.loads(sys.argv[1])
+heads, kv_heads, dim, tokens, held, slots = json.loads(sys.argv[1])
 shape, bf16 = jax.ShapeDtypeStruct, jnp.bfloat16
-cache = shape((1, kv_heads, 960, dim), bf16)
+cache = shape((1, kv_heads, slots, dim), bf16)
 turn = shape((1, tokens, dim // 2), jnp.float32)
 rows = shape((1, kv_heads, held, dim), bf16)
 
 def rounds(qkv, cos, sin, mask, k, v, ahead):
     def one(i, carry):
         y, k, v = carry
-        slots = jnp.reshape(tokens * i + held, 1).astype(jnp.int32)
+        at = jnp.reshape(tokens * i + held, 1).astype(jnp.int32)
         y = jnp.concatenate([y, qkv[..., y.shape[-1] :]], axis=-1)
-        more = Held(*ahead, slots // 2) if held else None
-        return rows_attention(y, cos, sin, mask, slots, k, v, held=more)
+        more = Held(*ahead, at // 2) if held else None
+        return rows_attention(y, cos, sin, mask, at, k, v, held=more)
 
     y = qkv[..., : heads * dim]
     return jax.lax.fori_loop(0, 50, one, (y, k + 1, v + 1))[0]
@@ -234,13 +234,13 @@ def rounds(qkv, cos, sin, mask, k, v, ahead):
 compiled = compile_for_h100(
     rounds,
     shape((1, tokens, (heads + 2 * kv_heads) * dim), bf16),
-    *(turn, turn, shape((1, 1, tokens, 960), jnp.bool_), cache, cache, (rows, rows)),
+    *(turn, turn, shape((1, 1, tokens, slots), jnp.bool_), cache, cache, (rows, rows)),
 )
-copied = f"bf16[1,{kv_heads},960,{dim}]"
+copied = f"bf16[1,{kv_heads},{slots},{dim}]"
 lines = [x for x in compiled.as_text().splitlines() if " copy(" in x]
 assert not [x for x in lines if copied in x], lines
 size = cache.size * cache.dtype.itemsize
-parts = 4 * heads * max(tokens, 16) * dim * 15
+parts = 4 * heads * max(tokens, 16) * dim * (slots // 64)
 assert compiled.memory_analysis().temp_size_in_bytes < 2.5 * size + parts + 2**20
 """
 
@@ -249,7 +249,10 @@ assert compiled.memory_analysis().temp_size_in_bytes < 2.5 * size + parts + 2**2
 @pytest.mark.skipif(not has_plugin(), reason="needs jax[cuda13]")
 @pytest.mark.parametrize(
     "case",
-    [(9, 3, 64, 8, 0), (9, 3, 64, 16, 8), (32, 8, 128, 16, 0), (28, 4, 128, 1, 0)],
+    [
+        *((9, 3, 64, 8, 0, 960), (9, 3, 64, 16, 8, 960), (32, 8, 128, 16, 0, 960)),
+        *((28, 4, 128, 1, 0, 960), (32, 8, 128, 16, 8, 8192), (9, 3, 64, 16, 8, 8192)),
+    ],
 )
 def test_an_h100_updates_the_cache_in_place_without_spills(
     case: Any, tmp_path: Path

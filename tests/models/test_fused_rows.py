@@ -145,9 +145,12 @@ def test_where_the_kernels_are_quickest() -> None:
     config = dataclasses.replace(CONFIG, hidden_size=64, intermediate_size=64)
     config = dataclasses.replace(config, head_dim=64)
     model = LanguageModel(config, jnp.bfloat16)
-    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_params(model))
-    ready = prepare_decoder(model, params, transpose=True)
-    plain = prepare_decoder(model, params, transpose=False)
+
+    def cast(model: LanguageModel) -> Any:
+        return jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_params(model))
+
+    ready = prepare_decoder(model, cast(model), transpose=True)
+    plain = prepare_decoder(model, cast(model), transpose=False)
     other = LanguageModel(config), *ready[1:]
     h100 = jax.sharding.AbstractDevice(
         device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda"
@@ -161,7 +164,18 @@ def test_where_the_kernels_are_quickest() -> None:
         # Not stored for them, of another dtype, with heads that are too small.
         assert quickest_rows(*plain) is None
         assert quickest_rows(*other) is None
-        assert quickest_rows(LanguageModel(CONFIG, jnp.bfloat16), {}) is None
+        small = LanguageModel(CONFIG, jnp.bfloat16)
+        small, params = prepare_decoder(small, cast(small), transpose=True)
+        assert quickest_rows(small, params) is None
+        odd = LanguageModel(dataclasses.replace(config, vocab_size=41), jnp.bfloat16)
+        assert quickest_rows(*prepare_decoder(odd, cast(odd), transpose=True)) is None
+
+
+def test_a_long_cache_is_read_the_usual_way() -> None:
+    shape = jax.ShapeDtypeStruct
+    assert FusedRows.reads(shape((1, 1, 16, 8192), bool))
+    assert not FusedRows.reads(shape((1, 1, 17, 64), bool))
+    assert not FusedRows.reads(shape((1, 1, 1, 8256), bool))
 
 
 @pytest.mark.gpu_compile
