@@ -16,6 +16,7 @@ from pallas_kernels.ragged_matmul.api import ragged_matmul
 from pallas_kernels.rows_attention.api import rows_attention
 from pallas_kernels.skinny_matmul.api import skinny_matmul
 from pallas_kernels.ternary_matmul.api import ternary_matmul
+from pallas_kernels.top_logits.api import TopLogits, top_logits
 
 __all__ = [
     "QUANTIZED",
@@ -23,6 +24,7 @@ __all__ = [
     "BlockLists",
     "Float8KV",
     "KernelError",
+    "TopLogits",
     "WeightLayout",
     "block_sparse_attention",
     "block_sparse_attention_fp8",
@@ -38,4 +40,5 @@ __all__ = [
     "rows_attention",
     "skinny_matmul",
     "ternary_matmul",
+    "top_logits",
 ]

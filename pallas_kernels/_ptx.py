@@ -416,6 +416,21 @@ def shuffle_xor(x: Any, distance: int) -> Any:
     )
 
 
+def highest(x: Int) -> Int:
+    """The signed maximum over the lanes of a warp, in all of them."""
+    return _over_lanes("max", x)
+
+
+def lowest(x: Int) -> Int:
+    """The signed minimum over the lanes of a warp, in all of them."""
+    return _over_lanes("min", x)
+
+
+def _over_lanes(kind: str, x: Int) -> Int:
+    code = f"redux.sync.{kind}.s32 $0, $1, 0xffffffff;"
+    return ptx(code, x, out=(Int,), convergent=True)
+
+
 __all__ = [
     "Float",
     "Int",
@@ -427,10 +442,12 @@ __all__ = [
     "either",
     "exp2",
     "floats_of",
+    "highest",
     "load",
     "load_byte",
     "loop",
     "loop_tree",
+    "lowest",
     "maximum",
     "mma_bf16",
     "offset",

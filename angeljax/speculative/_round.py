@@ -26,6 +26,7 @@ from angeljax.speculative._rows import (
     put_rows,
     tree_mask,
 )
+from angeljax.speculative._top import target_rows, top_tokens
 from angeljax.speculative.drafter import Context, Draft, Drafter, Target, Verified
 from angeljax.speculative.tree import DynamicTree, Tree, ancestors, climb, levels, walk
 
@@ -189,12 +190,13 @@ def decode_round(
         # What the branches of a choice give is padded: choices, not logits.
         told = []
         if drafter.top_k:
-            best, top = jax.lax.top_k(logits, drafter.top_k)
-            told.append(top.astype(jnp.int32))
+            rows_of = target_rows(target.model)
+            top = top_tokens(logits, drafter.top_k, rows=rows_of)
+            told.append(top.ids)
         if sampler.rejection:
             told.append(logits)
         elif drafter.top_k and sampler.greedy:
-            told.append(_likeliest(best, told[0]))
+            told.append(_likeliest(top.values, top.ids))
         else:
             told.append(sampler.choose(logits, after[:, :width])[..., None])
         rest = [(0, 0), (0, drafter.width - width), (0, 0)]

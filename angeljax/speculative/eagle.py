@@ -34,6 +34,7 @@ from angeljax.speculative._eagle_rows import (
     read_fused,
 )
 from angeljax.speculative._rows import cache_slots, chain_mask, tree_mask
+from angeljax.speculative._top import top_tokens
 from angeljax.speculative.drafter import (
     Context,
     Draft,
@@ -321,7 +322,7 @@ class EagleDrafter(Drafter):
         ids = eagle_ids(self.params) if greedy else None
         if not greedy:
             logits = target.sampler.scores(self._spread(logits), lengths[:, None])
-        tokens = jax.lax.top_k(logits[:, 0], nodes - 1)[1].astype(jnp.int32)
+        tokens = top_tokens(logits[:, 0], nodes - 1, rows=self.rows).ids
         parents = jnp.zeros((len(tokens), nodes), jnp.int32).at[:, 0].set(-1)
         return Draft(tokens if ids is None else ids[tokens], parents)
 
@@ -374,6 +375,7 @@ class EagleDrafter(Drafter):
             branches=k,
             levels=self.growth.levels,
             nodes=self.growth.nodes,
+            rows=self.rows,
         )
         return Draft(named(tokens), parents), state
 

@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from angeljax.models._fused_rows import FusedRows
+from angeljax.speculative._top import top_tokens
+
 
 class Frontier(NamedTuple):
     """The nodes of one level that a drafter reads to find their children.
@@ -40,6 +43,7 @@ def grow_tree(
     branches: int,
     levels: int,
     nodes: int,
+    rows: FusedRows | None = None,
 ) -> tuple[jax.Array, jax.Array, Any]:
     """Grows a tree and keeps its likeliest nodes.
 
@@ -52,6 +56,7 @@ def grow_tree(
       levels: frontiers that are read; the deepest nodes are `levels + 1` below the
         root.
       nodes: of the tree, the root included; at most `k + levels * k ** 2 + 1`.
+      rows: how the drafter reads, which finds the likeliest tokens by a kernel too.
 
     Returns:
       Tokens `[B, nodes - 1]`, the likeliest nodes first, and parents `[B, nodes]` for
@@ -67,8 +72,8 @@ def grow_tree(
             f"{levels} levels of {k} branches find {k + levels * k * k} nodes: a tree "
             f"of 2 to {k + levels * k * k + 1} with the root, not {nodes}"
         )
-    rows = jnp.arange(batch)[:, None]
-    total, tokens = _likeliest(logits, k)
+    each_row = jnp.arange(batch)[:, None]
+    total, tokens = _likeliest(logits, k, rows)
     # All that was found, level by level; the parents are places in this list.
     found = [(total, tokens, jnp.full((batch, k), -1))]
     where, above = (
@@ -79,12 +84,12 @@ def grow_tree(
     count = k
     for level in range(levels):
         own = jnp.arange(k * levels) == k * level + jnp.arange(k)[:, None]
-        seen = seen[rows, above] | own
+        seen = seen[each_row, above] | own
         frontier = Frontier(
             level, tokens.astype(jnp.int32), above.astype(jnp.int32), seen
         )
         found_there, state = read(frontier, state)
-        each, ids = _likeliest(found_there, k)
+        each, ids = _likeliest(found_there, k, rows)
         each = (total[..., None] + each).reshape(batch, k * k)
         ids = ids.reshape(batch, k * k)
         found.append((each, ids, jnp.repeat(where, k, axis=1)))
@@ -109,14 +114,14 @@ def grow_tree(
     )
 
 
-def _likeliest(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+def _likeliest(
+    logits: jax.Array, k: int, rows: FusedRows | None
+) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities of the k likeliest tokens, and these.
 
     Only these are computed: a log-softmax would write all of them, and look for the
     largest once more.
     """
-    logits = logits.astype(jnp.float32)
-    best, ids = jax.lax.top_k(logits, k)
-    most = best[..., :1]
-    total = jnp.sum(jnp.exp(logits - most), axis=-1, keepdims=True)
-    return best - most - jnp.log(total), ids
+    top = top_tokens(logits, k, rows=rows, total=True)
+    assert top.total is not None
+    return top.values - top.values[..., :1] - jnp.log(top.total)[..., None], top.ids

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from angeljax.speculative._rows import chain_mask
+from angeljax.speculative._top import target_rows, top_tokens
 from angeljax.speculative.drafter import (
     Context,
     Draft,
@@ -145,8 +146,8 @@ class TokenRecycling(Drafter):
                 jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=1
             )
             logits = target.model.head_rows(target.params, part(prompt.final))
-            top = jax.lax.top_k(logits, self.top_k)[1]
-            return _learnt(table, part(prompt.tokens), part(real), top), None
+            top = top_tokens(logits, self.top_k, rows=target_rows(target.model))
+            return _learnt(table, part(prompt.tokens), part(real), top.ids), None
 
         # The last part may begin before the one before it has ended.
         return jax.lax.scan(some, state, jnp.arange(0, count, size))[0]

@@ -12,7 +12,9 @@ from pallas_kernels._ptx import (
     Float,
     Int,
     barrier,
+    highest,
     load,
+    lowest,
     offset,
     pointer,
     ptx,
@@ -41,21 +43,6 @@ def minus(a: Float, b: Float) -> Float:
 def exceeds(a: Float, b: Float) -> Any:
     """Predicate: greater-than."""
     return arith.cmpf(arith.CmpFPredicate.OGT, a.value, b.value)
-
-
-def highest(x: Int) -> Int:
-    """The signed maximum over the lanes of a warp, in all of them."""
-    return _over_lanes("max", x)
-
-
-def lowest(x: Int) -> Int:
-    """The signed minimum over the lanes of a warp, in all of them."""
-    return _over_lanes("min", x)
-
-
-def _over_lanes(kind: str, x: Int) -> Int:
-    code = f"redux.sync.{kind}.s32 $0, $1, 0xffffffff;"
-    return ptx(code, x, out=(Int,), convergent=True)
 
 
 def store_pair(base: Any, index: Int, a: Int, b: Int) -> None:

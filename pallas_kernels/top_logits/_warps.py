@@ -1,0 +1,197 @@
+"""The kernel of `top_logits` for Hopper, launched for parts of rows and for what they
+gave.
+
+Threads hold a few numbers each. A warp takes its largest k times over: the largest of
+each thread, the largest of these, and the first place where it stands; that one is
+struck out. What four warps have found goes through shared memory, and every warp finds
+the largest of it in the same way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+WARPS = 4
+_THREADS = 32 * WARPS
+_LOADS = 3  # of four numbers that a thread of the first launch makes
+MOST_LOADS = 8  # of the second
+_STRUCK, _NOBODY = -(2**31), 2**31 - 1
+_LOWEST = -3.0e38  # stands for the largest of nothing, and can be subtracted
+_LOG2E = 1.4426950408889634
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What a launch is specialised for.
+
+    Attributes:
+      rows, n: of numbers; `n` is a multiple of 4.
+      k: numbers wanted, at most 32.
+      total: sum exponentials as well.
+      first: whether the numbers come alone, not with ids and sums of parts.
+      blocks: thread blocks of a row.
+      loads: of four numbers that a thread makes.
+      parts: of a row, whose sums the second launch adds.
+    """
+
+    rows: int
+    n: int
+    k: int
+    total: bool
+    first: bool
+    blocks: int
+    loads: int
+    parts: int = 0
+
+    @property
+    def smem_words(self) -> int:
+        """Of numbers and ids, and of maxima and sums behind them."""
+        return 2 * WARPS * (self.k + 1)
+
+
+def stages(rows: int, n: int, k: int, total: bool) -> tuple[Case, Case]:
+    """Both launches."""
+    blocks = -(-n // (4 * _LOADS * _THREADS))
+    blocks += -blocks % 4  # so that what they give is a multiple of 4
+    loads = -(-blocks * k // (4 * _THREADS))
+    return (
+        Case(rows, n, k, total, True, blocks, _LOADS),
+        Case(rows, blocks * k, k, total, False, 1, loads, blocks),
+    )
+
+
+def emit(asm: Any, c: Case, *refs: Any) -> None:
+    """`refs`: x, then values, ids and with `total` maxima and sums of parts; or these,
+    then values, ids and sums; then shared memory.
+    """
+    given, smem = list(map(asm.pointer, refs[:-1])), asm.pointer(refs[-1])
+    Int, Float = asm.Int, asm.Float
+    thread, block = asm.special("tid.x"), asm.special("ctaid.x")
+    lane, warp = thread & 31, thread >> 5
+    row, part = block // c.blocks, block % c.blocks
+    struck, nobody = Int.of(_STRUCK), Int.of(_NOBODY)
+    numbers = given.pop(0)
+    names = None if c.first else given.pop(0)
+    before = [] if c.first or not c.total else [given.pop(0), given.pop(0)]
+
+    floats, keys, ids = [], [], []
+    for i in range(c.loads):
+        place = (part * c.loads + i) * _THREADS + thread
+        good = place.less(c.n // 4)
+        at = asm.select(good, place, Int.of(0)) + row * (c.n // 4)
+        words = asm.load(numbers, at, 16, words=4, hint="global")
+        if names is None:
+            found = [place * 4 + j for j in range(4)]
+        else:
+            found = asm.load(names, at, 16, words=4, hint="global")
+        for word, name in zip(words, found, strict=True):
+            floats.append(asm.select(good, word.as_float(), Float.of(-float("inf"))))
+            keys.append(asm.select(good, _key(word.as_float()), struck))
+            ids.append(asm.select(good, name, nobody))
+
+    def strongest(keys: list[Any], ids: list[Any]) -> tuple[Any, Any, Any]:
+        """Keys and ids of the largest, one in each lane; the key of the very first."""
+        kept, names, very = struck, nobody, None
+        for rank in range(c.k):
+            top = keys[0]
+            for key in keys[1:]:
+                top = asm.select(top.less(key), key, top)
+            top = asm.highest(top)
+            who = nobody
+            for key, name in zip(keys, ids, strict=True):
+                candidate = asm.select(key.equals(top), name, nobody)
+                who = asm.select(candidate.less(who), candidate, who)
+            who = asm.lowest(who)
+            here = lane.equals(rank)
+            kept, names = asm.select(here, top, kept), asm.select(here, who, names)
+            very = top if very is None else very
+            keys = [
+                asm.select(name.equals(who), struck, key)
+                for key, name in zip(keys, ids, strict=True)
+            ]
+        return kept, names, very
+
+    def over_lanes(x: Any) -> Any:
+        for distance in (1, 2, 4, 8, 16):
+            x = x + asm.shuffle_xor(x, distance)
+        return x
+
+    def faded(x: Any, peak: Any) -> Any:
+        return asm.exp2((x - peak) * _LOG2E)
+
+    kept, found, top = strongest(keys, ids)
+    behind = 2 * WARPS * c.k
+    if c.total and c.first:
+        peak = asm.maximum(_number(top), Float.of(_LOWEST))
+        total = Float.of(0.0)
+        for x in floats:
+            total = total + faded(x, peak)
+        total = over_lanes(total)
+        with asm.when(lane.equals(0)):
+            asm.store(smem, warp + behind, 4, peak, "shared.f32")
+            asm.store(smem, warp + (behind + WARPS), 4, total, "shared.f32")
+    with asm.when(lane.less(c.k)):
+        asm.store(smem, warp * c.k + lane, 4, kept, "shared.u32")
+        asm.store(smem, warp * c.k + lane + WARPS * c.k, 4, found, "shared.u32")
+    asm.barrier()
+
+    keys, ids = [], []
+    for start in range(0, WARPS * c.k, 32):
+        place = lane + start
+        good = place.less(WARPS * c.k)
+        at = asm.select(good, place, Int.of(0))
+        (key,) = asm.load(smem, at, 4, words=1, hint="shared")
+        (name,) = asm.load(smem, at + WARPS * c.k, 4, words=1, hint="shared")
+        keys.append(asm.select(good, key, struck))
+        ids.append(asm.select(good, name, nobody))
+    kept, found, _ = strongest(keys, ids)
+    values, places, *sums = given
+    with asm.when(asm.both(warp.equals(0), lane.less(c.k))):
+        at = block * c.k + lane
+        asm.store(values, at, 4, _number(kept), "global.f32")
+        asm.store(places, at, 4, found, "global.u32")
+    if not c.total:
+        return
+    each = []
+    if c.first:
+        for i in range(WARPS):
+            pair = [
+                asm.load(smem, Int.of(at + i), 4, words=1, hint="shared")[0].as_float()
+                for at in (behind, behind + WARPS)
+            ]
+            each.append(pair)
+    else:
+        for start in range(0, c.parts, 32):
+            good = (lane + start).less(c.parts)
+            at = asm.select(good, lane + start, Int.of(0)) + row * c.parts
+            peak, total = (
+                asm.load(ref, at, 4, words=1, hint="global")[0].as_float()
+                for ref in before
+            )
+            # One that is there already, with nothing to add to it.
+            each.append([peak, asm.select(good, total, Float.of(0.0))])
+    peak = each[0][0]
+    for other, _ in each[1:]:
+        peak = asm.maximum(peak, other)
+    if not c.first:
+        peak = _number(asm.highest(_key(peak)))
+    total = Float.of(0.0)
+    for other, weight in each:
+        total = total + weight * faded(other, peak)
+    if not c.first:
+        total = over_lanes(total)
+    with asm.when(thread.equals(0)):
+        if c.first:
+            asm.store(sums.pop(0), block, 4, peak, "global.f32")
+        asm.store(sums.pop(0), block, 4, total, "global.f32")
+
+
+def _key(x: Any) -> Any:
+    """Signed integers in the order of the numbers; both zeros are one."""
+    bits = (x + 0.0).as_int()
+    return bits ^ (bits.divided(31) & 0x7FFFFFFF)
+
+
+def _number(key: Any) -> Any:
+    return (key ^ (key.divided(31) & 0x7FFFFFFF)).as_float()
