@@ -149,7 +149,10 @@ def emit(asm: Any, c: Case, *refs: Any) -> None:
     values, places, *sums = given
     with asm.when(asm.both(warp.equals(0), lane.less(c.k))):
         at = block * c.k + lane
-        asm.store(values, at, 4, _number(kept), "global.f32")
+        # A part with fewer numbers than k gives others that nobody has.
+        none = kept.equals(struck)
+        kept = asm.select(none, Float.of(-float("inf")), _number(kept))
+        asm.store(values, at, 4, kept, "global.f32")
         asm.store(places, at, 4, found, "global.u32")
     if not c.total:
         return

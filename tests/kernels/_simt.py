@@ -131,7 +131,10 @@ class Float:
 
     def _do(self, op: Callable[..., Any], other: Float | float) -> Float:
         with np.errstate(all="ignore"):
-            return Float(op(self.value, Float.of(other).value))
+            found = op(self.value, Float.of(other).value)
+        # All NaN of a GPU's arithmetic are one.
+        one = np.uint32(0x7FFFFFFF).view(np.float32)
+        return Float(np.where(np.isnan(found), one, found))
 
     def __add__(self, o: Float | float) -> Float:
         return self._do(operator.add, o)
