@@ -214,14 +214,12 @@ def read_step(
     f = before(features, layer["hidden_norm"]["scale"], eps, None)
     batch, count, _ = e.shape
     weights, rotation = layer["self_attn"], cos_sin(config.decoder, positions)
-    if "qkv_embed" in weights:  # as `_eagle_rows.joined` leaves them
-        wide = {"preferred_element_type": jnp.float32}
-        qkv = ops.dot(e, weights["qkv_embed"]["kernel"], **wide)
-        qkv += ops.dot(f, weights["qkv_hidden"]["kernel"], **wide)
+    x = jnp.concatenate([e, f], axis=-1)
+    if "qkv_proj" in weights:  # as `_eagle_rows.joined` leaves them
+        qkv = ops.dot(x, weights["qkv_proj"]["kernel"])
         kv = config.num_kv_heads * config.head_dim
-        each = jnp.split(qkv.astype(f.dtype), (qkv.shape[-1] - 2 * kv, -kv), axis=-1)
+        each = jnp.split(qkv, (qkv.shape[-1] - 2 * kv, -kv), axis=-1)
     else:
-        x = jnp.concatenate([e, f], axis=-1)
         names = ("q_proj", "k_proj", "v_proj")
         each = [ops.dot(x, weights[name]["kernel"]) for name in names]
     q, k, v = (y.reshape(batch, count, -1, config.head_dim) for y in each)

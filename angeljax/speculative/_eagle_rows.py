@@ -1,9 +1,7 @@
 """An EAGLE-3 head that reads few tokens in few kernels; see `FusedRows`.
 
-The arithmetic is that of `_eagle_head`. Queries, keys and values are the sum of two
-products, each with the norm of its own input, so that nothing is joined beforehand:
-
-    [norm(e); norm(f)] W = norm(e) W_e + norm(f) W_f.
+The arithmetic is that of `_eagle_head`. Queries, keys and values are one product of two
+inputs, each with its own norm, so that nothing is joined beforehand.
 """
 
 from __future__ import annotations
@@ -40,13 +38,10 @@ def joined(config: EagleConfig, params: Params) -> Params:
     layer = dict(params["midlayer"])
     attn, mlp = layer["self_attn"], layer["mlp"]
     each = [attn[f"{name}_proj"]["kernel"] for name in "qkv"]
-    qkv = jnp.concatenate(each, axis=1)
-    half = len(qkv) // 2
-    layer["self_attn"] = {
-        "qkv_embed": {"kernel": qkv[:half]},
-        "qkv_hidden": {"kernel": qkv[half:]},
-        "o_proj": attn["o_proj"],
-    }
+    qkv = {"kernel": jnp.concatenate(each, axis=1)}
+    layer["self_attn"] = {"qkv_proj": qkv, "o_proj": attn["o_proj"]}
+    norms = [layer[name]["scale"] for name in ("input_layernorm", "hidden_norm")]
+    layer["qkv_norm"] = {"scale": jnp.concatenate(norms)}
     both = [mlp[f"{name}_proj"]["kernel"] for name in ("gate", "up")]
     gate_up = {"kernel": jnp.concatenate(both, axis=1)}
     layer["mlp"] = {"gate_up_proj": gate_up, "down_proj": mlp["down_proj"]}
@@ -103,8 +98,7 @@ def read_fused(
         return {"norm": layer[name]["scale"], "norm_eps": config.norm_eps}
 
     embeds = embeds.astype(features.dtype)
-    qkv = product(embeds, attn["qkv_embed"], **norm("input_layernorm"))
-    qkv = product(features, attn["qkv_hidden"], residual=qkv, **norm("hidden_norm"))
+    qkv = product(embeds, attn["qkv_proj"], second=features, **norm("qkv_norm"))
     cos, sin = turns(config, params, positions)
     y, k, v = rows_attention(qkv, cos, sin, mask, slots, k, v, implementation=how)
     h = product(y, attn["o_proj"], residual=features)

@@ -11,6 +11,8 @@ for weights and tokens alike. What the warps have summed meets in shared memory.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from typing import Any
 
 TOKENS = 16  # of a thread block, at most
@@ -30,6 +32,8 @@ class Case:
       eps: of the norm.
       warps: of a thread block, a multiple of 4.
       tiles: of 16 rows of the weight that a thread block takes.
+      parts: arrays that the inputs come in, of `k` each, with a norm of their own; each
+        part of the warps takes one.
     """
 
     m: int
@@ -43,6 +47,7 @@ class Case:
     eps: float
     warps: int
     tiles: int
+    parts: int = 1
 
     @property
     def outputs(self) -> int:
@@ -67,7 +72,12 @@ class Case:
     @property
     def turns(self) -> int:
         """Of a warp."""
-        return -(-self.k // (TURN * self.warps))
+        return -(-self.k // (TURN * self.sharing))
+
+    @property
+    def sharing(self) -> int:
+        """Warps that take the inputs of one array in turns."""
+        return self.warps // self.parts
 
     @property
     def ahead(self) -> int:
@@ -83,8 +93,12 @@ class Case:
 
 
 def emit(asm: Any, c: Case, *refs: Any) -> None:
-    """`refs`: x, w, then norm, bias, residual where they are, then y, shared memory."""
-    x, w, *rest, y, smem = map(asm.pointer, refs)
+    """`refs`: each x, w, then norm, bias, residual where they are, then y, shared
+    memory.
+    """
+    x, *rest, y, smem = map(asm.pointer, refs)
+    other = rest.pop(0) if c.parts == 2 else x
+    w = rest.pop(0)
     norm = rest.pop(0) if c.norm else None
     bias = rest.pop(0) if c.bias else None
     residual = rest.pop(0) if c.residual else None
@@ -92,6 +106,12 @@ def emit(asm: Any, c: Case, *refs: Any) -> None:
     thread, block = asm.special("tid.x"), asm.special("ctaid.x")
     lane, warp = thread & 31, thread >> 5
     g, t = lane >> 2, lane & 3
+    own, behind_others = warp, Int.of(0)  # its number, and loads of the norm before
+    if c.parts == 2:
+        second = Int.of(c.sharing - 1).less(warp)
+        own = asm.select(second, warp - c.sharing, warp)
+        behind_others = asm.select(second, Int.of(c.k // 8), Int.of(0))
+        x = asm.select_pointer(second, other, x)
     # Neighbours have the same weights, which are then read from memory once.
     first = (block // c.groups) * c.outputs
     start = (block % c.groups) * TOKENS
@@ -111,15 +131,16 @@ def emit(asm: Any, c: Case, *refs: Any) -> None:
     spare = c.k // TURN  # turns that there are
 
     def place(turn: int) -> Any:
-        at = warp + c.warps * turn
-        if c.warps * (turn + 1) > spare:
+        at = own + c.sharing * turn
+        if c.sharing * (turn + 1) > spare:
             at = capped(at, spare)
         return at * 4 + t
 
     def weights(turn: int) -> list[Any]:
         hint = "global.nc.L1::no_allocate.L2::128B"
-        at = place(turn)
-        return [asm.load(w, r * words + at, 16, words=4, hint=hint) for r in rows]
+        at = place(turn) + behind_others
+        step = words * c.parts
+        return [asm.load(w, r * step + at, 16, words=4, hint=hint) for r in rows]
 
     def inputs(turn: int) -> list[Any]:
         at = place(turn)
@@ -127,6 +148,7 @@ def emit(asm: Any, c: Case, *refs: Any) -> None:
             asm.load(x, i * words + at, 16, words=4, hint="global") for i in tokens
         ]
         if norm is not None:
+            at = at + behind_others
             found.append(asm.load(norm, at, 16, words=4, hint="global.nc"))
         return found
 
@@ -142,8 +164,8 @@ def emit(asm: Any, c: Case, *refs: Any) -> None:
         a, b = held[turn], given[turn]
         scale = [v for word in b.pop() for v in asm.unpack_bf16(word)] if c.norm else []
         for j, part in enumerate(b):
-            if c.warps * (turn + 1) > spare:
-                inside = (warp + c.warps * turn).less(spare)
+            if c.sharing * (turn + 1) > spare:
+                inside = (own + c.sharing * turn).less(spare)
                 part = [asm.select(inside, word, Int.of(0)) for word in part]
             if scale:
                 wide = [v for word in part for v in asm.unpack_bf16(word)]
@@ -205,15 +227,15 @@ def emit(asm: Any, c: Case, *refs: Any) -> None:
         work.append((capped(item, count), pair, good, at, more))
     asm.barrier()
 
-    def summed(at: Any, step: int) -> Any:
-        """Over the warps."""
-        parts = [
+    def summed(at: Any, step: int) -> list[Any]:
+        """Over the warps of each array of inputs."""
+        found = [
             asm.load(smem, at + step * i, 4, words=1, hint="shared")[0].as_float()
             for i in range(c.warps)
         ]
-        while len(parts) > 1:
-            parts = [p + q for p, q in zip(parts[::2], parts[1::2], strict=True)]
-        return parts[0]
+        while len(found) > c.parts:
+            found = [p + q for p, q in zip(found[::2], found[1::2], strict=True)]
+        return found
 
     for item, pair, good, at, more in work:
         rest_ = item // pairs
@@ -224,8 +246,14 @@ def emit(asm: Any, c: Case, *refs: Any) -> None:
         if c.swiglu:
             values += [summed(base + 8 + i, each) for i in range(2)]
         if c.norm:
-            factor = summed(token + behind, width) * (1.0 / c.k) + c.eps
-            values = [v * asm.rsqrt(factor) for v in values]
+            factors = [
+                asm.rsqrt(total * (1.0 / c.k) + c.eps)
+                for total in summed(token + behind, width)
+            ]
+            values = [
+                [v * f for v, f in zip(part, factors, strict=True)] for part in values
+            ]
+        values = [functools.reduce(operator.add, part) for part in values]
         if c.bias:
             added = [
                 v for word in more[: len(values) // 2] for v in asm.unpack_bf16(word)

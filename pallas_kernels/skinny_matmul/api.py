@@ -18,6 +18,7 @@ def skinny_matmul(
     x: jax.Array,
     w: jax.Array,
     *,
+    second: jax.Array | None = None,
     transposed: bool = False,
     norm: jax.Array | None = None,
     norm_eps: float = 1e-5,
@@ -42,6 +43,9 @@ def skinny_matmul(
     Args:
       x: `[..., K]`, bfloat16, float16 or float32.
       w: `[K, N]`, or `[N, K]` if `transposed`, of the dtype of `x`.
+      second: of the shape of `x`, more inputs beside them, for the second half of `w`,
+        which then has 2 K inputs. A norm, of 2 K too, takes each by itself:
+        `norm(x) @ w[:K] + norm(second) @ w[K:]`.
       transposed: see `w`.
       norm: `[K]`, scale of a root-mean-square norm of `x`; None without.
       norm_eps: added to the mean square.
@@ -51,7 +55,7 @@ def skinny_matmul(
       residual: of the shape of the result, added to it.
       out_dtype: default that of `x`.
       tiles: sizes to use instead of those in the table, for tuning.
-      implementation: "mosaic_gpu" (Hopper, bfloat16, weights `[N, K]`, K a
+      implementation: "mosaic_gpu" (Hopper, bfloat16, weights `[N, K]`, each K a
         multiple of 32) or "xla"; None takes the first where it can run, else the
         other.
 
@@ -69,12 +73,13 @@ def skinny_matmul(
       >>> skinny_matmul(x, w, norm=jnp.ones(64), swiglu=True).shape
       (1, 3, 16)
     """
-    k, n = _check(x, w, transposed, norm, swiglu, bias, residual)
+    k, n = _check(x, w, second, transposed, norm, swiglu, bias, residual)
     from pallas_kernels.skinny_matmul import mosaic_gpu
 
     why = mosaic_gpu.refused(k, n, w.dtype, transposed)
     name = choose(implementation, why)
     options: dict[str, Any] = dict(
+        second=None if second is None else second.reshape(-1, k),
         n=n,
         transposed=transposed,
         norm=norm,
@@ -95,9 +100,16 @@ def skinny_matmul(
 
 
 def _check(
-    x: Any, w: Any, transposed: bool, norm: Any, swiglu: bool, bias: Any, residual: Any
+    x: Any,
+    w: Any,
+    second: Any,
+    transposed: bool,
+    norm: Any,
+    swiglu: bool,
+    bias: Any,
+    residual: Any,
 ) -> tuple[int, int]:
-    """K, and the columns of the result."""
+    """K of one array of inputs, and the columns of the result."""
     if x.dtype not in _DTYPES or w.dtype != x.dtype:
         raise KernelError(
             f"x and w must have one dtype of {', '.join(_DTYPES)}, not {x.dtype} and "
@@ -109,8 +121,14 @@ def _check(
             f"w {list(w.shape)}"
         )
     k, n = w.shape[::-1] if transposed else w.shape
-    if x.shape[-1] != k:
-        raise KernelError(f"x {list(x.shape)} does not end in the {k} inputs of w")
+    if second is not None and (second.shape, second.dtype) != (x.shape, x.dtype):
+        raise KernelError(
+            f"second must be like x, {x.dtype} {list(x.shape)}, not {second.dtype} "
+            f"{list(second.shape)}"
+        )
+    if x.shape[-1] * (1 if second is None else 2) != k:
+        of = "x does" if second is None else "x and second do"
+        raise KernelError(f"{of} not end in the {k} inputs of w: x {list(x.shape)}")
     for name, found, size in (("norm", norm, k), ("bias", bias, n)):
         if found is not None and found.shape != (size,):
             raise KernelError(
@@ -123,4 +141,4 @@ def _check(
         raise KernelError(
             f"residual must have shape {[*x.shape[:-1], n]}, not {list(residual.shape)}"
         )
-    return k, n
+    return x.shape[-1], n

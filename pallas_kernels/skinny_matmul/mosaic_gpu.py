@@ -30,6 +30,7 @@ def matmul(
     x: jax.Array,
     w: jax.Array,
     *,
+    second: jax.Array | None,
     n: int,
     transposed: bool,
     norm: jax.Array | None,
@@ -43,13 +44,14 @@ def matmul(
     """`[M, n]` of `x [M, K]`; see `api.skinny_matmul`."""
     assert transposed
     m, k = x.shape
-    size = tiles or blocks(k, n)
+    parts = 1 if second is None else 2
+    size = tiles or blocks(k * parts, n)
     case = Case(
         *(m, k, n, norm is not None, swiglu, bias is not None, residual is not None),
-        *(out_dtype == jnp.float32, eps, size.warps, size.tiles),
+        *(out_dtype == jnp.float32, eps, size.warps, size.tiles, parts),
     )
-    given = [a for a in (norm, bias, residual) if a is not None]
-    return _build(case)(x, w, *given)
+    given = [a for a in (second, w, norm, bias, residual) if a is not None]
+    return _build(case)(x, *given)
 
 
 @functools.cache

@@ -154,6 +154,66 @@ def test_a_row_does_not_depend_on_others() -> None:
         assert np.array_equal(got, whole[part]), (m, at)
 
 
+def halves(m: int, k: int, n: int, dtype: Any, swiglu: bool) -> tuple[Any, ...]:
+    """Two arrays of inputs, and what float64 makes of them."""
+    x, w, norm, bias, residual = inputs(m, 2 * k, n, dtype, swiglu)
+    first, second = x[:, :k], x[:, k:]
+    parts = [(first, w[:k], norm[:k]), (second, w[k:], norm[k:])]
+    want = sum(oracle(*part, False, None, None, 1e-3) for part in parts)
+    want = want + np.asarray(bias, np.float64)
+    if swiglu:
+        gate, value = np.split(want, 2, axis=1)
+        want = gate / (1 + np.exp(-gate)) * value
+    want = want + np.asarray(residual, np.float64)
+    return first, second, w, norm, bias, residual, want
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_inputs_of_two_arrays_have_a_norm_each(transposed: bool) -> None:
+    x, second, w, norm, bias, residual, want = halves(5, 40, 24, jnp.float32, True)
+    got = skinny_matmul(
+        x,
+        w.T if transposed else w,
+        second=second,
+        transposed=transposed,
+        norm=norm,
+        norm_eps=1e-3,
+        swiglu=True,
+        bias=bias,
+        residual=residual,
+    )
+    check(got, want, 2e-6)
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "n", "swiglu", "blocks"),
+    [
+        (3, 96, 40, False, Blocks(4, 1)),
+        (11, 160, 44, True, Blocks(8, 1)),
+        (16, 576, 48, False, Blocks(8, 2)),
+    ],
+)
+def test_the_kernel_takes_two_arrays(
+    m: int, k: int, n: int, swiglu: bool, blocks: Blocks
+) -> None:
+    x, second, w, norm, bias, residual, want = halves(m, k, n, BF16, swiglu)
+    count = n // 2 if swiglu else n
+    case = Case(
+        *(m, k, count, True, swiglu, True, True, True, 1e-3),
+        *(blocks.warps, blocks.tiles, 2),
+    )
+    y = np.zeros((m, count), np.float32)
+    _simt.run(
+        emit,
+        case,
+        grid=case.grid,
+        threads=32 * case.warps,
+        smem_words=case.smem_words,
+        arrays=[np.asarray(a) for a in (x, second, w.T, norm, bias, residual)] + [y],
+    )
+    check(y, want, 1e-2)
+
+
 def test_leading_axes_and_the_dtype_of_the_result() -> None:
     x, w, *_ = inputs(6, 72, 56, BF16, False)
     y = skinny_matmul(x.reshape(2, 3, 72), w, out_dtype=jnp.float32)
@@ -167,6 +227,8 @@ def test_leading_axes_and_the_dtype_of_the_result() -> None:
     [
         ({"w": jnp.ones((8, 6), BF16)}, "one dtype"),
         ({"w": jnp.ones((7, 6))}, "8 x|7 inputs"),
+        ({"second": jnp.ones((2, 7))}, "second must be like x"),
+        ({"second": jnp.ones((2, 8))}, "x and second do not end in the 8"),
         ({"norm": jnp.ones(6)}, r"norm must have shape \[8\]"),
         ({"bias": jnp.ones(5)}, r"bias must have shape \[6\]"),
         ({"residual": jnp.ones((2, 6)), "swiglu": True}, r"shape \[2, 3\]"),
@@ -187,11 +249,15 @@ import jax, jax.numpy as jnp
 from pallas_kernels import skinny_matmul
 from tests.kernels._h100 import compile_for_h100
 
-m, k, n, swiglu = json.loads(sys.argv[1])
+m, k, n, swiglu, *parts = json.loads(sys.argv[1])
 shape = jax.ShapeDtypeStruct
+whole = 2 * k if parts else k
 compiled = compile_for_h100(
-    lambda x, w, norm: skinny_matmul(x, w, transposed=True, norm=norm, swiglu=swiglu),
-    *(shape(s, jnp.bfloat16) for s in ((m, k), (n, k), (k,))),
+    lambda w, norm, x, *second: skinny_matmul(
+        x, w, second=second[0] if second else None, transposed=True, norm=norm,
+        swiglu=swiglu,
+    ),
+    *(shape(s, jnp.bfloat16) for s in ((n, whole), (whole,), *[(m, k)] * (whole // k))),
 )
 text = compiled.as_text()
 assert text.count("mosaic_gpu") >= 1 and " fusion(" not in text and " copy(" not in text
@@ -209,10 +275,21 @@ assert compiled.memory_analysis().temp_size_in_bytes == 0
         (8, 1536, 576, False),
         (16, 576, 49152, False),
         (16, 4096, 28672, True),
+        (16, 576, 960, False, 2),
     ],
 )
 def test_an_h100_gets_one_launch_without_spills(case: Any, tmp_path: Path) -> None:
     check_no_spills(_COMPILE, case, tmp_path)
+
+
+@pytest.mark.gpu
+def test_a_gpu_takes_two_arrays() -> None:
+    if why := elsewhere("mosaic_gpu"):
+        pytest.skip(why)
+    x, second, w, norm, bias, residual, want = halves(9, 576, 960, BF16, False)
+    options = dict(norm_eps=1e-3, transposed=True, implementation="mosaic_gpu")
+    around = dict(second=second, norm=norm, bias=bias, residual=residual)
+    check(skinny_matmul(x, w.T, **around, **options), want, 1.5e-2)
 
 
 @pytest.mark.gpu
