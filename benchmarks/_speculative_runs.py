@@ -18,14 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from angeljax._graph import ONE_GRAPH
 from angeljax.speculative import Drafter, NoDrafter, Sampling, Target
 from angeljax.speculative.core import GREEDY, decode, prefill
 from angeljax.speculative.profile import _start
-from benchmarks.decode_step import CAPTURED
 
 # How the loop is compiled: kernels launched by the host, or one CUDA graph with the
 # loop and its predicate in it.
-LOOPS: dict[str, Any] = {"launched": None, "captured": CAPTURED}
+LOOPS: dict[str, Any] = {"launched": None, "captured": ONE_GRAPH}
 ROUNDS = 96
 
 

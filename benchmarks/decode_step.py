@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 import angeljax as aj
+from angeljax._graph import ONE_GRAPH
 from angeljax._leaves import path_string
 from angeljax._transposed import transposed
 from angeljax.models import DecoderConfig, LanguageModel, decode_step
@@ -60,12 +61,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 FORMATS = ["t2", "t2+t2", "sherry", "sherry+sherry", "int4", "int4+int4", "int8"]
 SLOTS, STEPS = 128, 64
-# Captures the loop itself in a CUDA graph: the predicate is not read back by the host.
-CAPTURED = {
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,"
-    "CONDITIONAL,DYNAMIC_SLICE_FUSION,WHILE",
-    "xla_gpu_graph_min_graph_size": 1,
-}
 
 
 def random_params(model: LanguageModel, kind: str) -> dict[str, Any]:
@@ -124,7 +119,7 @@ def milliseconds(model: LanguageModel, params: Any) -> tuple[float, dict[str, in
 
     lowered = jax.jit(run).lower(params)
     best, kernels = float("inf"), {}
-    for options in (None, CAPTURED):
+    for options in (None, ONE_GRAPH):
         compiled = lowered.compile(compiler_options=options)
         kernels = count_kernels(compiled.as_text() or "")
 

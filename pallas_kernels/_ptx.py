@@ -176,6 +176,11 @@ def exp2(x: Float) -> Float:
     return ptx("ex2.approx.ftz.f32 $0, $1;", x, out=(Float,), pure=True)
 
 
+def log2(x: Float) -> Float:
+    """The logarithm to base 2, to about 2^-22; subnormal numbers count as 0."""
+    return ptx("lg2.approx.ftz.f32 $0, $1;", x, out=(Float,), pure=True)
+
+
 def rsqrt(x: Float) -> Float:
     """1 / sqrt(x), to about 2^-22."""
     return ptx("rsqrt.approx.f32 $0, $1;", x, out=(Float,), pure=True)
@@ -445,6 +450,7 @@ __all__ = [
     "highest",
     "load",
     "load_byte",
+    "log2",
     "loop",
     "loop_tree",
     "lowest",

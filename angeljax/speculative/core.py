@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from angeljax._graph import ONE_GRAPH
 from angeljax.models.rows import RowInputs
 from angeljax.speculative import _check
 from angeljax.speculative._prompts import padded_inputs, read_prompts
@@ -154,9 +155,12 @@ def _first_state(
     )
 
 
-@functools.partial(
+_jit: Any = functools.partial(
     jax.jit, static_argnames=("always_wide",), donate_argnames=("state",)
 )
+
+
+@_jit
 def decode(
     target: Target,
     drafter: Drafter,
@@ -191,6 +195,10 @@ def decode(
 
     first = Book.of(jnp.int32(0), ready(drafter, state))
     return settled(jax.lax.while_loop(more, step, first).read()[1])
+
+
+# The same as a program of its own; `decode` can be a part of others.
+decode_at_once = _jit(decode.__wrapped__, compiler_options=ONE_GRAPH)
 
 
 def generate(
@@ -306,7 +314,7 @@ class Run:
 
     def advance(self, drafter: Drafter, state: State, rounds: int) -> State:
         """One call of the compiled loop, and what the host does after it."""
-        state = decode(
+        state = decode_at_once(
             self.target,
             drafter,
             state,

@@ -73,7 +73,7 @@ def grow_tree(
             f"of 2 to {k + levels * k * k + 1} with the root, not {nodes}"
         )
     each_row = jnp.arange(batch)[:, None]
-    total, tokens = _likeliest(logits, k, rows)
+    total, tokens = top_tokens(logits, k, rows=rows, log_probs=True)
     # All that was found, level by level; the parents are places in this list.
     found = [(total, tokens, jnp.full((batch, k), -1))]
     where, above = (
@@ -89,9 +89,10 @@ def grow_tree(
             level, tokens.astype(jnp.int32), above.astype(jnp.int32), seen
         )
         found_there, state = read(frontier, state)
-        each, ids = _likeliest(found_there, k, rows)
-        each = (total[..., None] + each).reshape(batch, k * k)
-        ids = ids.reshape(batch, k * k)
+        each, ids = (
+            x.reshape(batch, k * k)
+            for x in top_tokens(found_there, k, rows=rows, log_probs=True, offset=total)
+        )
         found.append((each, ids, jnp.repeat(where, k, axis=1)))
         total, best = jax.lax.top_k(each, k)
         tokens, above = jnp.take_along_axis(ids, best, axis=1), best // k
@@ -112,16 +113,3 @@ def grow_tree(
         jnp.concatenate([root, place], axis=1).astype(jnp.int32),
         state,
     )
-
-
-def _likeliest(
-    logits: jax.Array, k: int, rows: FusedRows | None
-) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities of the k likeliest tokens, and these.
-
-    Only these are computed: a log-softmax would write all of them, and look for the
-    largest once more.
-    """
-    top = top_tokens(logits, k, rows=rows, total=True)
-    assert top.total is not None
-    return top.values - top.values[..., :1] - jnp.log(top.total)[..., None], top.ids

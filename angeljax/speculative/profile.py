@@ -28,7 +28,7 @@ import numpy as np
 
 from angeljax.speculative import _check
 from angeljax.speculative._round import State, Stats, depth_of, reach_of
-from angeljax.speculative.core import GREEDY, decode, prefill
+from angeljax.speculative.core import GREEDY, decode_at_once, prefill
 from angeljax.speculative.drafter import Drafter, NoDrafter, Target, TargetModel
 
 WIDTHS = (1, 2, 4, 8, 16, 32)
@@ -214,7 +214,7 @@ def _seconds(
         state = jax.block_until_ready(jax.tree.map(jnp.copy, state))
         count = jnp.int32(rounds)
         start = time.perf_counter()
-        state = decode(target, drafter, state, stops, count, always_wide=True)
+        state = decode_at_once(target, drafter, state, stops, count, always_wide=True)
         jax.block_until_ready(state)
         return time.perf_counter() - start, int(jnp.max(state.stats.rounds))
 

@@ -18,7 +18,7 @@ _LOADS = 3  # of four numbers that a thread of the first launch makes
 MOST_LOADS = 8  # of the second
 _STRUCK, _NOBODY = -(2**31), 2**31 - 1
 _LOWEST = -3.0e38  # stands for the largest of nothing, and can be subtracted
-_LOG2E = 1.4426950408889634
+_LOG2E, _LN2 = 1.4426950408889634, 0.6931471805599453
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Case:
     Attributes:
       rows, n: of numbers; `n` is a multiple of 4.
       k: numbers wanted, at most 32.
-      total: sum exponentials as well.
+      log_probs: sum exponentials as well, for logarithms of probabilities.
+      offset: add a number to those of each row.
       first: whether the numbers come alone, not with ids and sums of parts.
       blocks: thread blocks of a row.
       loads: of four numbers that a thread makes.
@@ -38,7 +39,8 @@ class Case:
     rows: int
     n: int
     k: int
-    total: bool
+    log_probs: bool
+    offset: bool
     first: bool
     blocks: int
     loads: int
@@ -50,20 +52,23 @@ class Case:
         return 2 * WARPS * (self.k + 1)
 
 
-def stages(rows: int, n: int, k: int, total: bool) -> tuple[Case, Case]:
+def stages(
+    rows: int, n: int, k: int, *, log_probs: bool = False, offset: bool = False
+) -> tuple[Case, Case]:
     """Both launches."""
     blocks = -(-n // (4 * _LOADS * _THREADS))
     blocks += -blocks % 4  # so that what they give is a multiple of 4
     loads = -(-blocks * k // (4 * _THREADS))
     return (
-        Case(rows, n, k, total, True, blocks, _LOADS),
-        Case(rows, blocks * k, k, total, False, 1, loads, blocks),
+        Case(rows, n, k, log_probs, False, True, blocks, _LOADS),
+        Case(rows, blocks * k, k, log_probs, offset, False, 1, loads, blocks),
     )
 
 
 def emit(asm: Any, c: Case, *refs: Any) -> None:
-    """`refs`: x, then values, ids and with `total` maxima and sums of parts; or these,
-    then values, ids and sums; then shared memory.
+    """`refs`: x, or what the first launch gave; then values, ids and, of the first with
+    `log_probs`, maxima and sums of parts; then shared memory. An `offset` is before the
+    values.
     """
     given, smem = list(map(asm.pointer, refs[:-1])), asm.pointer(refs[-1])
     Int, Float = asm.Int, asm.Float
@@ -73,7 +78,9 @@ def emit(asm: Any, c: Case, *refs: Any) -> None:
     struck, nobody = Int.of(_STRUCK), Int.of(_NOBODY)
     numbers = given.pop(0)
     names = None if c.first else given.pop(0)
-    before = [] if c.first or not c.total else [given.pop(0), given.pop(0)]
+    sums = not c.first and c.log_probs
+    before = [given.pop(0), given.pop(0)] if sums else []
+    offset = given.pop(0) if c.offset else None
 
     floats, keys, ids = [], [], []
     for i in range(c.loads):
@@ -122,7 +129,7 @@ def emit(asm: Any, c: Case, *refs: Any) -> None:
 
     kept, found, top = strongest(keys, ids)
     behind = 2 * WARPS * c.k
-    if c.total and c.first:
+    if c.log_probs and c.first:
         peak = asm.maximum(_number(top), Float.of(_LOWEST))
         total = Float.of(0.0)
         for x in floats:
@@ -146,48 +153,48 @@ def emit(asm: Any, c: Case, *refs: Any) -> None:
         keys.append(asm.select(good, key, struck))
         ids.append(asm.select(good, name, nobody))
     kept, found, _ = strongest(keys, ids)
-    values, places, *sums = given
+    # A part with fewer numbers than k gives others that nobody has.
+    best = asm.select(kept.equals(struck), Float.of(-float("inf")), _number(kept))
+    if c.log_probs:
+        if c.first:
+            each = [
+                [
+                    asm.load(smem, Int.of(at + i), 4, words=1, hint="shared")[0]
+                    for at in (behind, behind + WARPS)
+                ]
+                for i in range(WARPS)
+            ]
+        else:
+            each = []
+            for start in range(0, c.parts, 32):
+                good = (lane + start).less(c.parts)
+                at = asm.select(good, lane + start, Int.of(0)) + row * c.parts
+                peak, total = (
+                    asm.load(ref, at, 4, words=1, hint="global")[0] for ref in before
+                )
+                # One that is there already, with nothing to add to it.
+                each.append([peak, asm.select(good, total, Int.of(0))])
+        peak = each[0][0].as_float()
+        for other, _ in each[1:]:
+            peak = asm.maximum(peak, other.as_float())
+        if not c.first:
+            peak = _number(asm.highest(_key(peak)))
+        total = Float.of(0.0)
+        for other, weight in each:
+            total = total + weight.as_float() * faded(other.as_float(), peak)
+        if not c.first:
+            best = best - peak - asm.log2(over_lanes(total)) * _LN2
+    if offset is not None:
+        (more,) = asm.load(offset, row, 4, words=1, hint="global")
+        best = best + more.as_float()
     with asm.when(asm.both(warp.equals(0), lane.less(c.k))):
         at = block * c.k + lane
-        # A part with fewer numbers than k gives others that nobody has.
-        none = kept.equals(struck)
-        kept = asm.select(none, Float.of(-float("inf")), _number(kept))
-        asm.store(values, at, 4, kept, "global.f32")
-        asm.store(places, at, 4, found, "global.u32")
-    if not c.total:
-        return
-    each = []
-    if c.first:
-        for i in range(WARPS):
-            pair = [
-                asm.load(smem, Int.of(at + i), 4, words=1, hint="shared")[0].as_float()
-                for at in (behind, behind + WARPS)
-            ]
-            each.append(pair)
-    else:
-        for start in range(0, c.parts, 32):
-            good = (lane + start).less(c.parts)
-            at = asm.select(good, lane + start, Int.of(0)) + row * c.parts
-            peak, total = (
-                asm.load(ref, at, 4, words=1, hint="global")[0].as_float()
-                for ref in before
-            )
-            # One that is there already, with nothing to add to it.
-            each.append([peak, asm.select(good, total, Float.of(0.0))])
-    peak = each[0][0]
-    for other, _ in each[1:]:
-        peak = asm.maximum(peak, other)
-    if not c.first:
-        peak = _number(asm.highest(_key(peak)))
-    total = Float.of(0.0)
-    for other, weight in each:
-        total = total + weight * faded(other, peak)
-    if not c.first:
-        total = over_lanes(total)
-    with asm.when(thread.equals(0)):
-        if c.first:
-            asm.store(sums.pop(0), block, 4, peak, "global.f32")
-        asm.store(sums.pop(0), block, 4, total, "global.f32")
+        asm.store(given[0], at, 4, best, "global.f32")
+        asm.store(given[1], at, 4, found, "global.u32")
+    if c.log_probs and c.first:
+        with asm.when(thread.equals(0)):
+            asm.store(given[2], block, 4, peak, "global.f32")
+            asm.store(given[3], block, 4, total, "global.f32")
 
 
 def _key(x: Any) -> Any:

@@ -17,18 +17,19 @@ class TopLogits(NamedTuple):
     Attributes:
       values: float32 `[..., k]`, the largest first.
       ids: int32 `[..., k]`, where they stand.
-      total: float32 `[...]`, the sum of `exp(x - max(x))` over the whole row, so that
-        `values - values[..., :1] - log(total)[..., None]` are log-probabilities; None
-        unless asked for.
     """
 
     values: jax.Array
     ids: jax.Array
-    total: jax.Array | None
 
 
 def top_logits(
-    x: jax.Array, k: int, *, total: bool = False, implementation: str | None = None
+    x: jax.Array,
+    k: int,
+    *,
+    log_probs: bool = False,
+    offset: jax.Array | None = None,
+    implementation: str | None = None,
 ) -> TopLogits:
     """The `k` largest of each row; of equal ones the first in the row comes first.
 
@@ -40,17 +41,20 @@ def top_logits(
     Args:
       x: float32 `[..., N]`; -inf is allowed, NaN and inf make a row meaningless.
       k: from 1 to N.
-      total: sum the exponentials of the row in the same pass.
+      log_probs: give logarithms of probabilities, `x - logsumexp(x)`, in place of `x`;
+        "mosaic_gpu" takes the logarithm to about 2^-21.
+      offset: float32 `[...]`, added to the values of a row, such as the log-probability
+        of what the row follows.
       implementation: "mosaic_gpu" (Hopper; k up to 32, N a multiple of 4 and up to
-        about 100 million / k) or "xla"; None takes the first where it can run, else
-        the other. "mosaic_gpu" has no gradient and no vmap.
+        about 6 million / k) or "xla"; None takes the first where it can run, else the
+        other. "mosaic_gpu" has no gradient and no vmap.
 
     Returns:
       A `TopLogits`.
 
     Raises:
-      KernelError: another dtype, a `k` that cannot be, or an implementation that cannot
-        run here.
+      KernelError: another dtype or shape, a `k` that cannot be, or an implementation
+        that cannot run here.
 
     Example:
       >>> import jax.numpy as jnp
@@ -63,17 +67,18 @@ def top_logits(
         raise KernelError(
             f"x must be float32 [..., N] and not empty, not {x.dtype} {list(x.shape)}"
         )
-    count = x.shape[-1]
+    *lead, count = x.shape
     if not 1 <= k <= count:
         raise KernelError(f"k must be from 1 to the {count} logits of a row, not {k}")
+    if offset is not None and (*offset.shape, offset.dtype) != (*lead, jnp.float32):
+        raise KernelError(
+            f"offset must be float32 {lead}, one for each row, not {offset.dtype} "
+            f"{list(offset.shape)}"
+        )
     from pallas_kernels.top_logits import mosaic_gpu, xla
 
     how = choose(implementation, mosaic_gpu.refused(count, k))
     select = xla.select if how == "xla" else mosaic_gpu.select
-    values, ids, sums = select(x.reshape(-1, count), k, total)
-    lead = x.shape[:-1]
-    return TopLogits(
-        values.reshape(*lead, k),
-        ids.reshape(*lead, k),
-        None if sums is None else sums.reshape(lead),
-    )
+    each = None if offset is None else offset.reshape(-1)
+    values, ids = select(x.reshape(-1, count), k, log_probs, each)
+    return TopLogits(values.reshape(*lead, k), ids.reshape(*lead, k))

@@ -20,18 +20,18 @@ def refused(count: int, k: int) -> str | None:
         return f"it takes k up to 32, not {k}"
     if count % 4:
         return f"it takes rows of a multiple of 4, not of {count}"
-    if stages(1, count, k, False)[1].loads > MOST_LOADS:
+    if stages(1, count, k)[1].loads > MOST_LOADS:
         return f"it takes shorter rows than {count} for k={k}"
     return None
 
 
 def select(
-    x: jax.Array, k: int, total: bool
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Values, ids and sums of `x [R, N]`; see `api.top_logits`."""
-    first, second = map(_build, stages(*x.shape, k, total))
-    found = second(*first(x))
-    return found[0], found[1], found[2][:, 0] if total else None
+    x: jax.Array, k: int, log_probs: bool, offset: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Values and ids of `x [R, N]`; see `api.top_logits`."""
+    how = {"log_probs": log_probs, "offset": offset is not None}
+    first, second = map(_build, stages(*x.shape, k, **how))
+    return second(*first(x), *([] if offset is None else [offset]))
 
 
 @functools.cache
@@ -39,8 +39,8 @@ def _build(c: Case) -> Callable[..., Any]:
     shape = jax.ShapeDtypeStruct
     places = c.rows, c.blocks * c.k
     outputs = [shape(places, jnp.float32), shape(places, jnp.int32)]
-    sums = shape((c.rows, c.blocks), jnp.float32)
-    outputs += [sums] * (c.total + (c.total and c.first))
+    if c.first and c.log_probs:
+        outputs += [shape((c.rows, c.blocks), jnp.float32)] * 2
     return kernel(
         functools.partial(emit, asm, c),
         tuple(outputs),

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 
 
 def select(
-    x: jax.Array, k: int, total: bool
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Values, ids and sums of `x [R, N]`; see `api.top_logits`."""
+    x: jax.Array, k: int, log_probs: bool, offset: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Values and ids of `x [R, N]`; see `api.top_logits`."""
     values, ids = jax.lax.top_k(x, k)
-    if not total:
-        return values, ids, None
-    peak = values[:, :1]
-    return values, ids, jnp.sum(jnp.exp(x - peak), axis=-1)
+    if log_probs:
+        # Only these are computed: a log-softmax would write all of them.
+        peak = values[:, :1]
+        total = jnp.sum(jnp.exp(x - peak), axis=-1, keepdims=True)
+        values = values - peak - jnp.log(total)
+    return values if offset is None else values + offset[:, None], ids

@@ -338,6 +338,10 @@ class Machine:
             found = np.exp2(x.value.astype(np.float64)).astype(np.float32)
         return Float(np.where(found < np.finfo(np.float32).tiny, 0, found))
 
+    def log2(self, x: Float) -> Float:
+        with np.errstate(all="ignore"):
+            return Float(np.log2(x.value.astype(np.float64)))
+
     def rsqrt(self, x: Float) -> Float:
         with np.errstate(all="ignore"):
             return Float(1 / np.sqrt(x.value.astype(np.float64)))

@@ -26,7 +26,7 @@ from angeljax.speculative import (
     SelfDrafter, Target, TokenRecycling, decode, init_eagle, prefill, prepare_drafter,
 )
 from benchmarks._speculative_runs import kernels_of_round
-from benchmarks.decode_step import CAPTURED
+from angeljax._graph import ONE_GRAPH
 from tests.kernels._h100 import compile_for_h100
 
 model = LanguageModel(
@@ -67,7 +67,7 @@ state = jax.eval_shape(
     *(target, drafter, shape((1, 64), jnp.int32), one, one),
 )
 compiled = compile_for_h100(decode, target, drafter, state, one, shape((), jnp.int32),
-                            **CAPTURED)
+                            **ONE_GRAPH)
 print("KERNELS", kernels_of_round(compiled.as_text()))
 """
 

@@ -18,21 +18,32 @@ from tests.kernels._h100 import check_no_spills, has_plugin
 
 
 def oracle(x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A stable sort in float64: of equal numbers the first comes first."""
+    """A stable sort in float64: of equal numbers the first comes first.
+
+    Values, ids, and log-probabilities plus the number of the row.
+    """
     wide = x.astype(np.float64)
     ids = np.argsort(-wide, axis=1, kind="stable")[:, :k]
-    sums = np.exp(wide - wide.max(axis=1, keepdims=True)).sum(axis=1)
-    return np.take_along_axis(x, ids, axis=1), ids, sums
+    peak = wide.max(axis=1, keepdims=True)
+    logs = wide - peak - np.log(np.exp(wide - peak).sum(axis=1, keepdims=True))
+    logs = np.take_along_axis(logs, ids, axis=1) + np.arange(len(x))[:, None]
+    return np.take_along_axis(x, ids, axis=1), ids, logs
 
 
-def emulated(x: np.ndarray, k: int, total: bool) -> list[np.ndarray]:
+def close(got: np.ndarray, want: np.ndarray) -> bool:
+    return np.allclose(got, want, rtol=1e-6, atol=3e-6)
+
+
+def emulated(x: np.ndarray, k: int, log_probs: bool) -> list[np.ndarray]:
     """What the threads of both launches make of it, on numpy arrays."""
     given = [x]
-    for case in stages(*x.shape, k, total):
+    for case in stages(*x.shape, k, log_probs=log_probs, offset=log_probs):
         places = case.rows, case.blocks * k
         made = [np.zeros(places, np.float32), np.zeros(places, np.int32)]
-        for _ in range(total * (1 + case.first)):
-            made.append(np.zeros((case.rows, case.blocks), np.float32))
+        if log_probs and case.first:
+            made += [np.zeros((case.rows, case.blocks), np.float32) for _ in range(2)]
+        if case.offset:
+            given.append(np.arange(case.rows, dtype=np.float32))
         _simt.run(
             emit,
             case,
@@ -72,25 +83,24 @@ CASES = [
 @pytest.mark.parametrize(("rows", "n", "k", "kind"), CASES)
 def test_the_kernel_is_a_sort(rows: int, n: int, k: int, kind: str) -> None:
     x = logits(rows, n, kind)
-    values, ids, sums = oracle(x, k)
-    got = emulated(x, k, True)
+    values, ids, logs = oracle(x, k)
+    got = emulated(x, k, False)
     assert np.array_equal(got[0], values) and np.array_equal(got[1], ids)
-    assert np.abs(got[2][:, 0] / sums - 1).max() < 2e-6
-    assert all(
-        np.array_equal(a, b) for a, b in zip(emulated(x, k, False), got, strict=False)
-    )
+    got = emulated(x, k, True)
+    assert close(got[0], logs) and np.array_equal(got[1], ids)
 
 
 @pytest.mark.parametrize(("rows", "n", "k", "kind"), CASES)
 def test_xla_does_the_same(rows: int, n: int, k: int, kind: str) -> None:
     x = logits(rows, n, kind)
-    values, ids, sums = oracle(x, k)
-    got = jax.jit(lambda x: top_logits(x, k, total=True))(x[:, None])
-    assert got.values.shape == (rows, 1, k) and got.total.shape == (rows, 1)
+    values, ids, logs = oracle(x, k)
+    call = jax.jit(top_logits, static_argnames=("k", "log_probs"))
+    got = call(x[:, None], k=k)
+    assert got.values.shape == (rows, 1, k)
     assert np.array_equal(got.values[:, 0], values)
     assert np.array_equal(got.ids[:, 0], ids) or kind == "ties"
-    assert np.abs(got.total[:, 0] / sums - 1).max() < 2e-6
-    assert top_logits(x, k).total is None
+    rank = jnp.arange(rows, dtype=jnp.float32)
+    assert close(call(x, k=k, log_probs=True, offset=rank).values, logs)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +109,7 @@ def test_xla_does_the_same(rows: int, n: int, k: int, kind: str) -> None:
         (jnp.ones((2, 8), jnp.bfloat16), {"k": 1}, "float32"),
         (jnp.ones((2, 8)), {"k": 9}, "from 1 to the 8 logits"),
         (jnp.ones((2, 8)), {"k": 0}, "not 0"),
+        (jnp.ones((2, 8)), {"k": 1, "offset": jnp.ones(3)}, "one for each row"),
         (jnp.ones((2, 8)), {"k": 1, "implementation": "mosaic_gpu"}, "Hopper GPUs"),
         (jnp.ones((2, 8)), {"k": 1, "implementation": "tpu"}, "mosaic_gpu, xla"),
     ],
@@ -125,8 +136,8 @@ from tests.kernels._h100 import compile_for_h100
 
 rows, n, k = json.loads(sys.argv[1])
 compiled = compile_for_h100(
-    lambda x: top_logits(x, k, total=True),
-    jax.ShapeDtypeStruct((rows, n), jnp.float32),
+    lambda x, more: top_logits(x, k, log_probs=True, offset=more),
+    *(jax.ShapeDtypeStruct(s, jnp.float32) for s in ((rows, n), (rows,))),
 )
 text = compiled.as_text()
 assert text.count("top_logits_of_parts") >= 1 and " sort(" not in text
@@ -146,8 +157,12 @@ def test_a_gpu_computes_it(rows: int, n: int, k: int, kind: str) -> None:
     if why := elsewhere("mosaic_gpu"):
         pytest.skip(why)
     x = logits(rows, n, kind)
-    values, ids, sums = oracle(x, k)
-    call = jax.jit(lambda x: top_logits(x, k, total=True, implementation="mosaic_gpu"))
-    got = call(x)
+    values, ids, logs = oracle(x, k)
+    names = ("k", "log_probs", "implementation")
+    call = jax.jit(top_logits, static_argnames=names)
+    how = {"k": k, "implementation": "mosaic_gpu"}
+    got = call(x, **how)
     assert np.array_equal(got.values, values) and np.array_equal(got.ids, ids)
-    assert np.abs(np.asarray(got.total) / sums - 1).max() < 2e-6
+    rank = jnp.arange(rows, dtype=jnp.float32)
+    got = call(x, log_probs=True, offset=rank, **how)
+    assert close(got.values, logs) and np.array_equal(got.ids, ids)
