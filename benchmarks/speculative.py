@@ -154,9 +154,13 @@ def drafters_of(
     if eagle is not None:
         config, head = load_eagle(eagle, model.config, dtype=dtype)
         found["eagle"] = EagleDrafter(config, head, num_tokens=4)
-        growth = EagleTree(nodes=16, branches=4, levels=4)
-        tree = EagleDrafter(config, head, growth=growth)
+        # Five branches of nine heads in three groups fill the 16 rows of a product.
+        tree, short = (
+            EagleDrafter(config, head, growth=EagleTree(16, branches=5, levels=levels))
+            for levels in (3, 2)
+        )
         found |= {"eagle_tree": tree, "eagle_hybrid": Hybrid(tree, lookup)}
+        found["eagle_hybrid_short"] = Hybrid(short, lookup)
         found["eagle_hybrid_flat"] = Hybrid(tree, lookup, flat_ngram=3)
     if block is not None:
         found["block"] = BlockDrafter(*load_block(block, dtype=dtype))

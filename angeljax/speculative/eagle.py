@@ -299,6 +299,9 @@ class EagleDrafter(Drafter):
         def choose(carry: Any, at: jax.Array) -> Any:
             if sampler.rejection:
                 return sampler.draft(self._spread(carry[0]), at[:, None])
+            if sampler.greedy:
+                best = top_tokens(carry[0], 1, rows=self.rows).ids[..., 0]
+                return (best if ids is None else ids[best].astype(jnp.int32)), None
             return sampler.draft(carry[0], at[:, None], ids)
 
         def read(carry: Any, new: jax.Array, at: jax.Array) -> Any:
