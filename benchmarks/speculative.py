@@ -139,7 +139,7 @@ def drafters_of(
         one, stack = dataclasses.replace(model, scan_layers=True), stack_layers(params)
     recycling = TokenRecycling(16, table=successors(one, stack))
     del stack
-    lookup = PromptLookup(7, min_ngram=2)
+    lookup, long = (PromptLookup(count, min_ngram=2) for count in (7, 10))
     recipe = Recipe.from_dict(
         {"rules": [{"format": "int4", "granularity": "group", "group_size": 64}]}
     )
@@ -148,6 +148,7 @@ def drafters_of(
         "prompt_lookup": lookup,
         "recycling": recycling,
         "hybrid": Hybrid(recycling, lookup),
+        "hybrid_long": Hybrid(recycling, long),
         "int4_self": SelfDrafter(aj.compress(params, recipe, progress=False), 3),
         "layer_skip": SelfDrafter(num_tokens=3, layers=layers),
     }
@@ -159,9 +160,9 @@ def drafters_of(
             EagleDrafter(config, head, growth=EagleTree(16, branches=5, levels=levels))
             for levels in (3, 2)
         )
-        found |= {"eagle_tree": tree, "eagle_hybrid": Hybrid(tree, lookup)}
-        found["eagle_hybrid_short"] = Hybrid(short, lookup)
-        found["eagle_hybrid_flat"] = Hybrid(tree, lookup, flat_ngram=3)
+        found |= {"eagle_tree": tree, "eagle_hybrid": Hybrid(tree, long)}
+        found["eagle_hybrid_short"] = Hybrid(short, long)
+        found["eagle_hybrid_flat"] = Hybrid(tree, long, flat_ngram=3)
     if block is not None:
         found["block"] = BlockDrafter(*load_block(block, dtype=dtype))
     return found
