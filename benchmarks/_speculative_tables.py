@@ -42,6 +42,8 @@ def sections(directory: Path) -> list[str]:
         title = f"## Training of an EAGLE-3 head on one {data['device']}"
         source = f"{title}\n\n{md.source(data)}"
         found += [source, _curve(own), _on_prompts(own)]
+    if any(directory.glob(f"{EAGLE}.*.json")):
+        found.append("![drafts that are right](images/eagle_acceptance.png)")
     return found
 
 

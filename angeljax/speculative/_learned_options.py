@@ -64,7 +64,7 @@ def eagle_tree(ready: Ready) -> EagleDrafter:
     """A head with a tree, for what is joined with it."""
     given = _learned(ready.options, _names(EagleTree))
     # Small enough for rounds that cost little more than one token.
-    growth = EagleTree(**{"nodes": 16, "branches": 5, "levels": 3, **given})
+    growth = EagleTree(**{"nodes": 16, "branches": 5, "levels": 2, **given})
     return EagleDrafter(*_head(ready), growth=growth)
 
 

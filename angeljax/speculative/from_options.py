@@ -196,7 +196,7 @@ def _recycling(ready: _Ready) -> TokenRecycling:
 def _hybrid(ready: _Ready) -> Hybrid:
     head = ready.options.path is not None
     drafter = _learned_options.eagle_tree(ready) if head else _recycling(ready)
-    found = {"num_tokens": min(7, drafter.width - 1), "min_ngram": 2}
+    found = {"num_tokens": min(10, drafter.width - 1), "min_ngram": 2}
     found |= ready.given("num_tokens", "max_ngram", "min_ngram")
     least = max(found["min_ngram"], ready.options.flat_ngram or 1)
     found.setdefault("max_ngram", max(3, least))

@@ -56,7 +56,7 @@ class Hybrid(Drafter):
 
     drafter: TokenRecycling | EagleDrafter = TokenRecycling()
     lookup: PromptLookup = dataclasses.field(
-        default=PromptLookup(7, min_ngram=2), metadata=_static
+        default=PromptLookup(10, min_ngram=2), metadata=_static
     )
     flat_ngram: int | None = dataclasses.field(default=None, metadata=_static)
 
