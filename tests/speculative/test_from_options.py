@@ -110,8 +110,8 @@ def test_fields_reach_the_drafter(folders):
     assert hybrid.drafter.nodes == 5 and not hybrid.drafter.from_prompt
     joined = {"method": "hybrid", "path": "eagle3", "options": {"nodes": 9}}
     _, hybrid = made({**joined, "flat_ngram": 4}, folders)
-    assert hybrid.lookup == PromptLookup(7, 4, 2) and hybrid.flat_ngram == 4
-    assert hybrid.drafter.growth == EagleTree(9, 4, 3)
+    assert hybrid.lookup == PromptLookup(8, 4, 2) and hybrid.flat_ngram == 4
+    assert hybrid.drafter.growth == EagleTree(9, 5, 2)
     _, block = made({"method": "dflash", "path": "dflash", "num_tokens": 2}, folders)
     assert block.width == 3
     stored = random_params(block.model, std=0.3)["fc"]["kernel"]
