@@ -29,9 +29,10 @@ def select(
     x: jax.Array, k: int, log_probs: bool, offset: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """Values and ids of `x [R, N]`; see `api.top_logits`."""
-    how = {"log_probs": log_probs, "offset": offset is not None}
-    first, second = map(_build, stages(*x.shape, k, **how))
-    return second(*first(x), *([] if offset is None else [offset]))
+    (rows, count), more = x.shape, [] if offset is None else [offset]
+    cases = stages(rows, count, k, log_probs=log_probs, offset=bool(more))
+    first, second = map(_build, cases)
+    return second(*first(x), *more)
 
 
 @functools.cache
