@@ -50,7 +50,8 @@ class FusedRows:
     (Llama, Mistral, Qwen2, Qwen3, SmolLM).
 
     Attributes:
-      implementation: of `pallas_kernels.skinny_matmul` and `rows_attention`.
+      implementation: of `pallas_kernels.skinny_matmul` and `rows_attention`, and of
+        `top_logits` for what is drafted and verified.
 
     Example:
       >>> import jax, jax.numpy as jnp
