@@ -155,7 +155,7 @@ def drafters_of(
     if eagle is not None:
         config, head = load_eagle(eagle, model.config, dtype=dtype)
         found["eagle"] = EagleDrafter(config, head, num_tokens=4)
-        # Five branches of nine heads in three groups fill the 16 rows of a product.
+        # Five branches have 15 queries for each head of the cache: one product of 16.
         tree, short = (
             EagleDrafter(config, head, growth=EagleTree(16, branches=5, levels=levels))
             for levels in (3, 2)

@@ -30,7 +30,7 @@ PASSES = 200
 
 
 def passes(rows: int, size: int, k: int, way: str) -> Callable[..., jax.Array]:
-    """`(logits, count) -> ids` of the last pass."""
+    """`(logits, count) -> all that the last pass found`, so that none is left out."""
 
     def one(_: Any, carry: Any) -> Any:
         x, values, ids = carry

@@ -33,6 +33,8 @@ def top_logits(
 ) -> TopLogits:
     """The `k` largest of each row; of equal ones the first in the row comes first.
 
+    ("xla" takes 0.0 before -0.0, which are equal to "mosaic_gpu".)
+
     Drafts for speculative decoding take a few of some ten thousand logits, for a few
     tokens. XLA sorts for that, or selects in a kernel that is made for more rows; here
     thread blocks take parts of a row, each warp picks its largest k times over, and a

@@ -58,10 +58,11 @@ def inputs(m: int, k: int, n: int, dtype: Any, swiglu: bool) -> tuple[Any, ...]:
 
 
 @functools.partial(jax.jit, static_argnames=("transposed", "swiglu", "name"))
-def run(x, w, norm, bias, residual, *, transposed, swiglu, name):
+def run(x, w, norm, bias, residual, *, second=None, transposed, swiglu, name):
     return skinny_matmul(
         x,
         w.T if transposed else w,
+        second=second,
         transposed=transposed,
         norm=norm,
         norm_eps=1e-3,
@@ -171,18 +172,8 @@ def halves(m: int, k: int, n: int, dtype: Any, swiglu: bool) -> tuple[Any, ...]:
 @pytest.mark.parametrize("transposed", [False, True])
 def test_inputs_of_two_arrays_have_a_norm_each(transposed: bool) -> None:
     x, second, w, norm, bias, residual, want = halves(5, 40, 24, jnp.float32, True)
-    got = skinny_matmul(
-        x,
-        w.T if transposed else w,
-        second=second,
-        transposed=transposed,
-        norm=norm,
-        norm_eps=1e-3,
-        swiglu=True,
-        bias=bias,
-        residual=residual,
-    )
-    check(got, want, 2e-6)
+    how = dict(second=second, transposed=transposed, swiglu=True, name="xla")
+    check(run(x, w, norm, bias, residual, **how), want, 2e-6)
 
 
 @pytest.mark.parametrize(
@@ -287,9 +278,8 @@ def test_a_gpu_takes_two_arrays() -> None:
     if why := elsewhere("mosaic_gpu"):
         pytest.skip(why)
     x, second, w, norm, bias, residual, want = halves(9, 576, 960, BF16, False)
-    options = dict(norm_eps=1e-3, transposed=True, implementation="mosaic_gpu")
-    around = dict(second=second, norm=norm, bias=bias, residual=residual)
-    check(skinny_matmul(x, w.T, **around, **options), want, 1.5e-2)
+    how = dict(second=second, transposed=True, swiglu=False, name="mosaic_gpu")
+    check(run(x, w, norm, bias, residual, **how), want, 1.5e-2)
 
 
 @pytest.mark.gpu
